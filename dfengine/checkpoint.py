@@ -79,16 +79,16 @@ def check_state(config: ModelConfig, state: dict[str, Tensor], name: str) -> Non
             raise CheckpointError(f"{name}: {key} has dtype {have.dtype}, expected {want.dtype}")
 
 
-def save_checkpoint(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
-    """Writes `checkpoint` atomically. With a half `dtype`, matrices and filters are stored in it; vectors (biases,
-    norms and their statistics) stay float32. Raises `CheckpointError` for weights that do not fit, and
-    `DfengineError` where the file cannot be written.
+def save_checkpoint(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> None:
+    """Writes `checkpoint` atomically. With a `dtype`, matrices and filters are stored in it and vectors (biases, norms
+    and their statistics) in float32; without, every tensor keeps its own. Raises `CheckpointError` for weights that do
+    not fit, and `DfengineError` where the file cannot be written.
     """
     check_state(checkpoint.config, checkpoint.state, str(path))
 
     def stored(value: Tensor) -> Tensor:
         value = value.detach().cpu()
-        if value.is_floating_point():
+        if dtype is not None and value.is_floating_point():
             value = value.to(dtype if value.dim() >= 2 else torch.float32)
         return value.contiguous()
 
@@ -143,9 +143,13 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     training = _json(metadata, "training", path)
     if not isinstance(training, dict):
         raise CheckpointError(f"{path}: metadata field 'training' is not a table of fields")
-    calibration = _json(metadata, "calibration", path)
+    values = _json(metadata, "calibration", path)
+    try:
+        calibration = None if values is None else Calibration.from_dict(values)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     check_state(config, state, str(path))
-    return Checkpoint(config, state, training, None if calibration is None else Calibration.from_dict(calibration))
+    return Checkpoint(config, state, training, calibration)
 
 
 def _damage(path: Path, error: SafetensorError) -> str:

@@ -6,23 +6,8 @@ import torch.nn.functional as F
 
 from dfengine.models import Model, build_model, cost, preset
 from dfengine.models.blocks import AttentionBlock, GroupNorm, ResBlock
-
-
-def redraw(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Every parameter and statistic redrawn, zero-initialised ones included, so that each layer changes the output."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if tensor.is_floating_point():
-            scale = 0.5 if tensor.dim() == 1 else tensor[0].numel() ** -0.5
-            tensor.data = torch.randn(tensor.shape, generator=generator) * scale
-            if name.endswith("running_var"):
-                tensor.data = tensor.data.abs() + 0.5
-    return module
-
-
-def tiny(**changes):
-    fields = dict(image_size=32, multipliers=(1, 2), base=8, heads=2, seg_base=4, attention_factors=(2,), reduction=4)
-    return preset("diff-fastener", **{**fields, **changes})
+from tests.helpers import redraw
+from tests.helpers import tiny_config as tiny
 
 
 def test_published_costs():

@@ -1,0 +1,39 @@
+// float to the two half precisions, rounding to nearest even, without hardware support: branch-free, so that loops over it vectorise.
+// The types below are storage only.
+#pragma once
+
+#include "portable.h"
+
+namespace dfe {
+
+struct half {
+    uint16_t bits;
+};
+struct bfloat16 {
+    uint16_t bits;
+};
+
+DFE_HD uint16_t half_bits(float value) {
+    const uint32_t bits = bits_of(value);
+    const uint32_t sign = (bits >> 16) & 0x8000u;
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    // Below 2^-14 the result is a multiple of 2^-24, which is the spacing of floats in [0.5, 1): adding 0.5 rounds to it.
+    const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
+    uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
+    result = magnitude >= 0x477ff000u ? 0x7c00u : result;
+    result = magnitude > 0x7f800000u ? 0x7e00u : result;
+    return static_cast<uint16_t>(sign | result);
+}
+
+DFE_HD uint16_t bfloat16_bits(float value) {
+    const uint32_t bits = bits_of(value);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+DFE_HD void store(float* out, float value) { *out = value; }
+DFE_HD void store(half* out, float value) { out->bits = half_bits(value); }
+DFE_HD void store(bfloat16* out, float value) { out->bits = bfloat16_bits(value); }
+
+}  // namespace dfe

@@ -1,0 +1,90 @@
+#include "parallel.h"
+
+#include <algorithm>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if !defined(_WIN32)
+#include <unistd.h>
+static long process_id() { return getpid(); }
+#else
+static long process_id() { return 0; }
+#endif
+
+namespace dfe {
+namespace {
+
+class Pool {
+public:
+    void run(int64_t items, int pieces, const std::function<void(int64_t, int64_t)>& body) {
+        std::lock_guard<std::mutex> turn(turn_);
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            while (static_cast<int>(workers_.size()) < pieces - 1) {
+                const int index = static_cast<int>(workers_.size()) + 1;
+                workers_.emplace_back([this, index, seen = generation_] { work(index, seen); });
+            }
+            body_ = &body;
+            items_ = items;
+            pieces_ = pieces;
+            pending_ = pieces - 1;
+            ++generation_;
+        }
+        start_.notify_all();
+        body(0, items / pieces);
+        std::unique_lock<std::mutex> lock(mutex_);
+        done_.wait(lock, [this] { return pending_ == 0; });
+    }
+
+private:
+    void work(int index, uint64_t seen) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (;;) {
+            start_.wait(lock, [&] { return generation_ != seen; });
+            seen = generation_;
+            if (index >= pieces_) continue;
+            const auto* body = body_;
+            const int64_t begin = items_ * index / pieces_, end = items_ * (index + 1) / pieces_;
+            lock.unlock();
+            (*body)(begin, end);
+            lock.lock();
+            if (--pending_ == 0) done_.notify_one();
+        }
+    }
+
+    std::mutex turn_, mutex_;
+    std::condition_variable start_, done_;
+    std::vector<std::thread> workers_;
+    const std::function<void(int64_t, int64_t)>* body_ = nullptr;
+    int64_t items_ = 0;
+    int pieces_ = 0, pending_ = 0;
+    uint64_t generation_ = 0;
+};
+
+// Never destroyed: its threads wait in it until the process ends. A forked child has no such threads and gets its own pool.
+Pool& pool() {
+    static std::mutex mutex;
+    static Pool* current = nullptr;
+    static long owner = 0;
+    std::lock_guard<std::mutex> lock(mutex);
+    if (current == nullptr || owner != process_id()) {
+        current = new Pool;
+        owner = process_id();
+    }
+    return *current;
+}
+
+}  // namespace
+
+void parallel_for(int64_t items, int threads, const std::function<void(int64_t, int64_t)>& body) {
+    const int pieces = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(items, threads)));
+    if (pieces == 1) {
+        body(0, items);
+    } else {
+        pool().run(items, pieces, body);
+    }
+}
+
+}  // namespace dfe

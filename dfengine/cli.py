@@ -1,0 +1,221 @@
+"""The `dfengine` command line: options, and errors turned into one line and an exit status.
+
+Exit status: 0 everything was done, 3 some images were refused, 1 nothing could be done, 2 wrong usage, 130 interrupted.
+Each command lives in `dfengine.commands`; imports happen inside, so that `dfengine --help` is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dfengine.errors import DfengineError
+
+app = typer.Typer(
+    help="Visual anomaly detection for railway fasteners: train on normal photos, detect, read the report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+CheckpointArgument = Annotated[Path, typer.Argument(metavar="CKPT", help="A dfengine checkpoint (.safetensors).")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+PrecisionOption = Annotated[str, typer.Option(help="auto, float32, tf32, float16 or bfloat16.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of the inference noise; recorded with the results.")]
+BatchOption = Annotated[int, typer.Option(min=1, help="Images per batch; does not change any score.")]
+
+
+class Synthesis(str, Enum):
+    """Recipes of the synthetic anomalies."""
+
+    mixed = "mixed"
+    paper = "paper"
+    structural = "structural"
+
+
+class Recipe(str, Enum):
+    """Training recipes."""
+
+    default = "default"
+    paper = "paper"
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Argument(help="A folder of normal images, or a data set (MVTec, VisA, DAGM layout).")],
+    out: Annotated[Path, typer.Option(help="The checkpoint to write; logs go to a folder beside it.")],
+    preset: Annotated[str, typer.Option(help="Model preset; see `dfengine info`.")] = "diff-fastener-tiny",
+    image_size: Annotated[int | None, typer.Option(help="Model size in pixels: 32, 64, 128, 256 or 512.")] = None,
+    pixel_range: Annotated[str | None, typer.Option(help="unit ([0, 1]) or signed ([-1, 1]).")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Budget in minutes (default: 30).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Budget in optimiser steps.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Budget in passes over the normal images.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per step and process.")] = 16,
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches accumulated per optimiser step.")] = 1,
+    recipe: Annotated[Recipe, typer.Option(help="default (small budgets) or paper (the papers' recipe).")] = "default",
+    synthesis: Annotated[Synthesis | None, typer.Option(help="Which synthetic anomalies to train on.")] = None,
+    textures: Annotated[Path | None, typer.Option(help="Folder of texture images; procedural ones without it.")] = None,
+    foreground: Annotated[str | None, typer.Option(help="auto, none (whole image) or texture.")] = None,
+    denoiser_share: Annotated[float | None, typer.Option(help="Share of the budget for the denoiser alone.")] = None,
+    denoiser_every: Annotated[int | None, typer.Option(help="Train the denoiser on every k-th joint step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak rate of the denoiser.")] = None,
+    segmentation_rate: Annotated[float | None, typer.Option(help="Peak rate of the segmentation network.")] = None,
+    ema_decay: Annotated[float | None, typer.Option(help="Decay of the weights' average; 0 switches it off.")] = None,
+    flip: Annotated[str | None, typer.Option(help="Flips that keep a normal image normal: none, h, v or hv.")] = None,
+    augment: Annotated[bool, typer.Option(help="Light augmentation of the normals.")] = True,
+    holdout: Annotated[float, typer.Option(help="Share of the normals held out for validation.")] = 0.1,
+    keep: Annotated[str, typer.Option(help="Weights to keep: best (by validation) or last.")] = "best",
+    seed: Annotated[int, typer.Option(help="Seed of everything random in training.")] = 0,
+    device: DeviceOption = "auto",
+    precision: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    workers: Annotated[int | None, typer.Option(help="Processes that prepare samples.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of torch.")] = None,
+    leg_minutes: Annotated[float | None, typer.Option(help="Stop (resumably) after this long.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last saved state of this --out.")] = False,
+) -> None:
+    """Train a detector from normal images alone."""
+    options = dict(locals())
+    from dfengine.commands.train import run_train
+
+    run_train(**options)
+
+
+@app.command()
+def calibrate(
+    checkpoint: CheckpointArgument,
+    data: Annotated[Path, typer.Argument(help="Normal images not trained on, or the training data set itself.")],
+    false_alarm_rate: Annotated[float | None, typer.Option(help="Wanted share of normals above the threshold.")] = None,
+    alarms_per_km: Annotated[float | None, typer.Option(help="The same, as alarms per km of track.")] = None,
+    fasteners_per_km: Annotated[float, typer.Option(help="Fasteners per km, for --alarms-per-km.")] = 6667,
+    threshold: Annotated[float | None, typer.Option(help="Set the threshold by hand instead.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the result here (default: into CKPT).")] = None,
+    batch_size: BatchOption = 16,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    seed: SeedOption = 0,
+) -> None:
+    """Set the alarm threshold from held-out normal images."""
+    options = dict(locals())
+    from dfengine.commands.calibrate import run_calibrate
+
+    _exit(run_calibrate(**options))
+
+
+@app.command()
+def detect(
+    checkpoint: CheckpointArgument,
+    inputs: Annotated[list[Path], typer.Argument(help="Images or folders of images.")],
+    out: Annotated[Path, typer.Option(help="Folder for results.csv, results.jsonl, heatmaps/ and report.html.")],
+    batch_size: BatchOption = 16,
+    threshold: Annotated[float | None, typer.Option(help="Alarm threshold, instead of the calibrated one.")] = None,
+    heatmaps: Annotated[bool, typer.Option(help="Write a heatmap overlay per image.")] = True,
+    original_size: Annotated[bool, typer.Option(help="Heatmaps at the images' own size.")] = False,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    seed: SeedOption = 0,
+) -> None:
+    """Score images; write results, heatmaps and a report."""
+    options = dict(locals())
+    from dfengine.commands.detect import run_detect
+
+    _exit(run_detect(**options))
+
+
+@app.command()
+def evaluate(
+    checkpoint: CheckpointArgument,
+    data: Annotated[Path, typer.Argument(help="A data set with test images (MVTec, VisA or DAGM layout).")],
+    out: Annotated[Path, typer.Option(help="Folder for metrics.json, the plots and report.html.")],
+    group_by: Annotated[
+        str | None, typer.Option(help="Regular expression; its first group in a file name is the bootstrap unit.")
+    ] = None,
+    batch_size: BatchOption = 16,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    seed: SeedOption = 0,
+) -> None:
+    """Measure a detector on labelled test images."""
+    options = dict(locals())
+    from dfengine.commands.evaluate import run_evaluate
+
+    _exit(run_evaluate(**options))
+
+
+@app.command()
+def info(
+    checkpoint: Annotated[Path | None, typer.Argument(metavar="[CKPT]", help="A checkpoint to describe.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Describe a checkpoint, or this installation: devices, kernels, presets."""
+    from dfengine.commands.info import run_info
+
+    run_info(checkpoint, as_json)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN.pt", help="A public DiffusionAD checkpoint.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="The dfengine checkpoint to write.")],
+    preset: Annotated[str | None, typer.Option(help="Method preset of the weights (default: diffusionad).")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Where the file does not say it.")] = None,
+) -> None:
+    """Import public DiffusionAD weights without executing anything in the file."""
+    from dfengine.convert import convert as run_convert
+
+    typer.echo(run_convert(source, out, preset=preset, image_size=image_size))
+
+
+@app.command()
+def fasteners(
+    out: Annotated[Path, typer.Argument(help="Folder to write (MVTec layout).")],
+    train: Annotated[int, typer.Option(min=0, help="Normal training images.")] = 176,
+    test_good: Annotated[int, typer.Option(min=0, help="Normal test images.")] = 100,
+    per_defect: Annotated[int, typer.Option(min=0, help="Test images of each defect type.")] = 40,
+    size: Annotated[int, typer.Option(min=32, max=2048, help="Image size in pixels.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same bytes.")] = 0,
+) -> None:
+    """Render procedural railway fasteners with exact defect masks."""
+    from dfengine.commands.fasteners import run_fasteners
+
+    run_fasteners(out, train, test_good, per_defect, size, seed)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the images, results and report.")] = Path("demo-output"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the fresh test images.")] = 20_261,
+    device: DeviceOption = "auto",
+) -> None:
+    """Render fresh fasteners, detect with the shipped checkpoint, evaluate, write the report."""
+    from dfengine.commands.demo import run_demo
+
+    _exit(run_demo(out, seed, device))
+
+
+def _exit(status: int) -> None:
+    if status:
+        raise typer.Exit(status)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status; never shows a traceback for a user's mistake."""
+    try:
+        app(args=arguments, prog_name="dfengine")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except DfengineError as error:
+        print(f"dfengine: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("dfengine: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

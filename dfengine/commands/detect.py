@@ -1,0 +1,55 @@
+"""`dfengine detect`: score images; write results.csv, results.jsonl, heatmaps and report.html."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from dfengine.commands.scoring import Outputs, Scoring, open_detector, report_items, say
+from dfengine.data.inputs import collect_inputs
+from dfengine.report.report import ReportItem, write_report
+
+
+def run_detect(
+    checkpoint: Path,
+    inputs: list[Path],
+    out: Path,
+    batch_size: int,
+    threshold: float | None,
+    heatmaps: bool,
+    original_size: bool,
+    device: str,
+    precision: str,
+    seed: int,
+) -> int:
+    """Scores `inputs` (files and folders) and returns the exit status: 0, 3 (some refused) or 1 (nothing scored)."""
+    detector = open_detector(checkpoint, device, precision, seed, threshold)
+    images = collect_inputs(inputs[0] if len(inputs) == 1 else list(inputs))
+    outputs = Outputs(out)
+    scoring = Scoring(detector, batch_size, original_size)
+    rows: list[dict] = []
+    alarms = 0
+
+    def items() -> Iterator[ReportItem]:
+        nonlocal alarms
+        for detection in scoring.batches(images):
+            files = outputs.heatmaps(detection, scoring.scored - len(detection)) if heatmaps else None
+            rows.extend(detection.rows(files))
+            alarms += int(detection.pred_label.sum())
+            yield from report_items(detection, lambda name: (None, None))
+
+    report = outputs.attempt(
+        lambda: write_report(
+            out,
+            items(),
+            scoring.refused,  # filled while the report draws its items
+            detector.threshold,
+            scoring.meta(checkpoint, ", ".join(map(str, inputs))),
+            calibration=detector.calibration,
+        )
+    )
+    outputs.rows(rows)
+    say(f"{scoring.summary()}; {alarms} alarms (threshold {detector.threshold:.4g})")
+    if report:
+        say(f"report: {report}")
+    return outputs.status(scoring)

@@ -1,0 +1,194 @@
+"""`dfengine evaluate`: score a labelled test set; write metrics, plots, results and the report."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from dfengine.commands.scoring import Outputs, Scoring, open_detector, report_items, say, warn
+from dfengine.data.folders import Dataset, open_dataset
+from dfengine.data.images import read_mask
+from dfengine.data.inputs import collect_inputs
+from dfengine.detection import resize_map
+from dfengine.detector import Detector
+from dfengine.errors import DataError, ImageError, UsageError
+from dfengine.evaluation.evaluate import evaluate, write_metrics
+from dfengine.report.report import ReportItem, write_report
+
+MAX_PIXEL_SIDE = 1024
+"""Pixel metrics are taken at the masks' own size up to this side; larger masks are reduced to it."""
+
+
+def run_evaluate(
+    checkpoint: Path,
+    data: Path,
+    out: Path,
+    group_by: str | None,
+    batch_size: int,
+    device: str,
+    precision: str,
+    seed: int,
+) -> int:
+    """Evaluates on the test images of `data` and returns the exit status, as `run_detect` does."""
+    dataset = open_dataset(data)
+    if not dataset.test:
+        raise DataError(f"{data}: no test images (expected test/good and test/<defect>)")
+    detector = open_detector(checkpoint, device, precision, seed)
+    status, _ = evaluate_dataset(detector, dataset, out, checkpoint, group_by, batch_size)
+    return status
+
+
+def evaluate_dataset(
+    detector: Detector, dataset: Dataset, out: Path, checkpoint: Path, group_by: str | None = None, batch_size: int = 16
+) -> tuple[int, dict[str, Any]]:
+    """Scores the test images and writes results.csv, results.jsonl, metrics.json, per_defect.csv, roc.png, pr.png and
+    report.html into `out`; returns the exit status and the metrics ({} when nothing could be scored).
+
+    `group_by`: regular expression whose first group, searched in the file name, names the bootstrap unit.
+    """
+    samples = {str(sample.path): sample for sample in dataset.test}
+    groups = _groups(samples.values(), group_by)
+    outputs = Outputs(out)
+    scoring = Scoring(detector, batch_size)
+    masks, side = _masks(dataset)
+    size = detector.config.image_size
+    rows: list[dict] = []
+    names: list[str] = []
+    scores: list[float] = []
+    maps: list[np.ndarray] = []
+
+    def truth(name: str) -> tuple[str, np.ndarray | None]:
+        mask = masks.get(name)
+        return samples[name].defect, None if mask is None else _resize_mask(mask, (size, size))
+
+    def items() -> Iterator[ReportItem]:
+        for detection in scoring.batches(collect_inputs([sample.path for sample in dataset.test])):
+            rows.extend(detection.rows())
+            names.extend(detection.names)
+            scores.extend(detection.pred_score.tolist())
+            maps.extend(detection.anomaly_map)
+            yield from report_items(detection, truth)
+
+    cards = list(items())
+    if not cards:
+        outputs.rows(rows)
+        return scoring.status, {}
+    kept = [samples[name] for name in names]
+    pixel_maps = pixel_masks = None
+    if masks:
+        pixel_masks = [masks.get(name) for name in names]
+        shapes = [side if mask is None else mask.shape for mask in pixel_masks]
+        pixel_maps = [resize_map(image, shape) for image, shape in zip(maps, shapes, strict=True)]
+    result = evaluate(
+        scores,
+        [sample.label for sample in kept],
+        [sample.defect for sample in kept],
+        pixel_maps,
+        pixel_masks,
+        detector.threshold,
+        None if groups is None else [groups[name] for name in names],
+    )
+    result["notes"] += _mask_notes(dataset, masks)
+    outputs.rows(rows)
+    outputs.attempt(lambda: write_metrics(out, result))
+    report = outputs.attempt(
+        lambda: write_report(
+            out,
+            cards,
+            scoring.refused,
+            detector.threshold,
+            scoring.meta(checkpoint, str(dataset.root)),
+            metrics=result,
+            calibration=detector.calibration,
+        )
+    )
+    say(scoring.summary())
+    print_metrics(result)
+    if report:
+        say(f"metrics: {out / 'metrics.json'}, report: {report}")
+    return outputs.status(scoring), result
+
+
+def print_metrics(result: dict[str, Any]) -> None:
+    """Prints the metrics, the table per defect, and what could not be computed."""
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.4f}"
+
+    low_high = result["image_auroc_interval"]
+    interval = f" (95%: {low_high[0]:.4f} to {low_high[1]:.4f})" if low_high else ""
+    say(f"image AUROC {number(result['image_auroc'])}{interval}, AP {number(result['image_ap'])}")
+    say(
+        f"pixel AUROC {number(result['pixel_auroc'])}, AP {number(result['pixel_ap'])}, "
+        f"AUPRO {number(result['aupro'])}"
+    )
+    say(
+        f"at threshold {number(result['threshold'])}: precision {number(result['precision'])}, recall "
+        f"{number(result['recall'])}, F1 {number(result['f1'])}, false alarms {number(result['false_alarm_rate'])}; "
+        f"F1-max (oracle) {number(result['image_f1_max'])}"
+    )
+    for row in result["per_defect"]:
+        say(
+            f"  {row['defect']}: {row['n']} images, image AUROC {number(row['image_auroc'])}, "
+            f"recall {number(row['recall'])}"
+        )
+    for reason in dict.fromkeys(result["undefined"].values()):
+        metrics = [name for name, why in result["undefined"].items() if why == reason]
+        say(f"not computed: {', '.join(metrics)} ({reason})")
+    for note in result["notes"]:
+        say(f"note: {note}")
+
+
+def _groups(samples, pattern: str | None) -> dict[str, str] | None:
+    if pattern is None:
+        return None
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise UsageError(f"--group-by: not a regular expression: {error}") from None
+    if compiled.groups < 1:
+        raise UsageError("--group-by: needs a group in parentheses, for example '^([0-9]+)_'")
+    groups = {}
+    for sample in samples:
+        match = compiled.search(sample.path.name)
+        if not match or match.group(1) is None:
+            raise UsageError(f"--group-by: {sample.path.name} does not match {pattern!r}")
+        groups[str(sample.path)] = match.group(1)
+    return groups
+
+
+def _masks(dataset: Dataset) -> tuple[dict[str, np.ndarray], tuple[int, int] | None]:
+    """The readable masks by image path, at most `MAX_PIXEL_SIDE` a side, and the commonest shape for images without."""
+    masks: dict[str, np.ndarray] = {}
+    for sample in dataset.test:
+        if sample.mask is None:
+            continue
+        try:
+            mask = read_mask(sample.mask)
+        except ImageError as error:
+            warn(f"{error}; its image is left out of the pixel metrics")
+            continue
+        scale = MAX_PIXEL_SIDE / max(mask.shape)
+        if scale < 1:
+            mask = _resize_mask(mask, tuple(max(1, round(side * scale)) for side in mask.shape))
+        masks[str(sample.path)] = mask
+    shapes = [mask.shape for mask in masks.values()]
+    return masks, max(set(shapes), key=lambda shape: (shapes.count(shape), shape)) if shapes else None
+
+
+def _resize_mask(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    if mask.shape == shape:
+        return mask
+    return cv2.resize(mask.astype(np.uint8), shape[::-1], interpolation=cv2.INTER_NEAREST).astype(bool)
+
+
+def _mask_notes(dataset: Dataset, masks: dict[str, np.ndarray]) -> list[str]:
+    missing = [sample for sample in dataset.missing_masks]
+    if not missing or not masks:
+        return []
+    return [f"no mask for {missing[0].path.name}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")]

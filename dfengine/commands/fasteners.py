@@ -1,0 +1,26 @@
+"""`dfengine fasteners`: render a data set of procedural fasteners."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from dfengine.data.fasteners import write_fasteners
+
+
+def run_fasteners(out: Path, train: int, test_good: int, per_defect: int, size: int, seed: int) -> None:
+    """Writes the data set with a progress bar. Raises `DfengineError` where `out` cannot be written."""
+    console = Console()
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("rendering fasteners", total=None)
+        write_fasteners(
+            out, train, test_good, per_defect, seed, size,
+            lambda done, total: progress.update(task, completed=done, total=total),
+        )  # fmt: skip
+    console.print(
+        f"{train} normal training images, {test_good} normal and {3 * per_defect} defective test images with masks in "
+        f"{out} (seed {seed})",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip

@@ -1,0 +1,159 @@
+"""What `detect`, `evaluate`, `calibrate` and `demo` share: scoring with progress, and writing results that may fail."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dfengine import __version__
+from dfengine.data.inputs import InputImage
+from dfengine.detection import Detection, write_rows
+from dfengine.detector import Detector, load
+from dfengine.errors import DfengineError
+from dfengine.evaluation.calibration import Calibration
+from dfengine.report.report import ReportItem
+
+UNCALIBRATED = "the checkpoint is not calibrated: a threshold of 0.5 is used; set one with `dfengine calibrate`"
+
+
+def say(text: str) -> None:
+    """One line on standard output, as it is."""
+    Console(soft_wrap=True, highlight=False, markup=False).print(text)
+
+
+def warn(text: str) -> None:
+    """One line on standard error."""
+    print(f"dfengine: {text}", file=sys.stderr, flush=True)
+
+
+def make_folder(out: Path) -> None:
+    """Makes the output folder. Raises `DfengineError` where that fails: better before the work than after it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DfengineError(f"{out}: cannot make the folder: {(error.strerror or str(error)).lower()}") from None
+
+
+def open_detector(checkpoint: Path, device: str, precision: str, seed: int, threshold: float | None = None) -> Detector:
+    """A detector that has a threshold: the given one, else the checkpoint's, else 0.5 with a warning."""
+    detector = load(checkpoint, device, precision, seed)
+    if threshold is not None:
+        detector.calibration = Calibration.by_hand(threshold)
+    elif detector.calibration is None:
+        warn(UNCALIBRATED)
+        detector.calibration = Calibration.by_hand(0.5)
+    return detector
+
+
+@dataclass
+class Scoring:
+    """Scores inputs batch by batch with a progress bar; keeps the refusals (name, reason) and the time."""
+
+    detector: Detector
+    batch_size: int
+    original_size: bool = False
+    scored: int = 0
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def batches(self, images: Sequence[InputImage]) -> Iterator[Detection]:
+        """The `Detection` of each batch; each refused image is reported on standard error as it is met."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        start = time.perf_counter()
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("scoring", total=len(images))
+            for detection in self.detector.detect_iter(images, self.batch_size, self.original_size):
+                for error in detection.errors:
+                    warn(f"{error.name}: {error.reason}")
+                self.refused += [(error.name, error.reason) for error in detection.errors]
+                self.scored += len(detection)
+                progress.advance(task, len(detection) + len(detection.errors))
+                yield detection
+        self.seconds = time.perf_counter() - start
+
+    @property
+    def status(self) -> int:
+        """0 = all scored, 3 = some refused, 1 = nothing could be scored."""
+        if not self.scored:
+            return 1
+        return 3 if self.refused else 0
+
+    def summary(self) -> str:
+        """One line: how many images, refusals, and how fast."""
+        pace = f", {self.scored / self.seconds:.1f} images/s" if self.seconds else ""
+        refused = f", {len(self.refused)} refused" if self.refused else ""
+        return f"{self.scored} images scored{refused}{pace}"
+
+    def meta(self, checkpoint: Path, sources: str) -> dict[str, object]:
+        """What the report says about the run."""
+        detector = self.detector
+        return {
+            "checkpoint": checkpoint,
+            "model": f"{detector.config.preset}, {detector.config.image_size} pixels",
+            "images": sources,
+            "device": f"{detector.device}, {detector.precision}",
+            "seed": detector.seed,
+            "dfengine": __version__,
+            "time": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        }
+
+
+def report_items(detection: Detection, truth: Callable[[str], tuple[str | None, Any]]) -> Iterator[ReportItem]:
+    """Cards of the report; `truth(name)` gives the kind ("good", a defect, None) and the true mask at map size or None."""
+    for image in detection:
+        kind, mask = truth(image.name)
+        yield ReportItem(
+            name=image.name,
+            score=image.pred_score,
+            calibrated=image.pred_score_calibrated,
+            label=image.pred_label,
+            truth=kind,
+            image=image.image,
+            reconstruction=(image.reconstruction.clip(0, 1) * 255).round().astype("uint8"),
+            anomaly_map=image.anomaly_map,
+            mask=mask,
+        )
+
+
+class Outputs:
+    """Writes results one by one: a file that cannot be written is reported once, and the rest of the run goes on."""
+
+    def __init__(self, out: Path):
+        self.out = out
+        self.failed = 0
+        make_folder(out)
+
+    def attempt(self, write: Callable[[], Any]) -> Any:
+        """The result of `write()`, or None where it raised `DfengineError`, which is reported (the first three times)."""
+        try:
+            return write()
+        except DfengineError as error:
+            self.failed += 1
+            if self.failed <= 3:
+                warn(str(error))
+            return None
+
+    def heatmaps(self, detection: Detection, first: int) -> list[Path | None]:
+        """Writes each image's overlay; the files' paths relative to the output folder, None where that failed."""
+        files = []
+        for i in range(len(detection)):
+            written = self.attempt(lambda i=i: detection[i : i + 1].save_heatmaps(self.out / "heatmaps", first + i))
+            files.append(written[0].relative_to(self.out) if written else None)
+        return files
+
+    def rows(self, rows: Iterable[dict]) -> None:
+        """Writes results.csv and results.jsonl."""
+        self.attempt(lambda: write_rows(self.out, list(rows)))
+
+    def status(self, scoring: Scoring) -> int:
+        """The command's exit status: that of the scoring, or 3 where some output could not be written."""
+        if self.failed:
+            warn(f"{self.failed} output files could not be written")
+        return scoring.status or (3 if self.failed else 0)

@@ -1,0 +1,55 @@
+"""`dfengine train`: from command-line options to a training run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dfengine.data.augment import AugmentConfig
+from dfengine.data.synthesis import SynthesisConfig
+from dfengine.errors import UsageError
+from dfengine.models import preset as model_preset
+from dfengine.training import TrainConfig
+from dfengine.training import train as run_training
+
+DEFAULT_MINUTES = 30.0
+
+
+def run_train(
+    data: Path,
+    out: Path,
+    preset: str,
+    image_size: int | None,
+    pixel_range: str | None,
+    recipe: Any,
+    synthesis: Any,
+    textures: Path | None,
+    foreground: str | None,
+    flip: str | None,
+    augment: bool,
+    resume: bool,
+    **training: Any,
+) -> None:
+    """Builds the configurations and trains; the options are those of `dfengine.cli.train`."""
+    changes = {k: v for k, v in dict(image_size=image_size, pixel_range=pixel_range).items() if v is not None}
+    model = model_preset(preset, **changes)
+    if all(training[name] is None for name in ("minutes", "steps", "epochs")):
+        training["minutes"] = DEFAULT_MINUTES
+    training["recipe"] = getattr(recipe, "value", recipe)
+    training["textures"] = None if textures is None else str(textures)
+    config = TrainConfig(**training)
+    filled = config.resolve(model)
+    if synthesis is not None or foreground is not None:
+        wanted = dict(recipe=getattr(synthesis, "value", synthesis), foreground=foreground)
+        fields = filled.synthesis.to_dict() | {k: v for k, v in wanted.items() if v is not None}
+        config = config.replace(synthesis=SynthesisConfig.from_dict(fields))
+    if not augment:
+        if flip not in (None, "none"):
+            raise UsageError("--flip needs augmentation; leave out --no-augment")
+        config = config.replace(augment=AugmentConfig.off())
+    elif flip is not None:
+        config = config.replace(augment=dataclasses.replace(filled.augment, flip="" if flip == "none" else flip))
+    run_training(config, model, data, out, resume=resume, console=Console())

@@ -1,0 +1,1 @@
+"""Reading images and data sets, and making synthetic ones."""

@@ -1,0 +1,293 @@
+"""What is in one picture: small dataclasses, all sampled from one generator.
+
+Lengths are in picture sides (1 is about 0.32 m); x points right (away from the rail), y down (along the rail), z to
+the camera; the origin is the centre of the fastener and z = 0 the top of the sleeper. Angles are in radians. Colours
+are linear-light RGB reflectances.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+DEFECTS = ("good", "missing", "broken", "displaced")
+
+Colour = tuple[float, float, float]
+
+RUST = ((0.150, 0.078, 0.045), (0.105, 0.066, 0.045), (0.175, 0.100, 0.058), (0.130, 0.092, 0.066))
+CONCRETE = ((0.46, 0.42, 0.35), (0.38, 0.37, 0.34), (0.31, 0.28, 0.24), (0.52, 0.49, 0.43), (0.34, 0.29, 0.22))
+WOOD = ((0.17, 0.115, 0.075), (0.26, 0.22, 0.175), (0.10, 0.070, 0.050), (0.21, 0.165, 0.125))
+BALLAST = ((0.27, 0.25, 0.23), (0.20, 0.20, 0.21), (0.24, 0.17, 0.13), (0.33, 0.30, 0.26), (0.17, 0.15, 0.14))
+PLASTIC = ((0.030, 0.030, 0.033), (0.075, 0.140, 0.085), (0.16, 0.165, 0.15), (0.23, 0.19, 0.12), (0.10, 0.065, 0.05))
+STEEL = ((0.075, 0.070, 0.067), (0.16, 0.092, 0.055), (0.13, 0.102, 0.082), (0.22, 0.19, 0.16), (0.20, 0.12, 0.065))
+LEAF = ((0.20, 0.13, 0.03), (0.10, 0.14, 0.035), (0.24, 0.09, 0.025), (0.14, 0.085, 0.04))
+PAINT = ((0.75, 0.74, 0.70), (0.72, 0.50, 0.05), (0.08, 0.17, 0.50), (0.60, 0.10, 0.06))
+
+
+@dataclass(frozen=True)
+class Pose:
+    """Where the camera stands: the scene is rotated, scaled and then shifted in the picture."""
+
+    shift: tuple[float, float]
+    angle: float
+    scale: float
+
+
+@dataclass(frozen=True)
+class Light:
+    """One distant sun plus sky. `towards` is the unit vector to the sun; `softness` the penumbra as a length."""
+
+    towards: tuple[float, float, float]
+    sun: Colour
+    sky: Colour
+    softness: float
+    bars: tuple[tuple[float, float, float, float], ...]  # shadow bands: angle, offset, half width, darkness
+
+
+@dataclass(frozen=True)
+class Camera:
+    """From radiance to pixels: exposure (factor), white balance, vignetting, blur (picture sides) and noise (0..1)."""
+
+    exposure: float
+    balance: Colour
+    vignetting: float
+    haze: float
+    blur: float
+    noise: float
+
+
+@dataclass(frozen=True)
+class Track:
+    """Rail, sleeper and ballast."""
+
+    bed: str  # "concrete", "wood" or "slab"
+    bed_colour: Colour
+    bed_edges: tuple[float, float]  # y of the sleeper's upper and lower edge; beyond them lies ballast
+    ballast_colour: Colour
+    stone: float  # mean stone diameter
+    foot_edge: float  # x of the edge of the rail foot
+    head_edge: float  # x of the edge of the rail head
+    polished: float  # 0..1, how bright the running band is
+    rail_colour: Colour
+    dirt: float  # 0..1
+    dirt_colour: Colour
+    rust_stain: float  # 0..1, rust washed out around the fastener
+
+
+@dataclass(frozen=True)
+class Fastener:
+    """The clip and its seat."""
+
+    kind: str  # "e" (Pandrol-like e-clip in a cast shoulder) or "w" (tension clamp under a bolt)
+    stretch: tuple[float, float]
+    radius: float
+    clip_colour: Colour
+    clip_rust: float
+    gloss: float
+    seat_colour: Colour  # insulator or guide plate
+    shoulder_colour: Colour
+    bolt_angle: float
+
+
+@dataclass(frozen=True)
+class Litter:
+    """One harmless thing lying about: "leaf", "stone", "dirt", "paint" or "grass"."""
+
+    kind: str
+    centre: tuple[float, float]
+    angle: float
+    size: float
+    colour: Colour
+
+
+@dataclass(frozen=True)
+class Defect:
+    """What happened to the clip.
+
+    Broken: the part of the centre line between `keep[0]` and `keep[1]` (fractions of its length) is left; `fragment` is
+    the pose (x, y, angle) of a piece lying near, or None. Displaced: the clip is turned by `turn` about its centre,
+    shifted by `shift` and lifted by `lift`. `bolt_lost` (tension clamp only): the bolt is gone as well.
+    """
+
+    kind: str
+    keep: tuple[float, float] = (0.0, 1.0)
+    fragment: tuple[float, float, float] | None = None
+    turn: float = 0.0
+    shift: tuple[float, float] = (0.0, 0.0)
+    lift: float = 0.0
+    bolt_lost: bool = False
+
+
+@dataclass(frozen=True)
+class Scene:
+    pose: Pose
+    light: Light
+    camera: Camera
+    track: Track
+    fastener: Fastener
+    litter: tuple[Litter, ...]
+    defect: Defect
+    texture_seed: int
+
+
+def sample_scene(rng: np.random.Generator, defect: str) -> Scene:
+    """Draw a whole scene. `defect`, one of DEFECTS, only decides the last draws: all else is independent of it."""
+    track = _sample_track(rng)
+    fastener = _sample_fastener(rng, track.rail_colour)
+    return Scene(
+        pose=Pose(
+            shift=(rng.uniform(-0.05, 0.05), rng.uniform(-0.05, 0.05)),
+            angle=math.radians(rng.uniform(-4, 4)),
+            scale=rng.uniform(0.94, 1.06),
+        ),
+        light=_sample_light(rng),
+        camera=Camera(
+            exposure=2.0 ** rng.uniform(-0.6, 0.55),
+            balance=_sample_balance(rng),
+            vignetting=rng.uniform(0, 0.35),
+            haze=max(0.0, rng.uniform(-0.03, 0.02)),
+            blur=rng.uniform(0.0008, 0.0035),
+            noise=rng.uniform(0.004, 0.018),
+        ),
+        track=track,
+        fastener=fastener,
+        litter=tuple(_sample_litter(rng) for _ in range(rng.poisson(1.4))),
+        texture_seed=int(rng.integers(2**62)),
+        defect=_sample_defect(rng, defect, fastener.kind),
+    )
+
+
+def vary(rng: np.random.Generator, palette: tuple[Colour, ...], spread: float = 0.12) -> Colour:
+    """A palette colour with its brightness and, less, its channels varied."""
+    base = np.asarray(palette[rng.integers(len(palette))])
+    return tuple(base * np.exp(rng.normal(0, spread) + rng.normal(0, 0.15 * spread, 3)))
+
+
+def _sample_balance(rng: np.random.Generator) -> Colour:
+    """White balance: cameras err along warm to cool, and little between green and magenta."""
+    warm, green = rng.normal(0, 0.07), rng.normal(0, 0.015)
+    return math.exp(warm), math.exp(green), math.exp(-warm)
+
+
+def _sample_light(rng: np.random.Generator) -> Light:
+    azimuth = rng.uniform(0, 2 * math.pi)
+    elevation = math.radians(rng.uniform(32, 75))
+    overcast = rng.random() < 0.3
+    sun = rng.uniform(0.1, 0.35) if overcast else rng.uniform(0.8, 1.6)
+    warmth = rng.uniform(0.0, 0.18)
+    bars = []
+    if not overcast and rng.random() < 0.35:
+        # Half width 2 makes one edge of a large shadow; the small ones are wires and masts.
+        half_width = 2.0 if rng.random() < 0.55 else rng.uniform(0.02, 0.10)
+        offset = rng.uniform(-0.45, 0.45)
+        side = rng.choice((-1, 1)) * half_width if half_width > 1 else 0.0
+        bars.append((rng.uniform(0, math.pi), offset + side, half_width, rng.uniform(0.5, 0.9)))
+    flat = math.cos(elevation)
+    return Light(
+        towards=(flat * math.cos(azimuth), flat * math.sin(azimuth), math.sin(elevation)),
+        sun=(sun, sun * (1 - 0.4 * warmth), sun * (1 - warmth)),
+        sky=tuple((rng.uniform(0.55, 0.75) if overcast else rng.uniform(0.22, 0.40)) * np.array((0.93, 0.98, 1.06))),
+        softness=0.09 if overcast else rng.uniform(0.012, 0.03),
+        bars=tuple(bars),
+    )
+
+
+def _sample_track(rng: np.random.Generator) -> Track:
+    bed = str(rng.choice(("concrete", "wood", "slab"), p=(0.62, 0.22, 0.16)))
+    upper, lower = -rng.uniform(0.30, 0.56), rng.uniform(0.30, 0.56)
+    if bed == "slab":
+        upper, lower = -2.0, 2.0
+    return Track(
+        bed=bed,
+        bed_colour=vary(rng, WOOD if bed == "wood" else CONCRETE),
+        bed_edges=(upper, lower),
+        ballast_colour=vary(rng, BALLAST, 0.2),
+        stone=rng.uniform(0.10, 0.17),
+        foot_edge=rng.uniform(-0.085, -0.055),
+        head_edge=rng.uniform(-0.42, -0.33),
+        polished=rng.uniform(0.35, 1.0),
+        rail_colour=vary(rng, RUST, 0.2),
+        dirt=rng.uniform(0.0, 0.9),
+        dirt_colour=vary(rng, ((0.16, 0.12, 0.085), (0.10, 0.085, 0.07), (0.24, 0.17, 0.11)), 0.2),
+        rust_stain=rng.uniform(0.0, 0.8),
+    )
+
+
+def _sample_fastener(rng: np.random.Generator, rail_colour: Colour) -> Fastener:
+    # A clip as bright as the rail and plate under it would hide in them: such a one is made brighter.
+    clip_colour = vary(rng, STEEL, 0.15)
+    if abs(math.log(sum(clip_colour) / sum(rail_colour))) < 0.45:
+        clip_colour = tuple(1.6 * value for value in clip_colour)
+    kind = "e" if rng.random() < 0.6 else "w"
+    return Fastener(
+        kind=kind,
+        stretch=(rng.uniform(0.96, 1.06), rng.uniform(0.95, 1.05)),
+        radius=rng.uniform(0.031, 0.035) if kind == "e" else rng.uniform(0.026, 0.029),
+        clip_colour=clip_colour,
+        clip_rust=rng.uniform(0.0, 0.9),
+        gloss=rng.uniform(0.1, 0.6),
+        seat_colour=vary(rng, PLASTIC, 0.2),
+        shoulder_colour=vary(rng, RUST, 0.25),
+        bolt_angle=rng.uniform(0, math.pi / 3),
+    )
+
+
+def _sample_litter(rng: np.random.Generator) -> Litter:
+    kind = str(rng.choice(("leaf", "stone", "dirt", "paint", "grass"), p=(0.2, 0.3, 0.25, 0.1, 0.15)))
+    palette = {"leaf": LEAF, "stone": BALLAST, "paint": PAINT, "grass": (LEAF[1], (0.24, 0.22, 0.09))}
+    size = {
+        "leaf": (0.05, 0.10),
+        "stone": (0.025, 0.06),
+        "dirt": (0.07, 0.16),
+        "paint": (0.05, 0.11),
+        "grass": (0.10, 0.22),
+    }
+    # Things lie around the clip, not on it, so that no harmless thing hides a clip.
+    while True:
+        centre = rng.uniform(-0.48, 0.48, 2)
+        if abs(centre[0]) > 0.25 or abs(centre[1]) > 0.30:
+            break
+    return Litter(
+        kind=kind,
+        centre=tuple(centre),
+        angle=rng.uniform(0, 2 * math.pi),
+        size=rng.uniform(*size[kind]),
+        colour=vary(rng, palette.get(kind, ((0.12, 0.09, 0.06), (0.05, 0.045, 0.04), (0.30, 0.24, 0.17))), 0.2),
+    )
+
+
+def _sample_defect(rng: np.random.Generator, defect: str, clip: str) -> Defect:
+    if defect == "good":
+        return Defect("good")
+    if defect == "missing":
+        return Defect("missing", bolt_lost=rng.random() < 0.5)
+    if defect == "broken":
+        # The e-clip starts with its centre leg hidden in the shoulder, so more of it must go at that end.
+        if rng.random() < 0.5:
+            keep = (0.0, rng.uniform(0.42, 0.62))
+        else:
+            keep = (rng.uniform(0.52, 0.66) if clip == "e" else rng.uniform(0.38, 0.58), 1.0)
+        fragment = None
+        if rng.random() < 0.4:
+            side = float(rng.choice((-1, 1)))
+            fragment = (rng.uniform(0.24, 0.34), side * rng.uniform(0.10, 0.34), rng.uniform(0, 2 * math.pi))
+        return Defect("broken", keep=keep, fragment=fragment)
+    sign = float(rng.choice((-1, 1)))
+    way = rng.uniform(0, 2 * math.pi)
+    if clip == "w":
+        shift, bolt_lost = rng.uniform(0.0, 0.04), False
+        if rng.random() < 0.4:
+            shift, bolt_lost = rng.uniform(0.08, 0.15), True
+        turn = sign * math.radians(rng.uniform(22, 60))
+        return Defect("displaced", turn=turn, shift=_polar(shift, way), lift=0.02, bolt_lost=bolt_lost)
+    if rng.random() < 0.4:  # worked out of the shoulder along the rail
+        shift = (rng.uniform(-0.02, 0.04), sign * rng.uniform(0.10, 0.18))
+        return Defect("displaced", turn=rng.normal(0, 0.12), shift=shift, lift=0.01)
+    turn = sign * math.radians(rng.uniform(28, 120))
+    return Defect("displaced", turn=turn, shift=_polar(rng.uniform(0.04, 0.13), way), lift=0.06)
+
+
+def _polar(length: float, angle: float) -> tuple[float, float]:
+    return length * math.cos(angle), length * math.sin(angle)

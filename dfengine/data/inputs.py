@@ -1,0 +1,234 @@
+"""The argument of `Detector.detect`: anything that holds images becomes a list of `InputImage`.
+
+    path of a file                      one image, read when it is loaded
+    path of a folder                    all its images, subfolders included
+    PIL image                           its current frame, EXIF orientation applied
+    NumPy array                         (H, W) | (H, W, C) | (B, H, W, C), channels last
+    torch tensor                        (H, W) | (C, H, W) | (B, C, H, W), channels first, any device
+    __cuda_array_interface__ | DLPack   as NumPy: channels last; taken over without a copy, on their device
+    InputImage                          as `collect_inputs` gives it
+    list, tuple or iterator             of any of these, mixed in kind and size
+
+C is 1 (gray), 3 (RGB) or 4 (RGBA, composited over black). Pixels are uint8, uint16, bool (0 and 1) or float in
+[0, 1]. What is not listed is refused rather than guessed: a NumPy array (3, H, W), for one.
+
+A problem of the batch itself (nothing in it, a type or rank that means nothing) raises at once. A problem of one
+item of a list, and every problem of pixels (not finite, out of range, unreadable file), stays with its `InputImage`
+and is raised by its `load`, so that one bad image is reported and the others are scored.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dfengine.data.decode import check_dtype, check_range, check_size, over_black, pil_to_array
+from dfengine.data.images import list_images, read_image, resize_unit, resize_weights
+from dfengine.errors import DataError, ImageError, UsageError
+
+_EXPECTED = "a path, a PIL image, a NumPy array, a torch tensor, or a list of these"
+_DTYPES = (torch.uint8, torch.uint16, torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass
+class InputImage:
+    """One image of a batch. `name` is the path as given, or its place: "batch[3]", or "batch[3][0]" in a nested batch.
+
+    It holds one of these: `array`, (H, W, C) with C of 1, 3 or 4, a NumPy array, or a torch tensor where the pixels
+    are on a device; `path` or `image`, which `load` reads, each time anew, so that a long list needs no memory;
+    `error`, the reason why it is refused already.
+    """
+
+    name: str
+    array: np.ndarray | torch.Tensor | None = None
+    path: str | Path | None = None
+    image: Image.Image | None = None
+    error: ImageError | None = None
+    _size: tuple[int, int] | None = field(default=None, repr=False)
+
+    @property
+    def original_size(self) -> tuple[int, int]:
+        """(H, W) before resizing, EXIF orientation applied. Reads the image if `load` has not. Raises ImageError."""
+        if self._size is None:
+            self._read()
+        return self._size
+
+    def load(self, size: int) -> np.ndarray:
+        """The unit image, float32 (size, size, 3) in [0, 1], in host memory. Raises ImageError."""
+        array = self._read()
+        if isinstance(array, torch.Tensor):
+            return _resize_tensor(array, size, self.name).cpu().numpy()
+        return resize_unit(array, size, self.name)
+
+    def load_tensor(self, size: int, device: str | torch.device = "cpu") -> torch.Tensor:
+        """`load` as a tensor on `device`. Pixels that are there already never leave it."""
+        array = self._read()
+        if isinstance(array, torch.Tensor):
+            return _resize_tensor(array, size, self.name).to(device)
+        return torch.from_numpy(resize_unit(array, size, self.name)).to(device)
+
+    def _read(self) -> np.ndarray | torch.Tensor:
+        """The pixels: an array image, or a device tensor (H, W, C)."""
+        if self.error is not None:
+            raise self.error
+        if self.path is not None:
+            array = read_image(self.path)
+        elif self.image is not None:
+            array = pil_to_array(self.image, self.name)
+        elif isinstance(self.array, torch.Tensor):
+            array = self.array
+        else:
+            array = _to_array_image(self.array, self.name)
+        self._size = tuple(array.shape[:2])
+        return array
+
+
+def collect_inputs(batch: Any) -> list[InputImage]:
+    """The images of a batch, in order; the module's docstring says what a batch can be.
+
+    Raises UsageError for an empty batch or an unknown type, DataError for a folder without images, ImageError for an
+    array that means nothing (dtype, rank, channels, size).
+    """
+    if isinstance(batch, Iterator):
+        batch = list(batch)
+    if not isinstance(batch, (list, tuple)):
+        images = _expand(batch, "batch")
+    else:
+        images = []
+        for i, item in enumerate(batch):
+            name = f"batch[{i}]"
+            try:
+                images += _expand(item, name)
+            except ImageError as error:
+                images.append(InputImage(error.name, error=error))
+            except DataError as error:
+                folder = os.fsdecode(item)
+                reason = str(error).removeprefix(f"{Path(folder)}: ")
+                images.append(InputImage(folder, error=ImageError(folder, reason)))
+    if not images:
+        raise UsageError(f"batch: is empty; expected {_EXPECTED}")
+    return images
+
+
+def _expand(item: Any, name: str) -> list[InputImage]:
+    """The images of one item, which is called `name` where it has no name of its own."""
+    if isinstance(item, InputImage):
+        return [item]
+    if isinstance(item, (str, os.PathLike)):
+        given = os.fsdecode(item)
+        if os.path.isdir(given):
+            return [InputImage(str(path), path=path) for path in list_images(given)]
+        # Not through Path, which would tidy the name: "./a.png" is shown as it was given.
+        return [InputImage(given, path=given)]
+    if isinstance(item, Image.Image):
+        return [InputImage(os.fspath(getattr(item, "filename", "") or _place(name)), image=item)]
+    if isinstance(item, torch.Tensor):
+        return _split(_tensor(item, name, channels_first=True), name)
+    if isinstance(item, np.ndarray):
+        return _split(_numpy(item, name), name)
+    if hasattr(item, "__cuda_array_interface__"):
+        return _split(_tensor(_adopt(lambda: torch.as_tensor(item), name), name), name)
+    if hasattr(item, "__dlpack__"):
+        return _split(_tensor(_adopt(lambda: torch.from_dlpack(item), name), name), name)
+    if hasattr(item, "__array__") or hasattr(item, "__array_interface__"):
+        return _split(_numpy(_adopt(lambda: np.asarray(item), name), name), name)
+    raise UsageError(f"{name}: is of type {type(item).__name__}; expected {_EXPECTED}")
+
+
+def _place(name: str) -> str:
+    return "batch[0]" if name == "batch" else name
+
+
+def _adopt(take, name: str):
+    """A foreign array taken over by torch or NumPy; whatever that raises becomes an ImageError."""
+    try:
+        return take()
+    except Exception as error:
+        text = " ".join(str(error).split())[:150] or type(error).__name__
+        raise ImageError(name, f"the array cannot be taken over ({text})") from error
+
+
+def _numpy(array: np.ndarray, name: str) -> np.ndarray:
+    """A checked array, (H, W, C) or (B, H, W, C)."""
+    check_dtype(array.dtype, name)
+    return _check_shape(array[..., None] if array.ndim == 2 else array, name, array.shape)
+
+
+def _tensor(tensor: torch.Tensor, name: str, channels_first: bool = False) -> np.ndarray | torch.Tensor:
+    """A checked tensor as (H, W, C) or (B, H, W, C): a NumPy array that shares its memory on the CPU, else a view."""
+    tensor = tensor.detach()
+    if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise ImageError(name, f"pixels of type {kind}; expected a dense uint8, uint16 or float tensor in [0, 1]")
+    last = tensor[..., None] if tensor.ndim == 2 else tensor
+    if channels_first and tensor.ndim in (3, 4):
+        last = tensor.movedim(-3, -1)
+    _check_shape(last, name, tensor.shape, channels_first)
+    if last.device.type != "cpu":
+        return last
+    # NumPy has no bfloat16; resolve_neg because a lazily negated tensor has no memory to share.
+    return (last.float() if last.dtype == torch.bfloat16 else last.resolve_neg()).numpy()
+
+
+def _check_shape(array, name: str, given, channels_first: bool = False):
+    """`array` if it is (H, W, C) or (B, H, W, C) with 1, 3 or 4 channels and a size in bounds; else ImageError."""
+    expected = "(H, W), (C, H, W) or (B, C, H, W)" if channels_first else "(H, W), (H, W, C) or (B, H, W, C)"
+    shape = tuple(given)
+    if array.ndim not in (3, 4):
+        raise ImageError(name, f"an array of shape {shape}; expected {expected}")
+    if array.shape[-1] not in (1, 3, 4):
+        hint = ""
+        if array.ndim == 3 and array.shape[0 if not channels_first else 1] in (1, 3, 4):
+            hint = f"; it looks like channels {'last' if channels_first else 'first'}"
+        raise ImageError(name, f"an array of shape {shape} has {array.shape[-1]} channels; "
+                               f"expected {expected} with C = 1, 3 or 4{hint}")
+    if array.ndim == 4 and array.shape[0] == 0:
+        raise ImageError(name, "an array of no images")
+    check_size(array.shape[-3], array.shape[-2], name)
+    return array
+
+
+def _split(array, name: str) -> list[InputImage]:
+    if array.ndim == 3:
+        return [InputImage(_place(name), array=array)]
+    return [InputImage(f"{name}[{i}]", array=image) for i, image in enumerate(array)]
+
+
+def _to_array_image(array: np.ndarray, name: str) -> np.ndarray:
+    """(H, W, C) of any accepted dtype -> array image. Floats keep their width; `resize_unit` checks the RGB ones."""
+    if array.dtype == bool:
+        array = array.astype(np.uint8) * np.uint8(255)
+    if array.shape[2] == 4:
+        if np.issubdtype(array.dtype, np.floating):
+            # Before compositing: an alpha or a colour out of range must not hide in the product.
+            check_range(float(array.min()), float(array.max()), name)
+        array = over_black(array)
+    return np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array
+
+
+def _resize_tensor(image: torch.Tensor, size: int, name: str) -> torch.Tensor:
+    """`resize_unit` for a tensor (H, W, C) on a device: float32 (size, size, 3), equal to rounding."""
+    if image.dtype.is_floating_point:
+        low, high = torch.aminmax(image)
+        check_range(float(low), float(high), name)
+        unit = image.to(torch.float32).clamp(0, 1)
+    else:
+        white = {torch.uint8: 255, torch.uint16: 65535, torch.bool: 1}[image.dtype]
+        unit = image.to(torch.float32) / white
+    if unit.shape[2] == 4:
+        unit = unit[..., :3] * unit[..., 3:]
+    unit = unit.expand(-1, -1, 3) if unit.shape[2] == 1 else unit
+    height, width = unit.shape[:2]
+    # The axis that leaves less in between goes first, as in resize_unit.
+    for axis in ((0, 1) if height > width else (1, 0)):
+        if unit.shape[axis] != size:
+            weights = torch.from_numpy(resize_weights(unit.shape[axis], size)).to(unit)
+            unit = torch.tensordot(weights, unit, dims=([1], [axis])).movedim(0, axis)
+    return unit.clamp(0, 1).contiguous()

@@ -1,0 +1,111 @@
+"""Atomic file writing: a reader sees the old file or the whole new one, and a failure leaves the old file as it was."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dfengine.errors import DfengineError
+
+_REASONS = {
+    errno.ENOSPC: "no space left on device",
+    errno.EDQUOT: "disk quota exceeded",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.ENOENT: "no such file",
+    errno.ENOTDIR: "a part of its path is a file, not a folder",
+    errno.EISDIR: "is a folder, not a file",
+    errno.ENOTEMPTY: "is a folder, not a file",
+    errno.EEXIST: "a part of its path is a file, not a folder",  # from mkdir
+    errno.ELOOP: "symbolic links that lead in a circle",
+    errno.ENAMETOOLONG: "the file name is too long",
+    errno.EIO: "input/output error of the disk",
+    errno.ESTALE: "the network drive is gone",
+}
+
+
+def os_reason(error: OSError) -> str:
+    """The few words a person can act on: "no space left on device", not "[Errno 28] ..."."""
+    return _REASONS.get(error.errno) or (error.strerror or str(error) or type(error).__name__).lower()
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Gives the path of an empty temporary file beside `path` (same suffix); renamed to `path` when the block succeeds.
+
+    Missing parent folders are created. The content is forced to disk before the rename, so that a power cut
+    leaves the old or the new file. If the block raises, the temporary file is removed and `path` is untouched.
+    A symbolic link is followed: its target is replaced, the link stays.
+
+    Raises DfengineError, "PATH: cannot be written: REASON", for any OSError of the block or of the rename.
+    """
+    shown = Path(path)
+    temporary = None
+    try:
+        target = Path(os.path.realpath(shown)) if shown.is_symlink() else shown
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A short stem: a target with the longest allowed name still gets a temporary one.
+        handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=target.suffix[:32], dir=target.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        temporary.chmod(_mode(target))
+        _sync(temporary)
+        os.replace(temporary, target)
+        _sync(target.parent)
+    except OSError as error:
+        _remove(temporary)
+        raise DfengineError(f"{shown}: cannot be written: {os_reason(error)}") from error
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def atomic_write(path: str | os.PathLike, content: bytes | str) -> None:
+    """Writes bytes, or text as UTF-8, through `atomic_path`."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(data)
+
+
+def _mode(target: Path) -> int:
+    """The permissions `target` has, or those an ordinary new file would get (mkstemp makes private files)."""
+    try:
+        return target.stat().st_mode & 0o777
+    except FileNotFoundError:
+        umask = os.umask(0)
+        os.umask(umask)
+        return 0o666 & ~umask
+
+
+def _sync(path: Path) -> None:
+    """fsync of a file or a folder; folders only where the system can open them (not on Windows)."""
+    try:
+        descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    except OSError:
+        if path.is_file():
+            raise
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems know no fsync; a full disk or an i/o error must not pass for success.
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _remove(temporary: Path | None) -> None:
+    if temporary is not None:
+        try:
+            temporary.unlink()
+        except OSError:
+            pass  # already gone, or the folder went: the first error is the one to report

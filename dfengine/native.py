@@ -1,0 +1,57 @@
+"""The compiled extension dfengine._native: whether it is there, why not, and what this processor offers it.
+
+The extension is optional: installation builds it where a C++ compiler is found and else records the reason, which
+`status` repeats.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+BUILD_NOTE = "_native_missing.txt"
+"""Written beside this file by setup.py when the extension could not be built; its text is the reason."""
+
+
+def _load():
+    try:
+        from dfengine import _native
+    except ImportError as error:
+        note = Path(__file__).with_name(BUILD_NOTE)
+        if note.is_file():
+            return None, note.read_text(encoding="utf-8").strip()
+        return None, f"cannot be imported ({error})"
+    return _native, ""
+
+
+module, reason = _load()
+"""The extension module or None, and the reason why it is None."""
+
+
+def available() -> bool:
+    """Whether the CPU kernels are compiled in."""
+    return module is not None
+
+
+def status() -> str:
+    """One line: how the extension was built and what it uses here, or why it is missing."""
+    if module is None:
+        return f"dfengine._native is not available: {reason}"
+    levels = ", ".join(f"{name} {'yes' if usable else 'no'}" for name, usable in cpu_levels().items())
+    return f"dfengine._native built with {module.compiler}; instruction sets: {levels}"
+
+
+def cpu_levels() -> dict[str, bool]:
+    """Instruction-set levels compiled in, least first, and whether this processor runs them; {} when missing."""
+    if module is None:
+        return {}
+    levels = module.cpu_levels()
+    return {name: levels[name] for name in ("base", "avx2", "avx512") if name in levels}
+
+
+def source_folder() -> Path:
+    """The C++ and CUDA sources: `csrc` of the repository, or its copy inside an installed package."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / "csrc", here.parent / "csrc"):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError("csrc is missing from this installation of dfengine")

@@ -1,0 +1,8 @@
+"""Training a detector from a folder of normal images: `train(TrainConfig(minutes=30), preset(...), data, out)`."""
+
+from dfengine.training.config import TrainConfig
+from dfengine.training.loop import TrainResult, run_folder_of, train
+from dfengine.training.state import TrainingInterrupted
+from dfengine.training.trainer import TrainingDiverged
+
+__all__ = ["TrainConfig", "TrainResult", "TrainingDiverged", "TrainingInterrupted", "run_folder_of", "train"]

@@ -1,0 +1,382 @@
+"""Training from a folder of normal images (DESIGN section 1, "Training")."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from dfengine._version import __version__
+from dfengine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from dfengine.data.synthesis import Synthesizer
+from dfengine.data.textures import TextureSource
+from dfengine.data.training_set import validation_set
+from dfengine.engine.modules import ModuleRunner
+from dfengine.errors import ConfigError, DfengineError, UsageError
+from dfengine.evaluation.calibration import calibrate
+from dfengine.models import ModelConfig, build_model
+from dfengine.training.config import PRECISIONS, TrainConfig
+from dfengine.training.data import read_normals
+from dfengine.training.distributed import World
+from dfengine.training.log import RunLog
+from dfengine.training.precision import Precision, choose_precision
+from dfengine.training.schedule import Budget, Clock, stage_of
+from dfengine.training.state import RunState, TrainingInterrupted, check_identity, load_state
+from dfengine.training.step import Objective
+from dfengine.training.trainer import Trainer, TrainingDiverged
+from dfengine.training.validation import panel, run, validate
+
+MAX_VALIDATION_NORMALS = 64
+INFERENCE_SEED = 0  # of validation and calibration: the seed that detection takes by default
+# A later validation replaces the best one unless it is worse by more than this: the score is noisy on few images, and
+# at equal score the longer trained denoiser is the better one.
+TOLERANCE = 0.005
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run gives. `record` is the training record inside the checkpoint `out`; `run_folder` holds state,
+    log.csv, loss.png, panels/ and tensorboard/."""
+
+    out: Path
+    run_folder: Path
+    record: dict[str, Any]
+
+
+def run_folder_of(out: Path) -> Path:
+    """`<out without suffix>.run`, beside the checkpoint."""
+    return out.with_suffix(".run")
+
+
+def train(
+    config: TrainConfig,
+    model_config: ModelConfig,
+    data: Path,
+    out: Path,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    stop: Callable[[int], bool] | None = None,
+) -> TrainResult:
+    """Trains a detector on the normal images of the folder `data` and writes the checkpoint `out`.
+
+    `resume` continues the state in the run folder, exactly as if it had never stopped (bit for bit on CPU with a budget
+    in steps or epochs). `stop(step)`, asked after each step, ends the run as Ctrl-C does when it returns True.
+    Under torchrun, every process calls this with the same arguments; the main one logs and writes.
+
+    Raises `DataError` for data that cannot be trained on, `UsageError` for options that do not fit each other or the
+    saved state, `TrainingDiverged` when a loss is not finite, `TrainingInterrupted` (exit code 130) after Ctrl-C,
+    SIGTERM, `stop` or `leg_minutes`, when the state has been saved.
+    """
+    if model_config.channels != 3:
+        raise ConfigError(f"training reads colour images: channels must be 3, not {model_config.channels}")
+    config = config.resolve(model_config)
+    if config.workers is None:
+        cpus = os.cpu_count() or 1
+        config = config.replace(workers=min(8, cpus // 2))
+    threads = torch.get_num_threads()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    try:
+        with World(config.device) as world:
+            return _Run(config, model_config, Path(data), Path(out), world, resume, console).go(stop)
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Run:
+    """One process of a training run, from reading the images to writing the checkpoint."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model_config: ModelConfig,
+        data: Path,
+        out: Path,
+        world: World,
+        resume: bool,
+        console: Console | None,
+    ):
+        self.config, self.model_config, self.data, self.out, self.world = config, model_config, data, out, world
+        self.folder = run_folder_of(out)
+        self.state_path = self.folder / "state.safetensors"
+        self.best_path = self.folder / "best.safetensors"
+        self.console = (console or Console(stderr=True)) if world.is_main else Console(quiet=True)
+        self.resumed = resume
+
+        size = model_config.image_size
+        self.normals = read_normals(data, size, config.holdout, config.seed)
+        self._report_data()
+        folder = config.textures
+        textures = TextureSource.from_folder(folder, size) if folder else TextureSource.procedural(size)
+        train_images = self.normals.images[self.normals.train]
+        held_out = self.normals.images[self.normals.held_out]
+        self.budget = Budget.of(config, len(train_images), world.size)
+        synthesizer = Synthesizer(train_images, textures, config.synthesis)
+        self.validation = validation_set(
+            held_out[:MAX_VALIDATION_NORMALS], textures, config.synthesis, config.seed, config.validation_samples
+        )
+
+        state, tensors = self._resumed_state() if resume else (self._fresh_state(), None)
+        precision = self._precision(state.precision)
+        state.precision = precision.name
+        self.trainer = Trainer(config, model_config, train_images, synthesizer, world, precision, state)
+        if tensors:
+            self.trainer.restore(tensors)
+        self.runner = ModuleRunner(self.trainer.average, world.device, precision.name, INFERENCE_SEED)
+        if model_config.mode == "iterative":
+            # The chain costs t_b + 1 evaluations an image: while training, its norm-guided twin stands in for it.
+            self.runner.config = model_config.replace(mode="norm-guided")
+        self._validated: dict[str, float] = {}
+        self._signalled = False
+        self.clock = Clock(state.elapsed)
+
+    @property
+    def state(self) -> RunState:
+        return self.trainer.state
+
+    def go(self, stop: Callable[[int], bool] | None) -> TrainResult:
+        """Trains to the end of the budget and writes the checkpoint."""
+        record = {}
+        with ExitStack() as stack:
+            stack.callback(self.trainer.close)
+            stack.enter_context(self._catching_signals())
+            log = None
+            if self.world.is_main:
+                resume_step = self.state.step if self.resumed else None
+                log = stack.enter_context(RunLog(self.folder, self.console, resume_step))
+            try:
+                self._loop(log, stop)
+            except TrainingDiverged as error:
+                kept = f"the last good state is kept in {self.folder}" if self.state_path.exists() else "no state yet"
+                raise TrainingDiverged(f"{error} ({kept})") from None
+            if log:
+                record = self._finish(log)
+            self.world.barrier()
+        return TrainResult(self.out, self.folder, record)
+
+    def _loop(self, log: RunLog | None, stop: Callable[[int], bool] | None) -> None:
+        config, state = self.config, self.state
+        asked, saved_at = False, 0.0
+        logged_step, logged_at = state.step, self.clock.elapsed
+        before = self.budget.progress(state.step, state.elapsed)
+        while True:
+            if config.leg_minutes is not None and self.clock.this_process >= 60 * config.leg_minutes:
+                asked = True
+            interrupted, state.elapsed = self.world.agree(asked or self._signalled, self.clock.elapsed)
+            progress = self.budget.progress(state.step, state.elapsed)
+            due = int(progress * config.validations) > int(before * config.validations)
+            if state.step > logged_step and (due or state.step % config.log_every == 0):
+                row = self._row(before) | self.trainer.means()
+                pace = (state.elapsed - logged_at) / (state.step - logged_step)
+                logged_step, logged_at = state.step, state.elapsed
+                if log:
+                    log.row(row, self.budget.seconds_left(state.step, state.elapsed, pace))
+            if due and log:
+                self._validate(before, log)
+            if log and (due or self.clock.this_process - saved_at >= 60 * config.save_minutes):
+                saved_at = self.clock.this_process
+                self._save(log)
+            if progress >= 1:
+                return
+            if interrupted:
+                if log:
+                    self.trainer.save(self.state_path)
+                self.world.barrier()  # nobody may go on, and perhaps resume, before the state is there
+                raise TrainingInterrupted(
+                    f"training stopped at step {state.step} ({100 * progress:.1f}%); the state is saved in "
+                    f"{self.folder}: the same command with --resume goes on"
+                )
+            self.trainer.step(stage_of(config, progress), progress)
+            asked = stop is not None and stop(state.step)
+            before = progress
+
+    def _row(self, progress: float) -> dict[str, float]:
+        """The counters of a log row; `progress` is where its last step began."""
+        state, groups = self.state, self.trainer.optimizer.param_groups
+        return {
+            "step": state.step,
+            "stage": stage_of(self.config, progress),
+            "progress": progress,
+            "seconds": state.elapsed,
+            "images": state.images_seen,
+            "rate": groups[0]["lr"],
+            "segmentation_rate": groups[1]["lr"],
+        }
+
+    def _validate(self, progress: float, log: RunLog) -> None:
+        """Logs metrics and panel, and keeps the weights as the best where they are."""
+        self.trainer.refresh_average()
+        row = self._row(progress)
+        values = validate(self.runner, self.validation, row["stage"], self.config.seed)
+        self._validated = {"step": self.state.step, **values}
+        row = {key: row[key] for key in ("step", "stage", "progress", "seconds")} | values
+        log.validation(row, panel(self.runner, self.validation, row["stage"]))
+        score, best = values.get("val_score"), self.state.best.get("best_score", 0.0)
+        if score is None or score < best - TOLERANCE or self.config.keep == "last":
+            return
+        try:
+            weights = self.trainer.average.state_dict()
+            save_checkpoint(self.best_path, Checkpoint(self.model_config, weights, self._record(self._validated)))
+        except DfengineError as error:
+            log.say(f"warning: {error}")
+        else:
+            self.state.best = self._validated | {"best_score": max(best, score)}
+
+    def _save(self, log: RunLog) -> None:
+        """Saves the state; a failing disk is reported, and the state before stays."""
+        try:
+            self.trainer.save(self.state_path)
+        except TrainingDiverged:
+            raise
+        except DfengineError as error:
+            log.say(f"warning: {error}")
+
+    def _finish(self, log: RunLog) -> dict[str, Any]:
+        """Writes the checkpoint: best or last weights, training record, and a first calibration. Returns the record."""
+        if self._validated.get("step") != self.state.step:
+            self._validate(1.0, log)
+        weights, metrics = self.trainer.average.state_dict(), self._validated
+        if self.state.best and self.state.best["step"] != self.state.step and self.config.keep == "best":
+            weights, metrics = load_checkpoint(self.best_path).state, self.state.best
+        checkpoint = Checkpoint(self.model_config, weights, self._record(metrics))
+        detector = ModuleRunner(checkpoint.build(), self.world.device, "float32", INFERENCE_SEED)
+        scores = run(detector, self.normals.images[self.normals.held_out])[2]
+        calibration = calibrate(scores, self.config.false_alarm_rate)
+        save_checkpoint(self.out, checkpoint.with_calibration(calibration))
+        self.state.finished = True
+        self._save(log)
+        log.say(calibration.message)
+        log.say(f"checkpoint written to {self.out}; log, panels and state are in {self.folder}")
+        return checkpoint.training
+
+    def _record(self, metrics: dict[str, float]) -> dict[str, Any]:
+        """The training record: enough to know what the weights are and to make them again."""
+        state, normals = self.state, self.normals
+        return {
+            "config": self.config.to_dict(),
+            "data": {
+                "name": self.data.resolve().name,
+                "fingerprint": normals.fingerprint,
+                "images": len(normals.images),
+                "held_out": normals.held_out_names,
+                "held_out_also_trained": normals.overlap,
+                "skipped": [name for name, _ in normals.skipped],
+            },
+            "steps": state.step,
+            "stage_steps": list(state.stage_steps),
+            "images_seen": state.images_seen,
+            "seconds": round(self.clock.elapsed, 1),
+            "seed": self.config.seed,
+            "precision": state.precision,
+            "processes": self.world.size,
+            "validation": metrics,
+            "versions": {
+                "dfengine": __version__,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+            },
+            "hardware": hardware(self.world.device),
+        }
+
+    def _report_data(self) -> None:
+        normals = self.normals
+        for name, reason in normals.skipped:
+            self.console.print(f"skipped {name}: {reason}", highlight=False, markup=False, soft_wrap=True)
+        text = f"{len(normals.train)} normal images to train on, {len(normals.held_out)} held out"
+        if normals.overlap:
+            text += " (too few to hold any back: the held-out ones are trained on too, and the threshold is optimistic)"
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _identity(self) -> dict[str, Any]:
+        identity = {
+            "model": self.model_config.to_dict(),
+            "training": self.config.identity(),
+            "data fingerprint": self.normals.fingerprint,
+            "number of processes": self.world.size,
+        }
+        return json.loads(json.dumps(identity))  # as it reads back from a file
+
+    def _resumed_state(self) -> tuple[RunState, dict[str, torch.Tensor]]:
+        state, tensors = load_state(self.state_path, self.world.device)
+        check_identity(self.state_path, state.identity, self._identity())
+        return state, tensors
+
+    def _fresh_state(self) -> RunState:
+        """A new state, in a run folder cleared of an earlier, finished run. An unfinished one is not thrown away."""
+        if self.state_path.exists() and not (old := load_state(self.state_path, torch.device("cpu"))[0]).finished:
+            raise UsageError(
+                f"{self.folder}: holds an unfinished run at step {old.step}; resume it, or remove that folder"
+            )
+        self.world.barrier()
+        if self.world.is_main:
+            for leftover in (self.state_path, self.best_path):
+                leftover.unlink(missing_ok=True)
+            for leftover in ("panels", "tensorboard"):
+                shutil.rmtree(self.folder / leftover, ignore_errors=True)
+        return RunState(self._identity(), precision=self.config.precision)
+
+    def _precision(self, name: str) -> Precision:
+        """The precision called `name`; all processes take what the main one measures for "auto"."""
+        config, device = self.config, self.world.device
+        model = build_model(self.model_config).to(device)
+        size, count = self.model_config.image_size, min(8, config.batch_size)
+        batch = {
+            "image": torch.from_numpy(self.normals.images[np.arange(count) % len(self.normals.images)]),
+            "position": torch.arange(count),
+            "mask": torch.zeros((count, size, size), dtype=torch.uint8),
+            "label": torch.zeros(count, dtype=torch.int64),
+        }
+
+        def step(precision: Precision) -> None:
+            model.zero_grad(set_to_none=True)
+            Objective(model, config, self.model_config, precision)(batch, stage=1).total.backward()
+
+        chosen = choose_precision(name, device, step)
+        names = list(PRECISIONS)
+        return Precision(names[int(self.world.agree(False, names.index(chosen.name))[1])], device)
+
+    @contextmanager
+    def _catching_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM ask the loop to stop after the present step; a second SIGINT stops at once."""
+
+        def ask(number: int, _: Any) -> None:
+            if self._signalled and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self._signalled = True
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def hardware(device: torch.device) -> str:
+    """The name of the processor or accelerator that `device` is, and how much of it is used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass
+    return f"{name}, {torch.get_num_threads()} threads"

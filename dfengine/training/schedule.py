@@ -1,0 +1,82 @@
+"""Where a run is and what follows from it: progress, stage and learning rates, all functions of progress in [0, 1]."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+from dfengine.training.config import TrainConfig
+
+FINAL_RATE = 0.01  # share of the peak rate left at the end of a cosine
+WARMUP_START = 0.05
+SEGMENTATION_PERIOD = 10  # steps; DiffusionAD anneals its segmentation rate with this period (DESIGN "Training")
+
+
+class Clock:
+    """Trained seconds of the whole run: `elapsed` at the start of this process plus the time since then."""
+
+    def __init__(self, elapsed: float = 0.0):
+        self._start = time.monotonic() - elapsed
+        self._process_start = time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self._start
+
+    @property
+    def this_process(self) -> float:
+        return time.monotonic() - self._process_start
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a run is: `seconds` or `steps`, whichever is not None."""
+
+    seconds: float | None
+    steps: int | None
+
+    @classmethod
+    def of(cls, config: TrainConfig, samples: int, world_size: int) -> Budget:
+        """The budget of `config`; an epoch reads each of `samples` training images once, over all processes."""
+        if config.minutes is not None:
+            return cls(config.minutes * 60, None)
+        if config.steps is not None:
+            return cls(None, config.steps)
+        per_step = config.batch_size * config.accumulate * world_size
+        return cls(None, config.epochs * math.ceil(samples / per_step))
+
+    def progress(self, step: int, elapsed: float) -> float:
+        """Share of the run that is done after `step` steps and `elapsed` seconds, in [0, 1]."""
+        done = step / self.steps if self.steps is not None else elapsed / self.seconds
+        return min(1.0, done)
+
+    def seconds_left(self, step: int, elapsed: float, seconds_per_step: float) -> float:
+        if self.seconds is not None:
+            return max(0.0, self.seconds - elapsed)
+        return (self.steps - step) * seconds_per_step
+
+
+def stage_of(config: TrainConfig, progress: float) -> int:
+    """1 = denoiser alone, 2 = joint."""
+    return 1 if progress < config.denoiser_share else 2
+
+
+def learning_rates(config: TrainConfig, progress: float, step: int, diffusionad: bool) -> tuple[float, float]:
+    """Rates (denoiser, segmentation) of step `step`, which starts at `progress`. `config` is resolved.
+
+    "cosine": in each stage, linear warm-up and a cosine to 1% of the peak. "constant": the peak; the segmentation rate
+    of `diffusionad` follows a cosine of period 10 steps.
+    """
+    if config.schedule == "constant":
+        wave = 0.5 * (1 + math.cos(math.pi * step / SEGMENTATION_PERIOD)) if diffusionad else 1.0
+        return config.learning_rate, config.segmentation_rate * wave
+    stage, share = stage_of(config, progress), config.denoiser_share
+    inside = progress / share if stage == 1 else (progress - share) / max(1 - share, 1e-9)
+    inside = min(1.0, max(0.0, inside))
+    warm = 1.0
+    if inside < config.warmup:
+        warm = WARMUP_START + (1 - WARMUP_START) * inside / config.warmup
+    factor = warm * (FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * inside)))
+    scale = config.joint_scale if stage == 2 and share > 0 else 1.0
+    return config.learning_rate * scale * factor, config.segmentation_rate * factor

@@ -1,0 +1,118 @@
+"""The state of a run: one safetensors file of weights, averages and optimiser moments, with JSON in its header."""
+
+from __future__ import annotations
+
+import errno
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dfengine.errors import CheckpointError, DfengineError, UsageError
+from dfengine.files import atomic_path
+
+FORMAT = "dfengine training state"
+VERSION = 1
+
+
+class TrainingInterrupted(DfengineError):
+    """Training was stopped from outside after saving its state; the message says how to go on."""
+
+    exit_code = 130
+
+
+@dataclass
+class RunState:
+    """What a run must remember besides tensors.
+
+    `identity` is everything that must be equal for a resumed run to continue the same computation (model and training
+    configuration, data fingerprint, held-out names, number of processes).
+    """
+
+    identity: dict[str, Any]
+    precision: str = "float32"
+    step: int = 0
+    elapsed: float = 0.0
+    stage_steps: list[int] = field(default_factory=lambda: [0, 0])
+    images_seen: int = 0
+    average_updates: dict[str, int] = field(default_factory=dict)
+    scaler: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
+    finished: bool = False
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Tensor]:
+    """The optimiser's tensors as "<slot>.<parameter>"; `names` maps id(parameter) to its name."""
+    return {
+        f"{slot}.{names[id(parameter)]}": value
+        for parameter, slots in optimizer.state.items()
+        for slot, value in slots.items()
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
+) -> None:
+    """Inverse of `optimizer_tensors`; moments take the memory layout of their parameter."""
+    for key, value in tensors.items():
+        slot, name = key.split(".", 1)
+        parameter = parameters[name]
+        if value.shape == parameter.shape:
+            value = torch.empty_like(parameter, requires_grad=False).copy_(value)
+        optimizer.state[parameter][slot] = value
+
+
+def save_state(path: Path, state: RunState, tensors: dict[str, Tensor]) -> None:
+    """Writes `path` atomically: a failure leaves the previous file. Raises `DfengineError` naming file and reason."""
+    header = {"format": FORMAT, "version": str(VERSION), "state": json.dumps(asdict(state))}
+    flat = {name: value.detach().contiguous().cpu() for name, value in tensors.items()}
+    with atomic_path(path) as temporary:
+        try:
+            save_file(flat, str(temporary), metadata=header)
+        except SafetensorError as error:
+            raise _as_os_error(error, path) from None
+
+
+def load_state(path: Path, device: torch.device) -> tuple[RunState, dict[str, Tensor]]:
+    """Reads what `save_state` wrote. Raises `CheckpointError` for a file that is missing, damaged or foreign."""
+    if not path.exists():
+        raise CheckpointError(f"{path}: no training state to resume; start without resume")
+    try:
+        with safe_open(str(path), framework="pt", device=str(device)) as file:
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise CheckpointError(f"{path}: not a training state")
+            if header.get("version") != str(VERSION):
+                raise CheckpointError(f"{path}: training state version {header.get('version')}, expected {VERSION}")
+            state = RunState(**json.loads(header["state"]))
+            return state, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except CheckpointError:
+        raise
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged training state ({error})") from None
+
+
+def check_identity(path: Path, saved: dict[str, Any], present: dict[str, Any]) -> None:
+    """Raises `UsageError` that names the first difference between the saved run and the present one."""
+    for group in present:
+        theirs, ours = saved.get(group), present[group]
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            for key in sorted(ours.keys() | theirs.keys()):
+                if theirs.get(key) != ours.get(key):
+                    what = f"{group} {key} was {theirs.get(key)!r} and is now {ours.get(key)!r}"
+                    raise UsageError(f"{path}: cannot resume: {what}")
+        elif theirs != ours:
+            raise UsageError(f"{path}: cannot resume: the {group} was {theirs!r} and is now {ours!r}")
+
+
+def _as_os_error(error: SafetensorError, path: Path) -> OSError:
+    # safetensors reports a full disk as text only.
+    text = str(error)
+    if f"os error {errno.ENOSPC}" in text:
+        return OSError(errno.ENOSPC, "no space left on device", str(path))
+    return OSError(errno.EIO, text, str(path))

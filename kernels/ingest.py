@@ -1,0 +1,396 @@
+"""ingest: pixels of any supported type become model pixels, and each diffusion scale its noised copy, in one pass.
+
+    unit   = pixel / 255 (uint8), pixel / 65535 (uint16), pixel (float32)
+    x_0    = gain * unit + offset
+    x_t[s] = a[s] * x_0 + b[s] * eps[s]      q_sample, DF Eq. 2: a = sqrt(abar_t), b = sqrt(1 - abar_t)
+
+`gain, offset` is (1, 0) for model pixels in [0, 1] and (2, -1) for [-1, 1]. x_t comes from x_0 before its rounding.
+
+Shapes: images (B, H, W, C), any strides (an NCHW batch is passed as its NHWC view); x_0 (B, H, W, C) and
+x_t (S, B, H, W, C), S = 1 or 2, contiguous, so that x_t reads as one channels-last batch of S * B images.
+Types: images uint8, uint16 or float32; x_0 and x_t share float32, float16 or bfloat16 (the reference also float64).
+Arithmetic is float32.
+
+eps[s] is standard normal, the same for every image of the batch, so that a result depends on neither batch nor place:
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with
+
+    key     = (seed mod 2^32, seed div 2^32)
+    counter = (y * W + x, channel div 4, 2 * step + s, draw)
+
+whose four words r_0..r_3 give the channels 4k..4k+3:
+
+    u_i = ((r_i >> 9) + 0.5) * 2^-23                                  in (0, 1), exact in float32
+    (n_0, n_1) = sqrt(-2 ln u_0) * (cos, sin)(2 pi u_1)               and (n_2, n_3) likewise from (u_2, u_3)
+
+Every backend draws the same integers; the normals, and with them x_t, agree to rounding (DESIGN section 3, Numerics).
+Backends: reference (any device), triton (GPU; CPU through the interpreter), cpu (csrc/cpu/ingest.cpp).
+csrc/cuda/ingest.cu is compiled and tested on the host; it has no launcher yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dfengine import native
+from dfengine.kernels import registry, triton_import
+from dfengine.kernels.registry import CannotRunError, Op
+from dfengine.kernels.triton_import import tl, triton
+
+LEVELS = {torch.uint8: 255.0, torch.uint16: 65535.0, torch.float32: 1.0}
+"""The pixel value that means 1.0, by input type."""
+OUTPUT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+WORD = 0xFFFFFFFF
+
+
+# ---- reference
+
+
+def philox(counter: Sequence[torch.Tensor | int], key: Sequence[int]) -> list[torch.Tensor]:
+    """Philox4x32-10 of four counter words (int64 tensors or ints below 2^32, broadcast together) under two key words.
+
+    Returns four int64 tensors of words in [0, 2^32). The 64-bit products wrap in int64, which keeps their bits.
+    """
+    x = list(torch.broadcast_tensors(*(torch.as_tensor(word, dtype=torch.int64) for word in _on_one_device(counter))))
+    k = list(key)
+    for _ in range(10):
+        p, q = x[0] * MULTIPLIERS[0], x[2] * MULTIPLIERS[1]
+        x = [((q >> 32) & WORD) ^ x[1] ^ k[0], q & WORD, ((p >> 32) & WORD) ^ x[3] ^ k[1], p & WORD]
+        k = [(word + increment) & WORD for word, increment in zip(k, KEY_INCREMENTS, strict=True)]
+    return x
+
+
+def _on_one_device(words):
+    device = next((word.device for word in words if isinstance(word, torch.Tensor)), None)
+    return [torch.as_tensor(word, device=device) for word in words]
+
+
+def philox_normal(
+    seed: int,
+    draw: int,
+    step: int,
+    scale: int,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """Standard normals (H, W, C) of the module's formula, in float32 or float64 arithmetic.
+
+    seed: in [0, 2^64); draw: in [0, 2^32), another one gives independent noise; step: in [0, 2^31), place in a chain;
+    scale: 0 or 1. Raises ValueError outside these ranges.
+    """
+    _check_noise(seed, draw, step, scale + 1)
+    height, width, channels = shape
+    pixel = torch.arange(height * width, dtype=torch.int64, device=device)[:, None]
+    group = torch.arange((channels + 3) // 4, dtype=torch.int64, device=device)[None, :]
+    words = philox((pixel, group, 2 * step + scale, draw), (seed & WORD, seed >> 32))
+    u = [((word >> 9).to(dtype) + 0.5) * 2.0**-23 for word in words]
+    normals = []
+    for u_radius, u_angle in ((u[0], u[1]), (u[2], u[3])):
+        radius = torch.sqrt(-2.0 * torch.log(u_radius))
+        angle = (2.0 * torch.pi) * u_angle
+        normals += [radius * torch.cos(angle), radius * torch.sin(angle)]
+    return torch.stack(normals, dim=-1).reshape(height, width, -1)[..., :channels].contiguous()
+
+
+def reference(
+    images: torch.Tensor,
+    *,
+    gain: float,
+    offset: float,
+    a: Sequence[float],
+    b: Sequence[float],
+    seed: int,
+    draw: int = 0,
+    step: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x_0, x_t) of the module's formula in torch; float64 throughout for dtype float64, else float32, rounded once."""
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    x_0 = images.to(compute) / LEVELS[images.dtype] * gain + offset
+    x_t = [
+        a_s * x_0 + b_s * philox_normal(seed, draw, step, scale, tuple(images.shape[1:]), compute, images.device)
+        for scale, (a_s, b_s) in enumerate(zip(a, b, strict=True))
+    ]
+    return x_0.to(dtype).contiguous(), torch.stack(x_t).to(dtype)
+
+
+# ---- the op
+
+
+def ingest(
+    images: torch.Tensor,
+    *,
+    gain: float,
+    offset: float,
+    a: Sequence[float],
+    b: Sequence[float],
+    seed: int,
+    draw: int = 0,
+    step: int = 0,
+    dtype: torch.dtype = torch.float32,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return new tensors (x_0 (B, H, W, C), x_t (S, B, H, W, C)) of `dtype`, written by the chosen backend.
+
+    Raises ValueError for arguments no backend accepts, CannotRunError when the forced backend does not serve them.
+    """
+    x_0 = torch.empty(images.shape, dtype=dtype, device=images.device)
+    x_t = torch.empty((len(a), *images.shape), dtype=dtype, device=images.device)
+    ingest_into(images, x_0, x_t, gain=gain, offset=offset, a=a, b=b, seed=seed, draw=draw, step=step, backend=backend)
+    return x_0, x_t
+
+
+def ingest_into(images, x_0, x_t, *, gain, offset, a, b, seed, draw=0, step=0, backend=None) -> None:
+    """As `ingest`, into given contiguous outputs, every element of which is written."""
+    _check(images, x_0, x_t, a, b, seed, draw, step)
+    signed_seed = seed - 2**64 if seed >= 2**63 else seed
+    torch.ops.dfengine.ingest(images, x_0, x_t, gain, offset, list(a), list(b), signed_seed, draw, step, backend or "")
+
+
+@torch.library.custom_op("dfengine::ingest", mutates_args=("x_0", "x_t"))
+def _ingest(
+    images: torch.Tensor,
+    x_0: torch.Tensor,
+    x_t: torch.Tensor,
+    gain: float,
+    offset: float,
+    a: list[float],
+    b: list[float],
+    seed: int,
+    draw: int,
+    step: int,
+    backend: str,
+) -> None:
+    OP(images, x_0, x_t, gain, offset, a, b, seed % 2**64, draw, step, backend=backend)
+
+
+@_ingest.register_fake
+def _(images, x_0, x_t, gain, offset, a, b, seed, draw, step, backend) -> None:
+    return None
+
+
+def _check_noise(seed: int, draw: int, step: int, scales: int) -> None:
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed {seed} is outside [0, 2^64)")
+    if not 0 <= draw < 2**32:
+        raise ValueError(f"draw {draw} is outside [0, 2^32)")
+    if not 0 <= step < 2**31:
+        raise ValueError(f"step {step} is outside [0, 2^31)")
+    if not 1 <= scales <= 2:
+        raise ValueError(f"{scales} scales: the noise counter has room for 1 or 2")
+
+
+def _check(images, x_0, x_t, a, b, seed, draw, step) -> None:
+    """Raise ValueError for arguments that are wrong whatever the backend."""
+    _check_noise(seed, draw, step, len(a))
+    if images.ndim != 4:
+        raise ValueError(f"images: expected (B, H, W, C), got {tuple(images.shape)}")
+    if images.dtype not in LEVELS:
+        raise ValueError(f"images: {images.dtype} is none of uint8, uint16, float32")
+    if images.shape[1] * images.shape[2] >= 2**31:
+        raise ValueError(f"images: {images.shape[1]} x {images.shape[2]} pixels are too many")
+    if len(b) != len(a):
+        raise ValueError(f"a and b differ in length: {len(a)} and {len(b)}")
+    for name, output, shape in (("x_0", x_0, images.shape), ("x_t", x_t, (len(a), *images.shape))):
+        if tuple(output.shape) != tuple(shape):
+            raise ValueError(f"{name}: expected {tuple(shape)}, got {tuple(output.shape)}")
+        if output.dtype != x_0.dtype:
+            raise ValueError(f"{name}: {output.dtype} differs from x_0's {x_0.dtype}")
+        if not output.is_contiguous():
+            raise ValueError(f"{name}: not contiguous")
+        if output.device != images.device:
+            raise ValueError(f"{name}: on {output.device}, images on {images.device}")
+
+
+def can_run(images, x_0, x_t, gain, offset, a, b, seed, draw, step) -> None:
+    """Raise CannotRunError with the reason where the compiled backends do not serve these (checked) arguments."""
+    if x_0.dtype not in OUTPUT_TYPES:
+        raise CannotRunError(f"output {x_0.dtype} is none of float32, float16, bfloat16")
+
+
+def _run_reference(images, x_0, x_t, gain, offset, a, b, seed, draw, step) -> None:
+    result = reference(images, gain=gain, offset=offset, a=a, b=b, seed=seed, draw=draw, step=step, dtype=x_0.dtype)
+    x_0.copy_(result[0])
+    x_t.copy_(result[1])
+
+
+# ---- Triton
+
+
+@triton.jit
+def _multiply_high(a, b: tl.constexpr):
+    return tl.umulhi(a, tl.full(a.shape, b, tl.uint32))
+
+
+@triton.jit
+def _philox_words(c0, c1, c2, c3, k0, k1):
+    """Philox4x32-10 on uint32 blocks of one shape; tl.philox treats its seed differently between releases."""
+    for _ in tl.static_range(10):
+        high_0 = _multiply_high(c0, 0xD2511F53)
+        high_2 = _multiply_high(c2, 0xCD9E8D57)
+        low_0 = c0 * 0xD2511F53
+        low_2 = c2 * 0xCD9E8D57
+        c0 = high_2 ^ c1 ^ k0
+        c1 = low_2
+        c2 = high_0 ^ c3 ^ k1
+        c3 = low_0
+        k0 = k0 + 0x9E3779B9
+        k1 = k1 + 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _uniform(word):
+    return ((word >> 9).to(tl.int32).to(tl.float32) + 0.5) * (1.0 / 8388608.0)
+
+
+@triton.jit
+def _box_muller(radius_word, angle_word):
+    """Two normals; the angle as in csrc/common/philox.h: tl.cos would carry a reduction for any argument."""
+    radius = tl.sqrt(-2.0 * tl.log(_uniform(radius_word)))
+    quarters = 4.0 * _uniform(angle_word)
+    quadrant = (quarters + 0.5).to(tl.int32)
+    x = (quarters - quadrant.to(tl.float32)) * 1.57079633
+    q = x * x
+    s = x + x * q * (-1.66666667e-1 + q * (8.33333333e-3 + q * (-1.98412698e-4 + q * 2.75573192e-6)))
+    c = 1.0 + q * (-0.5 + q * (4.16666667e-2 + q * (-1.38888889e-3 + q * (2.48015873e-5 + q * -2.75573192e-7))))
+    odd = (quadrant & 1) != 0
+    cosine = tl.where(odd, s, c)
+    sine = tl.where(odd, c, s)
+    cosine = tl.where(((quadrant + 1) & 2) != 0, -cosine, cosine)
+    sine = tl.where((quadrant & 2) != 0, -sine, sine)
+    return radius * cosine, radius * sine
+
+
+@triton.jit
+def _normals(pixel, group, step_scale, draw, key_0, key_1):
+    zero = tl.zeros(pixel.shape, tl.uint32)
+    w0, w1, w2, w3 = _philox_words(
+        pixel.to(tl.uint32),
+        zero + group.to(tl.uint32),
+        zero + step_scale.to(tl.uint32),
+        zero + draw.to(tl.uint32),
+        zero + key_0.to(tl.uint32),
+        zero + key_1.to(tl.uint32),
+    )
+    n0, n1 = _box_muller(w0, w1)
+    n2, n3 = _box_muller(w2, w3)
+    return n0, n1, n2, n3
+
+
+@triton.jit
+def _channel(
+    pixels, x_0, x_t0, x_t1, at, mask, gain, offset, a_0, b_0, a_1, b_1, noise_0, noise_1, SCALES: tl.constexpr
+):
+    """One channel of a block of pixels: `pixels` are pointers, `at` offsets into each output."""
+    x = gain * tl.load(pixels, mask=mask, other=0).to(tl.float32) + offset
+    tl.store(x_0 + at, x.to(x_0.dtype.element_ty), mask=mask)
+    tl.store(x_t0 + at, (a_0 * x + b_0 * noise_0).to(x_0.dtype.element_ty), mask=mask)
+    if SCALES == 2:
+        tl.store(x_t1 + at, (a_1 * x + b_1 * noise_1).to(x_0.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["key_0", "key_1", "draw", "step", "batch"])
+def ingest_kernel(
+    images, x_0, x_t, gain, offset, a_0, b_0, a_1, b_1, key_0, key_1, draw, step, batch, size, width,
+    stride_n, stride_y, stride_x, stride_c,
+    CHANNELS: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr, IMAGES: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j, k): BLOCK of the `size` = H * W pixels, IMAGES images and their one noise, channels 4k..4k+3."""
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    group = tl.program_id(2)
+    inside = pixel < size
+    n0, n1, n2, n3 = _normals(pixel, group, 2 * step, draw, key_0, key_1)
+    m0, m1, m2, m3 = n0, n1, n2, n3
+    if SCALES == 2:
+        m0, m1, m2, m3 = _normals(pixel, group, 2 * step + 1, draw, key_0, key_1)
+    channel = 4 * group
+    source = (pixel // width).to(tl.int64) * stride_y + (pixel % width).to(tl.int64) * stride_x + channel * stride_c
+    target = pixel.to(tl.int64) * CHANNELS + channel
+    x_t1 = x_t + batch.to(tl.int64) * size * CHANNELS
+    for i in range(IMAGES):
+        n = (tl.program_id(1) * IMAGES + i).to(tl.int64)
+        from_n = images + n * stride_n + source
+        at = n * size * CHANNELS + target
+        live = inside & (n < batch)
+        _channel(from_n, x_0, x_t, x_t1, at, live, gain, offset, a_0, b_0, a_1, b_1, n0, m0, SCALES)
+        if CHANNELS > 1:
+            mask = live & (channel + 1 < CHANNELS)
+            _channel(from_n + stride_c, x_0, x_t, x_t1, at + 1, mask, gain, offset, a_0, b_0, a_1, b_1, n1, m1, SCALES)
+        if CHANNELS > 2:
+            mask = live & (channel + 2 < CHANNELS)
+            _channel(
+                from_n + 2 * stride_c, x_0, x_t, x_t1, at + 2, mask, gain, offset, a_0, b_0, a_1, b_1, n2, m2, SCALES
+            )
+        if CHANNELS > 3:
+            mask = live & (channel + 3 < CHANNELS)
+            _channel(
+                from_n + 3 * stride_c, x_0, x_t, x_t1, at + 3, mask, gain, offset, a_0, b_0, a_1, b_1, n3, m3, SCALES
+            )
+
+
+CONFIGURATIONS = tuple(dict(BLOCK=block, num_warps=warps) for block, warps in ((128, 4), (256, 4), (512, 4)))
+"""Launch configurations, each tested; the first is used until they have been timed on a device."""
+MAX_IMAGES = 8
+"""Images a program serves with one draw of noise: more would leave a GPU idle at small sizes."""
+
+
+def _signed(word: int) -> int:
+    """The int32 with the bits of a 32-bit word: one argument type, hence one compilation, for every seed."""
+    return word - 2**32 if word >= 2**31 else word
+
+
+def _run_triton(images, x_0, x_t, gain, offset, a, b, seed, draw, step, configuration=None) -> None:
+    batch, height, width, channels = images.shape
+    if images.numel() == 0:
+        return
+    options = dict(configuration or CONFIGURATIONS[0])
+    per_program = min(batch, MAX_IMAGES)
+    grid = (triton.cdiv(height * width, options["BLOCK"]), triton.cdiv(batch, per_program), triton.cdiv(channels, 4))
+    ingest_kernel[grid](
+        images, x_0, x_t, gain / LEVELS[images.dtype], offset, a[0], b[0], a[-1], b[-1],
+        _signed(seed & WORD), _signed(seed >> 32), _signed(draw), step, batch, height * width, width, *images.stride(),
+        CHANNELS=channels, SCALES=len(a), IMAGES=per_program, **options,
+    )  # fmt: skip
+
+
+def _can_run_triton(images, *args) -> None:
+    can_run(images, *args)
+    if images.shape[1] * images.shape[2] >= 2**31 - 2**16:
+        raise CannotRunError("more than 2^31 - 2^16 pixels an image")
+
+
+# ---- CPU
+
+
+PIXEL_CODES = {torch.uint8: 0, torch.uint16: 1, torch.float32: 2}
+OUTPUT_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+STREAM_BYTES = 24 * 2**20
+"""Outputs larger than this bypass the caches; smaller ones are likely read from them by the next op."""
+
+
+def _run_cpu(images, x_0, x_t, gain, offset, a, b, seed, draw, step, level="") -> None:
+    native.module.ingest(
+        images.data_ptr(), PIXEL_CODES[images.dtype], tuple(images.shape), tuple(images.stride()),
+        x_0.data_ptr(), x_t.data_ptr(),
+        OUTPUT_CODES[x_0.dtype], gain / LEVELS[images.dtype], offset, a, b, seed, draw, step,
+        threads=torch.get_num_threads(), stream=(x_0.nbytes + x_t.nbytes) > STREAM_BYTES, level=level,
+    )  # fmt: skip
+
+
+def _cpu_available(device: str) -> None:
+    if device != "cpu":
+        raise CannotRunError(f"the cpu backend does not run on {device}")
+    if not native.available():
+        raise CannotRunError(native.status())
+
+
+OP = Op("ingest")
+OP.register("triton", _run_triton, triton_import.available, _can_run_triton)
+OP.register("cpu", _run_cpu, _cpu_available, can_run)
+OP.register("reference", _run_reference, registry.always, registry.always)

@@ -1,0 +1,115 @@
+"""What an op is: a name, several implementations, and the rule that picks one.
+
+The rule (``Op.choose``): a backend forced by the ``backend`` argument, else by the environment variable
+``DFENGINE_BACKEND``, runs or raises with the reason, never falling back. Otherwise the first of
+``PRIORITY[device type]`` that can run these arguments is taken. ``reference`` stands last in every list and accepts everything the op accepts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from dfengine.errors import DfengineError, UsageError
+
+BACKENDS = ("triton", "cuda", "cpu", "reference")
+PRIORITY = {
+    "cuda": ("triton", "cuda", "reference"),
+    "cpu": ("cpu", "reference"),
+}
+ENVIRONMENT = "DFENGINE_BACKEND"
+
+
+class CannotRunError(DfengineError):
+    """An implementation does not serve these arguments on this device; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run an op.
+
+    run: called with the op's arguments; writes into the given outputs.
+    available: called with a device type ("cpu", "cuda"); raises CannotRunError where the backend is absent there.
+    can_run: called with the op's arguments; raises CannotRunError where these shapes, strides or dtypes are not served.
+    """
+
+    run: Callable[..., None]
+    available: Callable[[str], None]
+    can_run: Callable[..., None]
+
+
+@dataclass
+class Op:
+    """A named op with its implementations by backend; the device is that of the first argument, a tensor."""
+
+    name: str
+    implementations: dict[str, Implementation] = field(default_factory=dict)
+
+    def register(self, backend: str, run, available, can_run) -> None:
+        if backend not in BACKENDS:
+            raise ValueError(f"{self.name}: unknown backend {backend!r}")
+        self.implementations[backend] = Implementation(run, available, can_run)
+
+    def choose(self, first: torch.Tensor, *args, backend: str | None = None, **kwargs) -> str:
+        """Return the name of the backend that runs these arguments.
+
+        Raises UsageError for an unknown forced backend, CannotRunError with the reasons where none can run.
+        """
+        forced = forced_backend(backend)
+        device = first.device.type
+        reasons = []
+        for name in (forced,) if forced else PRIORITY.get(device, ("reference",)):
+            implementation = self.implementations.get(name)
+            if implementation is None:
+                reasons.append(f"{name}: not written for this op")
+                continue
+            try:
+                implementation.available(device)
+                implementation.can_run(first, *args, **kwargs)
+            except CannotRunError as error:
+                reasons.append(f"{name}: {error}")
+                continue
+            return name
+        raise CannotRunError(f"op {self.name} on {device}: " + "; ".join(reasons))
+
+    def __call__(self, first: torch.Tensor, *args, backend: str | None = None, **kwargs) -> None:
+        self.implementations[self.choose(first, *args, backend=backend, **kwargs)].run(first, *args, **kwargs)
+
+    def status(self, device: str) -> dict[str, str]:
+        """Map every backend to "" where it is available on `device` ("cpu" or "cuda"), else to the reason why not."""
+        result = {}
+        for name in BACKENDS:
+            if name not in self.implementations:
+                result[name] = "not written"
+                continue
+            try:
+                self.implementations[name].available(device)
+                result[name] = ""
+            except CannotRunError as error:
+                result[name] = str(error)
+        return result
+
+    def default(self, device: str) -> str:
+        """The backend taken on `device` when nothing about the arguments rules it out (a forced backend included)."""
+        forced = forced_backend(None)
+        status = self.status(device)
+        for name in (forced,) if forced else PRIORITY[device]:
+            if not status[name]:
+                return name
+        return f"none ({status[forced]})" if forced else "none"
+
+
+def forced_backend(backend: str | None) -> str | None:
+    """The backend forced by the argument or the environment, or None. Raises UsageError for an unknown name."""
+    name = backend or os.environ.get(ENVIRONMENT) or None
+    if name is not None and name not in BACKENDS:
+        where = "backend" if backend else ENVIRONMENT
+        raise UsageError(f"{where}={name!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    return name
+
+
+def always(*_args, **_kwargs) -> None:
+    """The `available` and `can_run` of an implementation that runs everywhere."""

@@ -1,0 +1,33 @@
+"""Kernels compile for sm_89 and sm_90 without a GPU and do not spill."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MAX_REGISTERS = {"ingest": 96}
+"""Registers a thread, in the first configuration."""
+
+
+def test_kernels_compile_and_do_not_spill(tmp_path):
+    pytest.importorskip("triton")
+    report = tmp_path / "check.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    command = [sys.executable, "bench/kernels_check.py", "--quick", "--json", report]
+    result = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = json.loads(report.read_text())
+    for op, bound in MAX_REGISTERS.items():
+        for backend in ["triton"] + (["cuda"] if shutil.which("nvcc") else []):
+            mine = [row for row in rows if (row["op"], row["backend"]) == (op, backend)]
+            assert {row["architecture"] for row in mine} == {89, 90}
+            assert max(row["registers"] for row in mine) <= bound
+            assert all(row["local"] == row["stack"] == 0 for row in mine)

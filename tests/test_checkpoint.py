@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dfengine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from dfengine.errors import CheckpointError, DfengineError
+from dfengine.evaluation.calibration import calibrate
+from tests.helpers import tiny_config, tiny_model
+
+
+def a_checkpoint() -> Checkpoint:
+    return Checkpoint(tiny_config(), tiny_model().state_dict(), {"steps": 12, "seed": 3}, calibrate([0.1, 0.2, 0.3], 0.3))
+
+
+def metadata_of(path) -> dict:
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    return json.loads(raw[8 : 8 + length])["__metadata__"]
+
+
+def test_everything_comes_back(tmp_path):
+    path, saved = tmp_path / "a.safetensors", a_checkpoint()
+    save_checkpoint(path, saved)
+    loaded = load_checkpoint(path)
+    assert (loaded.config, loaded.training, loaded.calibration) == (saved.config, saved.training, saved.calibration)
+    model, x = loaded.build(), torch.randn(1, 3, 32, 32)
+    assert not any(p.requires_grad for p in model.parameters())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, saved.state[name]), name
+    with torch.no_grad():
+        t = torch.tensor([7])
+        torch.testing.assert_close(model.reconstruction(x, t), tiny_model().reconstruction(x, t))
+
+
+def test_half_precision_halves_the_file_and_keeps_vectors_exact(tmp_path):
+    saved = a_checkpoint()
+    save_checkpoint(tmp_path / "full.safetensors", saved)
+    save_checkpoint(tmp_path / "half.safetensors", saved, torch.float16)
+    sizes = [(tmp_path / f"{n}.safetensors").stat().st_size for n in ("half", "full")]
+    assert sizes[0] < 0.75 * sizes[1]
+    half = load_checkpoint(tmp_path / "half.safetensors").build().state_dict()
+    for name, value in saved.state.items():
+        if value.dim() < 2:
+            assert torch.equal(half[name], value), name
+        else:
+            torch.testing.assert_close(half[name], value, rtol=1e-3, atol=1e-4)
+
+
+def rewrite(path, tensors=lambda t: t, **metadata):
+    full = metadata_of(path) | metadata
+    save_file(tensors(load_file(path)), path, {k: v for k, v in full.items() if v is not None})
+
+
+def drop(key):
+    return lambda tensors: {k: v for k, v in tensors.items() if k != key}
+
+
+KEY = "reconstruction.out.2.bias"
+DAMAGE = {
+    "another version": (lambda p: rewrite(p, version="99"), "version '99' is not supported"),
+    "foreign format": (lambda p: rewrite(p, format="other"), "not a dfengine checkpoint"),
+    "no metadata": (lambda p: save_file(load_file(p), p), "not a dfengine checkpoint"),
+    "broken config": (lambda p: rewrite(p, config="{"), "'config' is not valid JSON"),
+    "hostile nesting": (lambda p: rewrite(p, config="[" * 100_000), "'config' is not valid JSON"),
+    "missing field": (lambda p: rewrite(p, training=None), "'training' is missing"),
+    "training is a list": (lambda p: rewrite(p, training="[]"), "'training' is not a table"),
+    "unknown config field": (lambda p: rewrite(p, config='{"colour": 1}'), "unknown model configuration fields: colour"),
+    "config out of range": (lambda p: rewrite(p, config='{"base": -4}'), "base must be between"),
+    "another config": (
+        lambda p: rewrite(p, config=json.dumps(tiny_config(base=16).to_dict())), r"has shape .* expected"),
+    "bad calibration": (lambda p: rewrite(p, calibration='{"threshold": "high"}'), "calibration"),
+    "missing tensor": (lambda p: rewrite(p, drop(KEY)), rf"1 missing \({KEY}\)"),
+    "extra tensor": (lambda p: rewrite(p, lambda t: t | {"evil": t[KEY].clone()}), r"1 unexpected \(evil\)"),
+    "wrong shape": (lambda p: rewrite(p, lambda t: t | {KEY: torch.zeros(7)}), rf"{KEY} has shape \(7,\)"),
+    "wrong dtype": (lambda p: rewrite(p, lambda t: t | {KEY: t[KEY].int()}), "floating-point"),
+    "not finite": (lambda p: rewrite(p, lambda t: t | {KEY: t[KEY] * float("nan")}), "not finite"),
+    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "truncated or damaged"),
+    "cut in the header": (lambda p: p.write_bytes(p.read_bytes()[:20]), "truncated or damaged"),
+    "empty": (lambda p: p.write_bytes(b""), "the file is empty"),
+    "text": (lambda p: p.write_text("hello, I am a checkpoint"), "truncated or damaged"),
+    "huge header": (lambda p: p.write_bytes(struct.pack("<Q", 2**62) + b"{}"), "truncated or damaged"),
+    "a pickle": (lambda p: torch.save({"a": torch.zeros(1)}, p), "dfengine convert"),
+    "missing": (lambda p: p.unlink(), "no such file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_or_foreign_file_is_refused_in_one_line(tmp_path, kind):
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, a_checkpoint())
+    damage, reason = DAMAGE[kind]
+    damage(path)
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        load_checkpoint(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_weights_that_do_not_fit_are_not_written(tmp_path):
+    bad = Checkpoint(tiny_config(), drop(KEY)(tiny_model().state_dict()))
+    with pytest.raises(CheckpointError, match="missing"):
+        save_checkpoint(tmp_path / "a.safetensors", bad)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_the_way_is_named(tmp_path):
+    (tmp_path / "a.safetensors").mkdir()
+    with pytest.raises(DfengineError, match="is a folder"):
+        save_checkpoint(tmp_path / "a.safetensors", a_checkpoint())
+    with pytest.raises(CheckpointError, match="is a folder"):
+        load_checkpoint(tmp_path / "a.safetensors")

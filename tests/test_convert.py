@@ -1,0 +1,501 @@
+"""The public DiffusionAD format: what is read arrives exactly, what is not understood is refused and not run."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import io
+import os
+import pickle
+import struct
+import zipfile
+
+import pytest
+import torch
+
+from dfengine.checkpoint import load_checkpoint
+from dfengine.convert import convert
+from dfengine.errors import CheckpointError, ConfigError, DfengineError, UsageError
+from dfengine.models import build_model, preset
+
+TINY = preset("diffusionad", image_size=32, base=8, seg_base=4, heads=2, attention_factors=(4, 8))
+
+
+def public_args(**changes):
+    """The keys of the public args file, in its types, for the TINY model."""
+    args = collections.defaultdict(str)
+    args.update(
+        img_size=[32, 32], Batch_Size=16, EPOCHS=3000, T=1000, base_channels=8, beta_schedule="linear", loss_type="l2",
+        diffusion_lr=1e-4, seg_lr=1e-5, random_slice=True, weight_decay=0.0, dropout=0, channels=3, num_heads=2,
+        attention_resolutions="32,16,8", num_head_channels=-1, noise_fn="gauss", less_t_range=300, condition_w=1,
+        eval_normal_t=200, eval_noisier_t=400, output_path="outputs", arg_num="1",
+    )  # fmt: skip
+    args["channel_mults"], args["loss_weight"]  # the public code leaves "" behind by reading keys that are absent
+    args.update(changes)
+    return args
+
+
+@functools.cache
+def tiny_model():
+    torch.manual_seed(0)
+    model = build_model(TINY).eval()
+    with torch.no_grad():
+        for tensor in model.state_dict().values():  # fresh weights are partly zero: redraw everything
+            if tensor.is_floating_point():
+                tensor.copy_(torch.rand_like(tensor) * 0.4 + 0.1)
+            else:
+                tensor.fill_(7)
+    return model
+
+
+def public_content(args=None):
+    model = tiny_model()
+    return {
+        "n_epoch": 3000,
+        "unet_model_state_dict": model.reconstruction.state_dict(),
+        "seg_model_state_dict": model.segmentation.state_dict(),
+        "args": public_args() if args is None else args,
+    }
+
+
+def save(path, content, **options):
+    torch.save(content, path, **options)
+    return path
+
+
+def outputs(model):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 3, 32, 32, generator=generator)
+    pair = torch.randn(2, 6, 32, 32, generator=generator)
+    with torch.no_grad():
+        return model.reconstruction(x, torch.tensor([3, 400])), model.segmentation(pair)
+
+
+@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}], ids=["zip", "stream"])
+@pytest.mark.parametrize("parallel", [False, True], ids=["plain", "DataParallel"])
+def test_every_weight_arrives_exactly(tmp_path, options, parallel):
+    content = public_content()
+    if parallel:
+        for name in ("unet_model_state_dict", "seg_model_state_dict"):
+            content[name] = collections.OrderedDict((f"module.{key}", value) for key, value in content[name].items())
+    source = save(tmp_path / "params-last.pt", content, **options)
+    summary = convert(source, tmp_path / "out.safetensors")
+    checkpoint = load_checkpoint(tmp_path / "out.safetensors")
+    expected = tiny_model().state_dict()
+    assert checkpoint.state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert checkpoint.state[name].dtype == tensor.dtype
+        assert torch.equal(checkpoint.state[name], tensor), name
+    for ours, theirs in zip(outputs(checkpoint.build()), outputs(tiny_model()), strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.std() > 0
+    assert summary.tensors == len(expected)
+    assert summary.parameters == sum(p.numel() for p in tiny_model().parameters())
+    assert summary.epoch == 3000 == checkpoint.training["epochs"]
+    assert checkpoint.calibration is None
+    assert "diffusionad, 32x32, base 8, 2 heads, epoch 3000;" in str(summary)
+
+
+def test_config_is_that_of_the_public_file(tmp_path):
+    args = public_args(T=500, less_t_range=150, eval_normal_t=100, eval_noisier_t=300, condition_w=2)
+    config = convert(save(tmp_path / "a.pt", public_content(args)), tmp_path / "a.safetensors").config
+    assert load_checkpoint(tmp_path / "a.safetensors").config == config
+    assert config == TINY.replace(
+        preset="diffusionad", timesteps=500, beta_start=2e-4, beta_end=4e-2, tau=150, t_s=100, t_b=300, guidance=2.0,
+        top_k=3200,
+    )  # fmt: skip
+    # 50 pixels at any size: at 32 x 32, 3200 per 65536 pixels.
+    assert config.top_k * 32 * 32 / 65536 == 50
+
+
+def test_args_may_be_missing(tmp_path):
+    content = public_content({})
+    source = save(tmp_path / "a.pt", content)
+    with pytest.raises(CheckpointError, match="do not give 'img_size'.*set image_size"):
+        convert(source, tmp_path / "a.safetensors", heads=2)
+    with pytest.raises(CheckpointError, match="do not give 'num_heads'.*set heads"):
+        convert(source, tmp_path / "a.safetensors", image_size=32)
+    config = convert(source, tmp_path / "a.safetensors", image_size=32, heads=2).config
+    assert (config.base, config.multipliers, config.attention_factors) == (8, (1, 2, 3, 4), (4, 8))
+    assert (config.seg_base, config.image_size, config.heads, config.t_b) == (4, 32, 2, 400)
+
+
+@pytest.mark.parametrize("mults", ["1,2,3,4", [1, 2, 3, 4], (1, 2, 3, 4)])
+def test_channel_mults_spellings(tmp_path, mults):
+    source = save(tmp_path / "a.pt", public_content(dict(public_args(channel_mults=mults, img_size=32))))
+    assert convert(source, tmp_path / "a.safetensors").config.multipliers == (1, 2, 3, 4)
+
+
+def test_half_weights_are_widened_exactly(tmp_path):
+    content = public_content()
+    halves = {k: v.half() if v.is_floating_point() else v for k, v in content["unet_model_state_dict"].items()}
+    content["unet_model_state_dict"] = halves
+    convert(save(tmp_path / "a.pt", content), tmp_path / "a.safetensors")
+    state = load_checkpoint(tmp_path / "a.safetensors").state
+    for name, tensor in halves.items():
+        assert torch.equal(state[f"reconstruction.{name}"], tensor.float())
+
+
+def test_parameters_views_and_missing_counters(tmp_path):
+    content = public_content()
+    unet = dict(content["unet_model_state_dict"])
+    weight = unet["middle.0.in_layers.2.weight"]
+    unet["middle.0.in_layers.2.weight"] = torch.nn.Parameter(weight.clone())
+    shared = torch.cat([torch.zeros(5), unet["out.0.weight"]])
+    unet["out.0.weight"] = shared[5:]
+    unet["out.0.bias"] = torch.stack([unet["out.0.bias"], torch.ones(8)], dim=1)[:, 0]  # stride 2
+    content["unet_model_state_dict"] = unet
+    content["seg_model_state_dict"] = {
+        k: v for k, v in content["seg_model_state_dict"].items() if not k.endswith("num_batches_tracked")
+    }
+    convert(save(tmp_path / "a.pt", content), tmp_path / "a.safetensors")
+    state = load_checkpoint(tmp_path / "a.safetensors").state
+    for name in ("middle.0.in_layers.2.weight", "out.0.weight", "out.0.bias"):
+        assert torch.equal(state[f"reconstruction.{name}"], tiny_model().reconstruction.state_dict()[name])
+    counters = [v for k, v in state.items() if k.endswith("num_batches_tracked")]
+    assert counters and all(v.item() == 0 for v in counters)
+
+
+# What does not fit is named
+
+
+def changed(**changes):
+    content = public_content()
+    for name, change in changes.items():
+        content[name] = change(dict(content[name]))
+    return content
+
+
+def bloated():
+    """A few hundred bytes of pickle whose repr has 2**64 parts."""
+    value = [0]
+    for _ in range(64):
+        value = [value, value]
+    return collections.OrderedDict(a=value)
+
+
+def without(name):
+    return lambda state: {k: v for k, v in state.items() if k != name}
+
+
+UNFIT = {
+    "no unet": (lambda: {"args": {}, "seg_model_state_dict": {}}, "no unet_model_state_dict"),
+    "a list": (lambda: [1, 2], "not a dictionary"),
+    "a bare tensor": (lambda: torch.zeros(3), "not a dictionary"),
+    "args is text": (lambda: {**public_content(), "args": "x"}, "args is not a dictionary"),
+    "not a tensor": (lambda: changed(unet_model_state_dict=lambda s: {**s, "x": 3}), "other than tensors"),
+    "tensor missing": (
+        lambda: changed(unet_model_state_dict=without("up.3.0.in_layers.2.weight")),
+        "1 tensors missing: unet up.3.0.in_layers.2.weight",
+    ),
+    "first conv missing": (lambda: changed(unet_model_state_dict=without("down.0.0.weight")), "unet down.0.0.weight"),
+    "tensor unexpected": (
+        lambda: changed(seg_model_state_dict=lambda s: {**s, "extra": torch.zeros(1)}),
+        "1 tensors unexpected: seg extra",
+    ),
+    "wrong shape": (
+        lambda: changed(seg_model_state_dict=lambda s: {**s, "decoder_segment.fin_out.0.bias": torch.zeros(2)}),
+        r"wrong shape: seg decoder_segment.fin_out.0.bias \(2,\) for \(1,\)",
+    ),
+    "double": (
+        lambda: changed(unet_model_state_dict=lambda s: {**s, "out.0.bias": s["out.0.bias"].double()}),
+        "unet out.0.bias is torch.float64, which torch.float32 cannot hold exactly",
+    ),
+    "not finite": (
+        lambda: changed(unet_model_state_dict=lambda s: {**s, "out.0.bias": s["out.0.bias"] * torch.nan}),
+        "unet out.0.bias holds values that are not finite",
+    ),
+    "other base": (lambda: public_content(public_args(base_channels=16)), "args.'base_channels'. is 16.* have 8"),
+    "other mults": (lambda: public_content(public_args(channel_mults="1,1,2,4")), "channel_mults.*have"),
+    "cosine": (lambda: public_content(public_args(beta_schedule="cosine")), "beta_schedule.*cosine.*'linear'"),
+    "simplex": (lambda: public_content(public_args(noise_fn="simplex")), "noise_fn.*simplex"),
+    "head channels": (lambda: public_content(public_args(num_head_channels=32)), "num_head_channels"),
+    "not square": (lambda: public_content(public_args(img_size=[32, 64])), "32x64; only square"),
+    "size huge": (lambda: public_content(public_args(img_size=10**5000)), "img_size.*not a size"),
+    "size too large": (lambda: public_content(public_args(img_size=65536)), "image_size must be at most"),
+    "size odd": (lambda: public_content(public_args(img_size=100)), "image_size must be a multiple"),
+    "mults text": (lambda: public_content(public_args(channel_mults="1,nan")), "channel_mults.*not a list of numbers"),
+    "mults number": (lambda: public_content(public_args(channel_mults=3)), "channel_mults.*not a list of numbers: 3"),
+    "size text": (lambda: public_content(public_args(img_size="big")), "img_size.*not a size"),
+    "T text": (lambda: public_content(public_args(T="many")), "'T'.*not a number"),
+    "T zero": (lambda: public_content(public_args(T=0)), "0 timesteps"),
+    "T huge": (lambda: public_content(public_args(T=10**9)), "timesteps"),
+    "T beyond numbers": (lambda: public_content(public_args(T=10**5000)), "'T'.*not a number in range: int"),
+    "T not a number": (lambda: public_content(public_args(T=float("nan"))), "'T'.*not a number in range: nan"),
+    "T printing endlessly": (lambda: public_content(public_args(T=bloated())), "'T'.*not a number in range: Ordered"),
+    "name of many lines": (
+        lambda: changed(unet_model_state_dict=lambda s: {**s, "a\n\udc80" + "b" * 10**5: torch.zeros(1)}),
+        r"1 tensors unexpected: unet a\\n\\udc80bbb.*\.\.\.$",
+    ),
+    "heads": (lambda: public_content(public_args(num_heads=3)), "divisible by heads"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_what_does_not_fit_is_named(tmp_path, case):
+    content, message = UNFIT[case]
+    source = save(tmp_path / "odd.pt", content())
+    with pytest.raises(CheckpointError, match=message) as caught:
+        convert(source, tmp_path / "out.safetensors")
+    assert str(source) in str(caught.value) and "\n" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["odd.pt"]
+
+
+# Hostile pickles
+
+
+class Calls:
+    """Pickles as a call of `function`."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def zipped(tmp_path, data, storages=None, prefix="archive", compression=zipfile.ZIP_STORED):
+    path = tmp_path / "hostile.pt"
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr(f"{prefix}/data.pkl", data)
+        for key, value in (storages or {}).items():
+            archive.writestr(f"{prefix}/data/{key}", value)
+    return path
+
+
+def refused(path, match):
+    with pytest.raises(CheckpointError, match=match) as caught:
+        convert(path, path.parent / "out.safetensors")
+    assert not (path.parent / "out.safetensors").exists()
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def touch(path):
+    open(path, "w").close()
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda target: Calls(os.system, f"touch {target}"), r"(posix|nt)\.system"),
+        (lambda target: Calls(eval, f"open({str(target)!r}, 'w')"), r"(builtins|__builtin__)\.eval"),
+        (lambda target: Calls(open, str(target), "w"), r"(io|_io|builtins|__builtin__)\.open"),
+        (lambda target: Calls(functools.partial, touch, str(target)), r"functools\.partial|test_convert\.touch"),
+        (lambda target: Calls(collections.defaultdict, touch), r"test_convert\.touch"),
+        (lambda target: Calls(torch.load, str(target)), r"torch\.serialization\.load"),
+        (lambda target: Calls(bytearray, 10**12), r"(builtins|__builtin__)\.bytearray"),
+    ],
+)
+def test_calls_are_refused_by_name_and_not_made(tmp_path, protocol, call, name):
+    target = tmp_path / "made"
+    data = pickle.dumps({"args": call(target)}, protocol=protocol)
+    refused(zipped(tmp_path, data), rf"its pickle asks for .*{name}")
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("zip_file", [True, False])
+def test_torch_save_of_a_call_is_refused(tmp_path, zip_file):
+    target = tmp_path / "made"
+    content = {**public_content(), "args": Calls(os.system, f"touch {target}")}
+    path = save(tmp_path / "hostile.pt", content, _use_new_zipfile_serialization=zip_file)
+    refused(path, r"\.system")
+    assert not target.exists()
+
+
+def test_refused_modules_are_not_imported(tmp_path, monkeypatch):
+    (tmp_path / "evil_module.py").write_text(f"open({str(tmp_path / 'made')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    refused(zipped(tmp_path, b"\x80\x02cevil_module\nrun\n."), r"evil_module\.run")
+    refused(zipped(tmp_path, b"\x80\x02cevil_module.nested\nrun.it\n."), r"evil_module\.nested\.run\.it")
+    # INST, an opcode from the first protocol, calls without REDUCE.
+    refused(zipped(tmp_path, b"(S'x'\nievil_module\nrun\n."), r"evil_module\.run")
+    assert not (tmp_path / "made").exists()
+
+
+def test_dotted_names_do_not_reach_attributes(tmp_path):
+    stack_global = b"\x80\x04\x8c\x0bcollections\x8c\x1bOrderedDict.__class__.mro.x\x93."
+    refused(zipped(tmp_path, stack_global), r"collections\.OrderedDict\.__class__")
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (b"\x80\x02c__builtin__\nstr\nK\x05\x85R.", "not callable"),
+        (b"\x80\x02ccollections\ndefaultdict\nccollections\nOrderedDict\n\x85R.", "factory"),
+        (b"\x80\x02ccollections\nOrderedDict\n}X\x01\x00\x00\x00aK\x01sb.", "damaged or not allowed"),
+        (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nK\x01K\x00))t\x85R.", "damaged or not allowed|storage"),
+        (b"\x80\x02K\x01r\xff\xff\xff\xff.", "memo slot"),
+        (b"\x80\x02K\x01p4000000000\n.", "damaged|memo slot"),
+        (b"\x80\x02X\xff\xff\xff\x7fab.", "damaged"),
+        (b"\x80\x02}", "damaged"),
+        (b"", "damaged"),
+        (b"\x80\x02PX\n.", "damaged|reference"),
+        (b"\x80\x02K\x01Q.", "reference that is not a storage"),
+        (b"\x80\x02\x82\x01.", "damaged"),
+        (b"\x80\x02" + b"(" * 10 + b"l" * 10 + b".", "not a dictionary"),
+    ],
+)
+def test_odd_pickles_are_refused(tmp_path, data, match):
+    refused(zipped(tmp_path, data), match)
+
+
+def test_the_stand_ins_cannot_be_changed(tmp_path):
+    """BUILD sets attributes on whatever is on the stack: nothing of it may outlast the file."""
+    source = save(tmp_path / "good.pt", public_content())
+    for name in (b"ctorch._utils\n_rebuild_tensor_v2\n", b"ccollections\ndefaultdict\n", b"c__builtin__\nstr\n"):
+        for attribute in (b"__call__", b"__defaults__", b"__class__"):
+            state = b"N}X" + struct.pack("<I", len(attribute)) + attribute + b"K\x01s\x86b"
+            refused(zipped(tmp_path, b"\x80\x02" + name + state + b"."), "damaged or not allowed")
+    convert(source, tmp_path / "out.safetensors")
+
+
+def test_attributes_on_ordered_dicts_are_ignored(tmp_path):
+    """torch leaves `_metadata` on state dicts; a pickle could as well leave an `items` that hides the method."""
+    content = public_content()
+    content["args"] = collections.OrderedDict(content["args"])
+    content["args"].get_ = "shadowed"
+    path = save(tmp_path / "a.pt", content, _use_new_zipfile_serialization=False)
+    data = path.read_bytes()
+    for hidden in (b"get_", b"_metadata"):
+        assert hidden in data
+    metadata = b"X\x09\x00\x00\x00_metadata"
+    data = data.replace(b"X\x04\x00\x00\x00get_", b"X\x03\x00\x00\x00get")
+    data = data.replace(metadata, b"X\x05\x00\x00\x00items")
+    assert b"\x00\x00get" in data and data.count(b"\x00items") == 1  # the second dict refers to it
+    path.write_bytes(data)
+    convert(path, tmp_path / "out.safetensors")
+
+
+# Storages that lie
+
+
+class Record:
+    """Pickles as a tensor over storage "0", with whatever geometry it is given."""
+
+    def __init__(self, shape, stride, offset=0, numel=4, kind=torch.FloatStorage):
+        self.geometry, self.numel, self.kind = (offset, shape, stride), numel, kind
+
+
+def tensor_pickle(record):
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value):
+            return ("storage", record.kind, "0", "cpu", record.numel) if value is record else None
+
+        def reducer_override(self, value):
+            if isinstance(value, Wrapped):
+                return torch._utils._rebuild_tensor_v2, (record, *record.geometry, False, collections.OrderedDict())
+            return NotImplemented
+
+    class Wrapped:
+        pass
+
+    buffer = io.BytesIO()
+    state = {"down.0.0.weight": Wrapped()}
+    Pickler(buffer, protocol=2).dump({"unet_model_state_dict": state, "seg_model_state_dict": {}, "args": {}})
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("record", "stored", "match"),
+    [
+        (Record((4,), (1,)), 16, "do not give .img_size."),  # well formed: only the model is wrong
+        (Record((5,), (1,)), 16, "reaches past its storage of 4"),
+        (Record((4,), (1,), offset=1), 16, "reaches past"),
+        (Record((2, 2), (3, 1)), 16, "reaches past"),
+        (Record((1000, 1000, 1000), (0, 0, 0)), 16, "reaches past"),
+        (Record((4,), (-1,), offset=3), 16, "out of range"),
+        (Record((4,), (1,), offset=-1), 16, "out of range"),
+        (Record((0, 2**40), (1, 1)), 16, "out of range"),
+        (Record((4,), (1, 1)), 16, "do not fit"),
+        (Record((4.0,), (1,)), 16, "out of range"),
+        (Record((4,), (1,)), 12, "holds 12 bytes, not 4 of torch.float32"),
+        (Record((4,), (1,)), 20, "holds 20 bytes"),
+        (Record((4,), (1,), kind=torch.DoubleStorage), 16, "not 4 of torch.float64"),
+        (Record((4,), (1,), numel=-4), 16, "storage without"),
+        (Record((4,), (1,), numel=2**47), 16, "holds 16 bytes"),
+        (Record((4,), (1,), numel=2**60), 16, "storage without"),
+        (Record((4,), (1,), numel=10**5000), 16, "storage without"),
+        (Record((4,), (1,)), None, "storage 0 is missing"),
+        (Record((4,), (1,), kind=os.system), 16, r"system"),
+        (Record((4,), (1,), kind=str), 16, "storage without a known type"),
+    ],
+)
+def test_storages_that_lie_are_refused(tmp_path, record, stored, match):
+    storages = {} if stored is None else {"0": b"\0" * stored}
+    refused(zipped(tmp_path, tensor_pickle(record), storages), match)
+
+
+# Damaged containers
+
+
+def test_compressed_entries_are_refused(tmp_path):
+    data = tensor_pickle(Record((4,), (1,), numel=10**7))
+    path = zipped(tmp_path, data, {"0": bytes(4 * 10**7)}, compression=zipfile.ZIP_DEFLATED)
+    assert path.stat().st_size < 10**6
+    refused(path, "compressed")
+
+
+def test_entries_larger_than_the_file_are_refused(tmp_path):
+    path = zipped(tmp_path, tensor_pickle(Record((4,), (1,), numel=2**29)), {"0": bytes(16)})
+    data = bytearray(path.read_bytes())
+    entry = data.rindex(b"PK\x01\x02")
+    assert struct.unpack_from("<II", data, entry + 20) == (16, 16)
+    struct.pack_into("<II", data, entry + 20, 2**31 - 1, 2**31 - 1)
+    path.write_bytes(data)
+    refused(path, "larger than the file")
+
+
+@pytest.mark.parametrize("zip_file", [True, False])
+def test_every_truncation_is_refused(tmp_path, zip_file):
+    whole = save(tmp_path / "whole.pt", public_content(), _use_new_zipfile_serialization=zip_file).read_bytes()
+    path = tmp_path / "cut.pt"
+    for share in (0, 1e-5, 1e-4, 0.001, 0.01, 0.3, 0.6, 0.9, 0.999):
+        path.write_bytes(whole[: int(len(whole) * share)])
+        refused(path, "truncated|damaged|not a torch.save file")
+    path.write_bytes(whole[:-1])
+    refused(path, "truncated|damaged")
+
+
+@pytest.mark.parametrize("zip_file", [True, False])
+def test_flipped_bytes_never_escape(tmp_path, zip_file):
+    """Any damage either is refused in one line or, in a stream (no checksums), changes only values."""
+    whole = save(tmp_path / "whole.pt", public_content(), _use_new_zipfile_serialization=zip_file).read_bytes()
+    generator = torch.Generator().manual_seed(2)
+    path = tmp_path / "flipped.pt"
+    refusals = 0
+    # The pickle lies at the start; the directory of a zip at its end.
+    for start, end, flips in ((0, 3000, 12), (len(whole) - 3000, len(whole), 4)):
+        for position in torch.randint(start, end, (flips,), generator=generator).tolist():
+            damaged = bytearray(whole)
+            damaged[position] ^= 0xFF
+            path.write_bytes(damaged)
+            try:
+                convert(path, tmp_path / "out.safetensors")
+            except CheckpointError:
+                refusals += 1
+    assert refusals >= 6
+
+
+def test_other_files(tmp_path):
+    refused(tmp_path / "absent.pt", "no such file")
+    refused(tmp_path, "is a")
+    for content in (b"", b"text", b"\x89PNG\r\n\x1a\n", pickle.dumps({"a": 1}), pickle.dumps(5)):
+        (tmp_path / "other.pt").write_bytes(content)
+        refused(tmp_path / "other.pt", "not a torch.save file|damaged")
+    with zipfile.ZipFile(tmp_path / "other.pt", "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    refused(tmp_path / "other.pt", "no data.pkl")
+
+
+def test_usage(tmp_path):
+    source = save(tmp_path / "a.pt", public_content())
+    before = source.read_bytes()
+    with pytest.raises(UsageError, match="must not replace its source"):
+        convert(source, source)
+    with pytest.raises(ConfigError, match="unknown preset"):
+        convert(source, tmp_path / "out.safetensors", preset="nonsense")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DfengineError, match="cannot be written"):
+        convert(source, tmp_path / "file" / "out.safetensors")
+    assert source.read_bytes() == before

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from dfengine.errors import DfengineError
+from dfengine.files import atomic_path, atomic_write
+
+
+def test_writes_bytes_and_text_and_makes_the_folder(tmp_path):
+    path = tmp_path / "a" / "b" / "result.txt"
+    atomic_write(path, "Gleis 7 übergeben\n")
+    assert path.read_bytes() == "Gleis 7 übergeben\n".encode()
+    atomic_write(str(path), b"\x00\xff")
+    assert path.read_bytes() == b"\x00\xff"
+    assert os.listdir(path.parent) == ["result.txt"]
+
+
+def test_the_old_file_stays_until_the_block_ends(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    atomic_write(path, b"old")
+    with atomic_path(path) as temporary:
+        assert temporary.parent == tmp_path and temporary.suffix == ".safetensors"
+        temporary.write_bytes(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+
+
+def test_new_files_get_ordinary_permissions_and_old_ones_keep_theirs(tmp_path):
+    old = os.umask(0o027)
+    try:
+        atomic_write(tmp_path / "new", b"")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o640
+    (tmp_path / "new").chmod(0o604)
+    atomic_write(tmp_path / "new", b"1")
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o604
+
+
+def test_a_link_is_followed(tmp_path):
+    target = tmp_path / "disk" / "real.csv"
+    atomic_write(target, b"old")
+    (tmp_path / "link.csv").symlink_to(target)
+    atomic_write(tmp_path / "link.csv", b"new")
+    assert (tmp_path / "link.csv").is_symlink() and target.read_bytes() == b"new"
+
+
+def test_the_longest_file_name(tmp_path):
+    name = "x" * 251 + ".csv"
+    atomic_write(tmp_path / name, b"1")
+    assert os.listdir(tmp_path) == [name]
+    with pytest.raises(DfengineError, match="the file name is too long"):
+        atomic_write(tmp_path / ("x" + name), b"1")
+    assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()])
+def test_a_failing_block_leaves_the_old_file_and_nothing_else(error, tmp_path):
+    path = tmp_path / "file"
+    atomic_write(path, b"old")
+    with pytest.raises(type(error)), atomic_path(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise error
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(("function", "code", "reason"), [
+    ("os.fsync", errno.ENOSPC, "no space left on device"),
+    ("os.fsync", errno.EDQUOT, "disk quota exceeded"),
+    ("os.fsync", errno.EIO, "input/output error"),
+    ("os.replace", errno.EROFS, "the file system is read-only"),
+    ("tempfile.mkstemp", errno.EACCES, "permission denied"),
+    ("tempfile.mkstemp", errno.EROFS, "the file system is read-only"),
+    ("os.mkdir", errno.ENOSPC, "no space left on device"),
+])
+def test_failures_of_the_disk(function, code, reason, tmp_path, monkeypatch):
+    path = tmp_path / "new" / "file" if function == "os.mkdir" else tmp_path / "file"
+    if function != "os.mkdir":
+        atomic_write(path, b"old")
+
+    def fail(*arguments, **options):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(function, fail)
+    with pytest.raises(DfengineError) as refusal:
+        atomic_write(path, b"new")
+    assert str(refusal.value).startswith(f"{path}: cannot be written: {reason}")
+    monkeypatch.undo()
+    if function == "os.mkdir":
+        assert os.listdir(tmp_path) == []
+    else:
+        assert path.read_bytes() == b"old"
+        assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
+def test_a_write_to_a_full_device_names_the_file(tmp_path):
+    with pytest.raises(DfengineError, match="report.html: cannot be written: no space left on device"):
+        with atomic_path(tmp_path / "report.html"):
+            with open("/dev/full", "wb", buffering=0) as full:
+                full.write(b"x")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_system_without_fsync_is_no_failure(tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr("os.fsync", fail)
+    atomic_write(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"

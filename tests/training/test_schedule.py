@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dfengine.models import preset
+from dfengine.training import TrainConfig
+from dfengine.training.schedule import Budget, learning_rates, stage_of
+from tests.helpers import tiny_config
+
+
+def test_budgets():
+    assert Budget.of(TrainConfig(steps=40), 100, 2) == Budget(None, 40)
+    assert Budget.of(TrainConfig(minutes=2), 100, 2) == Budget(120.0, None)
+    assert Budget.of(TrainConfig(epochs=3, batch_size=8, accumulate=2), 100, 2).steps == 3 * math.ceil(100 / 32)
+    assert Budget(None, 40).progress(10, 1e9) == 0.25
+    assert Budget(120.0, None).progress(10, 60.0) == 0.5
+    assert Budget(120.0, None).progress(10, 500.0) == 1.0
+    assert Budget(120.0, None).seconds_left(5, 100.0, 1.0) == 20.0
+    assert Budget(None, 40).seconds_left(30, 100.0, 0.5) == 5.0
+
+
+def test_stage_boundary_and_peaks():
+    config = TrainConfig(steps=100, denoiser_share=0.4, learning_rate=1e-3, segmentation_rate=2e-3)
+    config = config.resolve(tiny_config())
+    assert [stage_of(config, p) for p in (0, 0.39, 0.4, 0.99)] == [1, 1, 2, 2]
+    rates = [learning_rates(config, step / 10_000, step, False) for step in range(10_000)]
+    first, joint = rates[:4000], rates[4000:]
+    assert max(r[0] for r in first) == pytest.approx(1e-3, rel=0.01)
+    assert max(r[0] for r in joint) == pytest.approx(0.5e-3, rel=0.01)
+    assert max(r[1] for r in joint) == pytest.approx(2e-3, rel=0.01)
+    assert first[-1][0] == pytest.approx(1e-5, rel=0.05)
+    assert joint[-1][0] == pytest.approx(0.5e-5, rel=0.05)
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+def test_rates_are_always_positive_and_below_their_peaks(progress, share, warmup):
+    config = TrainConfig(steps=10, denoiser_share=share, warmup=warmup).resolve(tiny_config())
+    rate, segmentation_rate = learning_rates(config, progress, 3, False)
+    assert 0 < rate <= config.learning_rate
+    assert 0 < segmentation_rate <= config.segmentation_rate
+
+
+def test_paper_recipe_rates():
+    model = preset("diffusionad")
+    config = TrainConfig(steps=100, recipe="paper").resolve(model)
+    assert stage_of(config, 0.0) == 2
+    assert learning_rates(config, 0.7, 10, True) == (1e-4, pytest.approx(0.0, abs=1e-12))
+    assert learning_rates(config, 0.7, 20, True) == (1e-4, pytest.approx(1e-5))
+    config = TrainConfig(steps=100, recipe="paper").resolve(preset("diff-fastener"))
+    assert learning_rates(config, 0.7, 10, False) == (1e-4, 1e-4)

@@ -1,0 +1,195 @@
+"""Whole runs of the smallest model on a handful of images."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dfengine.checkpoint import load_checkpoint
+from dfengine.data.images import load_unit
+from dfengine.engine.modules import ModuleRunner
+from dfengine.errors import DataError, DfengineError, UsageError
+from dfengine.models import preset
+from dfengine.training import TrainConfig, TrainingDiverged, TrainingInterrupted, train
+from dfengine.training import trainer as trainer_module
+from dfengine.training.log import read_log
+from dfengine.training.state import load_state
+from tests.helpers import tiny_config
+
+CONFIG = TrainConfig(
+    steps=6, batch_size=4, validations=2, validation_samples=4, log_every=2, workers=0, threads=1, precision="float32"
+)
+
+
+def tensors_of(path):
+    return load_state(path.with_suffix(".run") / "state.safetensors", torch.device("cpu"))[1]
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different
+
+
+@pytest.fixture(scope="module")
+def straight(normals, tmp_path_factory):
+    """An uninterrupted run of 6 steps."""
+    out = tmp_path_factory.mktemp("straight") / "net.safetensors"
+    return train(CONFIG, tiny_config(), normals, out)
+
+
+def test_a_run_leaves_a_calibrated_checkpoint_and_its_log(straight, normals):
+    checkpoint = load_checkpoint(straight.out)
+    record = checkpoint.training
+    assert record == straight.record
+    assert record["stage_steps"] == [3, 3]
+    assert record["images_seen"] == 24
+    assert record["data"]["images"] == 12
+    assert len(record["data"]["held_out"]) == 2 and set(record["data"]["held_out"]) < set(os.listdir(normals))
+    assert record["config"] == CONFIG.resolve(tiny_config()).to_dict()
+    assert {"val_noise_loss", "val_image_auroc", "val_pixel_ap", "val_score"} < record["validation"].keys()
+    names = {p.relative_to(straight.run_folder).as_posix() for p in straight.run_folder.rglob("*.*")}
+    expected = {"state.safetensors", "log.csv", "loss.png", "panels/step-0000003.png", "panels/step-0000006.png"}
+    assert expected < names
+    assert any(name.startswith("tensorboard/events") for name in names)
+    rows = read_log(straight.run_folder / "log.csv")
+    assert [row["step"] for row in rows if "noise_loss" in row] == [2, 3, 4, 6]
+    assert [row["step"] for row in rows if "val_noise_loss" in row] == [3, 6]
+
+    runner = ModuleRunner(checkpoint.build())
+    held_out = np.stack([load_unit(normals / name, 32) for name in record["data"]["held_out"]])
+    assert checkpoint.calibration.threshold == pytest.approx(runner.run(held_out).pred_score.max().item(), abs=1e-6)
+    assert checkpoint.calibration.n_normals == 2 and not checkpoint.calibration.estimated
+
+
+@pytest.mark.parametrize("step", [2, 3, 5])
+def test_a_resumed_run_ends_with_the_same_bits(straight, normals, tmp_path, step):
+    out = tmp_path / "net.safetensors"
+    with pytest.raises(TrainingInterrupted, match="--resume") as stopped:
+        train(CONFIG, tiny_config(), normals, out, stop=lambda now: now == step)
+    assert stopped.value.exit_code == 130
+    assert not out.exists()
+    with pytest.raises(UsageError, match=f"unfinished run at step {step}"):
+        train(CONFIG, tiny_config(), normals, out)
+    result = train(CONFIG, tiny_config(), normals, out, resume=True)
+    assert_same(tensors_of(out), tensors_of(straight.out))
+    assert_same(load_checkpoint(out).state, load_checkpoint(straight.out).state)
+    assert load_checkpoint(out).calibration == load_checkpoint(straight.out).calibration
+    steps = [row["step"] for row in read_log(result.run_folder / "log.csv") if "noise_loss" in row]
+    assert steps == sorted(set(steps) | {2, 4, 6})
+
+
+def test_worker_processes_change_nothing(straight, normals, tmp_path):
+    out = tmp_path / "net.safetensors"
+    train(CONFIG.replace(workers=2), tiny_config(), normals, out)
+    assert_same(tensors_of(out), tensors_of(straight.out))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_and_saves(normals, tmp_path, number):
+    out = tmp_path / "net.safetensors"
+    before = signal.getsignal(number)
+
+    def interrupt(step):
+        if step == 2:
+            os.kill(os.getpid(), number)
+        return False
+
+    with pytest.raises(TrainingInterrupted, match="step 2"):
+        train(CONFIG.replace(workers=1), tiny_config(), normals, out, stop=interrupt)
+    assert load_state(out.with_suffix(".run") / "state.safetensors", torch.device("cpu"))[0].step == 2
+    assert signal.getsignal(number) is before
+
+
+def test_another_configuration_or_data_is_not_resumed(normals, tmp_path):
+    folder = tmp_path / "images"
+    shutil.copytree(normals, folder)
+    out = tmp_path / "net.safetensors"
+    with pytest.raises(TrainingInterrupted):
+        train(CONFIG, tiny_config(), folder, out, stop=lambda step: True)
+    with pytest.raises(UsageError, match="training seed was 0 and is now 1"):
+        train(CONFIG.replace(seed=1), tiny_config(), folder, out, resume=True)
+    with pytest.raises(UsageError, match="model t_b was 400 and is now 500"):
+        train(CONFIG, tiny_config(t_b=500), folder, out, resume=True)
+    Image.new("RGB", (40, 40)).save(folder / "00.png")
+    with pytest.raises(UsageError, match="data fingerprint"):
+        train(CONFIG, tiny_config(), folder, out, resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_state(normals, tmp_path, monkeypatch):
+    out = tmp_path / "net.safetensors"
+    config = CONFIG.replace(steps=8, validations=4)
+    honest = trainer_module.Trainer._next
+
+    def poisoned(self, stage):
+        batch = honest(self, stage)
+        if self.state.step == 5:
+            with torch.no_grad():
+                self.model.reconstruction.out[-1].bias.fill_(float("nan"))
+        return batch
+
+    monkeypatch.setattr(trainer_module.Trainer, "_next", poisoned)
+    with pytest.raises(TrainingDiverged, match="not finite at step 5.*last good state"):
+        train(config, tiny_config(), normals, out)
+    state, tensors = load_state(out.with_suffix(".run") / "state.safetensors", torch.device("cpu"))
+    assert state.step == 4
+    assert all(torch.isfinite(value).all() for value in tensors.values())
+
+
+def test_a_full_disk_is_reported_and_training_goes_on(normals, tmp_path, monkeypatch, lines):
+    def full(path, state, tensors):
+        raise DfengineError(f"{path}: cannot be written: no space left on device")
+
+    monkeypatch.setattr(trainer_module, "save_state", full)
+    out = tmp_path / "net.safetensors"
+    train(CONFIG, tiny_config(), normals, out, console=lines)
+    assert "warning" in lines.file.getvalue() and "no space left on device" in lines.file.getvalue()
+    assert load_checkpoint(out).training["steps"] == 6
+
+
+def test_unreadable_images_are_named_and_too_few_refused(normals, tmp_path, lines):
+    folder = tmp_path / "few"
+    folder.mkdir()
+    shutil.copy(normals / "00.png", folder)
+    (folder / "bad.png").write_text("no image")
+    with pytest.raises(DataError, match="at least 2 normal images, found 1 .1 unreadable"):
+        train(CONFIG, tiny_config(), folder, tmp_path / "net.safetensors")
+    shutil.copy(normals / "01.png", folder)
+    result = train(CONFIG, tiny_config(), folder, tmp_path / "net.safetensors", console=lines)
+    assert "bad.png" in lines.file.getvalue()
+    assert result.record["data"]["skipped"] == [str(folder / "bad.png")]
+    assert result.record["data"]["held_out_also_trained"]
+
+
+def test_a_minute_budget_ends_in_time_through_both_stages(normals, tmp_path):
+    config = CONFIG.replace(steps=None, minutes=0.05)
+    record = train(config, tiny_config(), normals, tmp_path / "net.safetensors").record
+    assert 3 <= record["seconds"] < 15
+    assert min(record["stage_steps"]) >= 1
+
+
+@pytest.mark.parametrize("name", ["diffusionad", "diffusionad-v1", "iterative"])
+def test_every_method_trains_by_the_papers_recipe(normals, tmp_path, name):
+    tiny, sizes = tiny_config(), ("image_size", "base", "multipliers", "heads", "seg_base", "attention_factors")
+    short = dict(timesteps=50, beta_end=0.3, tau=15, t_s=4, t_b=20)
+    model = preset(name, **{key: getattr(tiny, key) for key in sizes}, **short)
+    config = CONFIG.replace(steps=2, recipe="paper", validations=1, accumulate=2)
+    result = train(config, model, normals, tmp_path / "net.safetensors")
+    assert result.record["stage_steps"] == [0, 2]
+    assert result.record["images_seen"] == 16
+    assert load_checkpoint(result.out).config == model
+
+
+def test_training_learns(normals, tmp_path):
+    config = CONFIG.replace(steps=80, batch_size=8, log_every=10)
+    result = train(config, tiny_config(), normals, tmp_path / "net.safetensors")
+    rows = [row for row in read_log(result.run_folder / "log.csv") if "noise_loss" in row]
+    assert rows[-1]["noise_loss"] < 0.75 * rows[0]["noise_loss"]
+    joint = [row["mask_loss"] for row in rows if row["stage"] == 2]
+    assert joint[-1] < 0.9 * joint[0]
