@@ -39,7 +39,7 @@ bench: $(VENV)/installed
 kernels-check: $(VENV)/installed
 	@$(BIN)/python bench/kernels_check.py
 
-# torch goes in first and alone, so that the build the index offers (or TORCH_INDEX, such as https://download.pytorch.org/whl/cpu) is kept.
+# torch goes in first and alone, so that the build that pip finds is kept; TORCH_INDEX names another package index (a CPU-only one, say).
 $(VENV)/torch: | $(VENV)/bin/python
 	@$(BIN)/python -c 'import torch' 2>/dev/null || \
 	{ echo 'installing torch ...'; $(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'; }

@@ -55,11 +55,11 @@ def build_native(target: Path, work: Path) -> None:
     """Configure and build in `work`, and put the module at `target`. Raises with the reason when any step fails."""
     if os.environ.get("DFENGINE_NATIVE") == "0":
         raise RuntimeError("switched off by DFENGINE_NATIVE=0")
-    import pybind11
-
     cmake = shutil.which("cmake")
     if cmake is None:
         raise RuntimeError("cmake was not found")
+    import pybind11
+
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     configure = [

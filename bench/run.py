@@ -2,9 +2,9 @@
 
     python bench/run.py [OP ...] [--device cpu|cuda] [--seconds 2] [--out FOLDER]
 
-For every case of bench/kernels/<op>.py the op runs interleaved with its rivals on rotating inputs that together exceed the
-last-level cache; a row holds medians and p99 in microseconds, GB/s of the bytes that must move, and the share of the copy
-bandwidth that was measured in the same process on a working set of the same size.
+For every case of bench/kernels/<op>.py the op runs interleaved with its rivals on rotating inputs that together exceed
+the last-level cache; a row holds median and p99 in microseconds, GB/s of the bytes that must move, and the share of the
+copy bandwidth that was measured in the same process on a working set of the same size.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def environment(device: str) -> dict:
         "torch": torch.__version__,
         "native": dfengine.native.status(),
         "threads": torch.get_num_threads(),
-        "load_before": os.getloadavg()[0],
+        "load_average": os.getloadavg()[0],
     }
     if device == "cuda":
         import triton
@@ -108,9 +108,7 @@ def measure(functions: dict, sets: list, device: str, seconds: float) -> dict[st
 
 def copy_function(moved: int, count: int, device: str):
     """A copy that reads moved / 2 bytes and writes as many, on buffers that rotate as the cases do."""
-    pairs = [
-        tuple(torch.zeros(moved // 2, dtype=torch.uint8, device=device) for _ in range(2)) for _ in range(count)
-    ]
+    pairs = [tuple(torch.zeros(moved // 2, dtype=torch.uint8, device=device) for _ in range(2)) for _ in range(count)]
     turn = 0
 
     def copy(*_arguments):
@@ -135,6 +133,7 @@ def bench_op(op: str, device: str, seconds: float) -> list[dict]:
             "shape": list(shape),
             "dtype": str(dtype).removeprefix("torch."),
             "us": medians["kernel"] * 1e6,
+            "us_best": min(times["kernel"]) * 1e6,
             "us_p99": sorted(times["kernel"])[int(0.99 * (len(times["kernel"]) - 1))] * 1e6,
             "gbps": moved / medians["kernel"] / 1e9,
             "copy_gbps": ceiling / 1e9,

@@ -19,7 +19,7 @@ from torch import Tensor
 from dfengine.errors import CheckpointError, ConfigError
 from dfengine.evaluation.calibration import Calibration
 from dfengine.files import atomic_path
-from dfengine.models import Model, ModelConfig, build_model
+from dfengine.models import Model, ModelConfig
 
 FORMAT = "dfengine"
 VERSION = "1"
@@ -154,9 +154,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 def _damage(path: Path, error: SafetensorError) -> str:
     with path.open("rb") as file:
-        start = file.read(8)
+        start = file.read(9)
     if not start:
         return "the file is empty"
-    if start[:2] == b"PK" or start[:1] == b"\x80":
+    if start[8:] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
         return "a PyTorch pickle, not a safetensors checkpoint; import DiffusionAD weights with `dfengine convert`"
     return f"not a readable safetensors file: truncated or damaged ({error})"

@@ -161,13 +161,14 @@ def info(
 def convert(
     source: Annotated[Path, typer.Argument(metavar="IN.pt", help="A public DiffusionAD checkpoint.")],
     out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="The dfengine checkpoint to write.")],
-    preset: Annotated[str | None, typer.Option(help="Method preset of the weights (default: diffusionad).")] = None,
+    preset: Annotated[str, typer.Option(help="Method preset of the weights.")] = "diffusionad",
     image_size: Annotated[int | None, typer.Option(help="Where the file does not say it.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads, where the file does not say it.")] = None,
 ) -> None:
     """Import public DiffusionAD weights without executing anything in the file."""
     from dfengine.convert import convert as run_convert
 
-    typer.echo(run_convert(source, out, preset=preset, image_size=image_size))
+    typer.echo(run_convert(source, out, preset, image_size, heads))
 
 
 @app.command()

@@ -194,16 +194,17 @@ class Detection:
             parts.append(f"{len(self.errors)} refused")
         return f"Detection({', '.join(parts)}, seed {self.seed})"
 
-    def rows(self, heatmaps: Sequence[str | Path] | None = None) -> list[dict]:
+    def rows(self, heatmaps: Sequence[str | Path | None] | None = None) -> list[dict]:
         """One dict of `ROW_FIELDS` (plain JSON values) per scored image, then one per refused image.
 
-        `heatmaps`: the file of each image, for the column of that name.
+        `heatmaps`: the file of each image (None where it has none), for the column of that name.
         """
         rows = []
         for i, image in enumerate(self):
             row = dict.fromkeys(ROW_FIELDS)
             row.update((field, getattr(image, field)) for field in ROW_FIELDS[:5])
-            row["heatmap"] = None if heatmaps is None else Path(heatmaps[i]).as_posix()
+            heatmap = heatmaps[i] if heatmaps is not None else None
+            row["heatmap"] = Path(heatmap).as_posix() if heatmap is not None else None
             rows.append(row)
         return rows + [dict.fromkeys(ROW_FIELDS) | {"name": e.name, "error": e.reason} for e in self.errors]
 

@@ -21,6 +21,8 @@ class UsageError(DfengineError):
 class ConfigError(DfengineError):
     """A model or training configuration that cannot be built."""
 
+    exit_code = 2
+
 
 class ImageError(DfengineError):
     """An image that is refused. `name` says which one, `reason` why; `str(error)` is "name: reason"."""

@@ -2,7 +2,8 @@
 
 The rule (``Op.choose``): a backend forced by the ``backend`` argument, else by the environment variable
 ``DFENGINE_BACKEND``, runs or raises with the reason, never falling back. Otherwise the first of
-``PRIORITY[device type]`` that can run these arguments is taken. ``reference`` stands last in every list and accepts everything the op accepts.
+``PRIORITY[device type]`` that can run these arguments is taken. ``reference`` stands last in every list and accepts
+everything the op accepts.
 """
 
 from __future__ import annotations

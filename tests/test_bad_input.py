@@ -9,28 +9,48 @@ from __future__ import annotations
 import errno
 import os
 import shlex
-import struct
 import warnings
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
-import tifffile
 import torch
 from PIL import Image
 
+from dfengine.cli import main
 from dfengine.data.folders import open_dataset
 from dfengine.data.images import list_images, read_mask
 from dfengine.data.inputs import collect_inputs
 from dfengine.errors import DfengineError, ImageError
 from dfengine.files import atomic_write
-
-SIDE = 16  # images of this side are loaded at this size: no resampling, so the value is exact
+from tests.odd_files import (
+    SIDE,
+    animation,
+    content,
+    cut,
+    damaged,
+    evil_pickle,
+    loop,
+    mask_of,
+    nan_pixel,
+    noise,
+    odd_mask,
+    pipe,
+    pixels,
+    png16,
+    png_header,
+    rotated,
+    saved,
+    saved_checkpoint,
+    several,
+    subfolder,
+    tiff,
+    transparent_red,
+    tree,
+)
 
 
 def corner(batch: Any) -> tuple[float, float, float]:
@@ -40,7 +60,8 @@ def corner(batch: Any) -> tuple[float, float, float]:
 
 @dataclass(frozen=True)
 class Row:
-    """`reads` (accepted) or `refused` (a part of the one-line reason); `exit_status` with `command` only."""
+    """`reads` (accepted) or `refused` (a part of the one-line reason); or a `command`, its `exit_status`, and a part of
+    what it `prints`."""
 
     id: str
     given: Callable[[Path], Any]
@@ -49,139 +70,7 @@ class Row:
     through: Callable[[Any], Any] = corner
     command: str | None = None
     exit_status: int | None = None
-
-
-def saved(mode: str, colour: Any, name: str, prepare: Callable[[Image.Image], None] | None = None, **options):
-    """A file of one colour, written by Pillow."""
-    def make(folder: Path) -> Path:
-        image = Image.new(mode, (SIDE, SIDE), colour)
-        if prepare:
-            prepare(image)
-        image.save(folder / name, **options)
-        return folder / name
-    return make
-
-
-def tiff(pixels: np.ndarray, **options):
-    def make(folder: Path) -> Path:
-        tifffile.imwrite(folder / "image.tif", pixels, **options)
-        return folder / "image.tif"
-    return make
-
-
-def png16(*channels: int):
-    """A 16-bit PNG of one colour, written by OpenCV: gray, BGR or BGRA."""
-    def make(folder: Path) -> Path:
-        pixels = np.full((SIDE, SIDE, len(channels)), channels, np.uint16)
-        assert cv2.imwrite(str(folder / "deep.png"), pixels)
-        return folder / "deep.png"
-    return make
-
-
-def content(data: bytes, name: str = "image.png"):
-    def make(folder: Path) -> Path:
-        (folder / name).write_bytes(data)
-        return folder / name
-    return make
-
-
-def cut(make: Callable[[Path], Path], share: float = 0.6):
-    """The file with its end missing."""
-    def make_cut(folder: Path) -> Path:
-        path = make(folder)
-        data = path.read_bytes()
-        path.write_bytes(data[: int(len(data) * share)])
-        return path
-    return make_cut
-
-
-def noise(name: str, **options):
-    """A file whose pixels fill some kilobytes, so that a cut goes through them."""
-    def make(folder: Path) -> Path:
-        pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / name, **options)
-        return folder / name
-    return make
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds next to nothing."""
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
-
-
-def rotated(folder: Path) -> Path:
-    """A JPEG whose white left half is at the top when it is shown: EXIF orientation 6."""
-    pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
-    pixels[SIDE // 2 :, :] = 255  # the stored bottom is the shown left
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(pixels).save(folder / "r.jpg", exif=exif, quality=95)
-    return folder / "r.jpg"
-
-
-def animation(name: str):
-    def make(folder: Path) -> Path:
-        frames = [Image.new("RGB", (SIDE, SIDE), colour) for colour in ("white", "black", "red")]
-        frames[0].save(folder / name, save_all=True, append_images=frames[1:], **(
-            {"lossless": True} if name.endswith("webp") else {}))
-        return folder / name
-    return make
-
-
-def loop(folder: Path) -> Path:
-    (folder / "a.png").symlink_to(folder / "b.png")
-    (folder / "b.png").symlink_to(folder / "a.png")
-    return folder / "a.png"
-
-
-def pipe(folder: Path) -> Path:
-    os.mkfifo(folder / "pipe.png")
-    return folder / "pipe.png"
-
-
-def subfolder(name: str):
-    def make(folder: Path) -> Path:
-        (folder / name).mkdir()
-        return folder / name
-    return make
-
-
-def nan_pixel(folder: Path) -> np.ndarray:
-    pixels = np.full((SIDE, SIDE), 0.5, np.float32)
-    pixels[7, 9] = np.nan
-    return pixels
-
-
-def transparent_red(image: Image.Image) -> None:
-    image.putpalette([255, 0, 0, 0, 255, 0])
-    image.info["transparency"] = 0
-
-
-def pixels(*shape: int, value: Any = 0.5, dtype: Any = np.float32):
-    return lambda folder: np.full(shape, value, dtype)
-
-
-def mask_of(size: tuple[int, int], name: str = "000_mask.png"):
-    def make(folder: Path) -> Path:
-        Image.new("L", size, 1).save(folder / name)
-        return folder / name
-    return make
-
-
-def tree(*files: str):
-    """A folder of small images (or, for names that end in .txt, of text)."""
-    def make(folder: Path) -> Path:
-        for file in files:
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            if file.endswith(".txt"):
-                (folder / file).write_text("no image")
-            else:
-                Image.new("L", (SIDE, SIDE), 9).save(folder / file)
-        return folder
-    return make
+    prints: str | None = None
 
 
 def counts(root: Path) -> tuple[str, int, int, int]:
@@ -194,6 +83,13 @@ def gray(value: float) -> tuple[float, float, float]:
 
 
 HALF = SIDE, SIDE, 3
+
+DETECT = "detect {checkpoint} {given} --out {out}"
+EVALUATE = "evaluate {checkpoint} {given} --out {out}"
+CALIBRATE = "calibrate {checkpoint} {given} --out {out}.safetensors"
+TRAIN = "train {given} --out {out}.safetensors --workers 0"
+INFO = "info {given}"
+
 ROWS = [
     # Depths and modes: the value is in units of 1/65535, so 8-bit v reads as 257 v.
     Row("gray 8-bit png", saved("L", 77, "a.png"), gray(77 * 257)),
@@ -297,6 +193,61 @@ ROWS = [
     Row("output below a file", content(b"x", "file"), refused="is a file, not a folder",
         through=lambda path: atomic_write(path / "results.csv", "")),
     Row("output on a folder", lambda f: f, refused="is a folder, not a file", through=lambda f: atomic_write(f, "")),
+    # Commands: the exit status, and a part of what is printed.
+    Row("detect: all scored", tree("a.png", "b.png"), prints="2 images scored", command=DETECT, exit_status=0),
+    Row("detect: some refused", several(tree("a.png"), content(b"text", "b.png")), prints="b.png: not an image",
+        command=DETECT, exit_status=3),
+    Row("detect: only bad files", several(content(b"", "a.png"), content(b"text", "b.png")),
+        prints="0 images scored, 2 refused",
+        command=DETECT, exit_status=1),
+    Row("detect: empty folder", lambda f: f, prints="no image", command=DETECT, exit_status=1),
+    Row("detect: no such folder", lambda f: f / "gone", prints="gone: no such file", command=DETECT, exit_status=1),
+    Row("detect: output is a file", several(tree("a.png"), content(b"", "out")), prints="cannot make the folder",
+        command="detect {checkpoint} {given} --out {given}/out", exit_status=1),
+    Row("detect: no GPU here", tree("a.png"), prints="CUDA", command=DETECT + " --device cuda:99", exit_status=2),
+    Row("detect: threshold out of range", tree("a.png"), prints="threshold", command=DETECT + " --threshold 7",
+        exit_status=2),
+    Row("detect: unknown option", tree("a.png"), prints="No such option", command=DETECT + " --frob", exit_status=2),
+    Row("checkpoint: truncated", damaged(lambda raw: raw[:-9]),
+        prints="truncated or damaged", command=INFO, exit_status=1),
+    Row("checkpoint: empty", damaged(lambda raw: b""), prints="the file is empty", command=INFO, exit_status=1),
+    Row("checkpoint: another version", damaged(lambda raw: raw.replace(b'"version":"1"', b'"version":"9"')),
+        prints="version '9' is not supported", command=INFO, exit_status=1),
+    Row("checkpoint: wrong tensor shape",
+        damaged(lambda raw: raw.replace(b'"shape":[8,3,3,3]', b'"shape":[3,8,3,3]', 1)),
+        prints="has shape (3, 8, 3, 3), expected (8, 3, 3, 3)", command=INFO, exit_status=1),
+    Row("checkpoint: a pickle that would run code", evil_pickle, prints="PyTorch pickle", command=INFO, exit_status=1),
+    Row("convert: a pickle that would run code", evil_pickle, prints="posix.system",
+        command="convert {given} {out}.safetensors", exit_status=1),
+    Row("checkpoint: an image", saved("L", 7, "a.png"), prints="not a readable safetensors file", command=INFO,
+        exit_status=1),
+    Row("evaluate: no masks", tree("test/good/0.png", "test/bad/0.png", "test/bad/1.png", "train/good/0.png"),
+        prints="no ground-truth masks", command=EVALUATE, exit_status=0),
+    Row("evaluate: one mask missing", tree("test/good/0.png", "test/bad/0.png", "test/bad/1.png", "train/good/0.png",
+        "ground_truth/bad/0_mask.png"), prints="1 anomalous image(s) without a mask", command=EVALUATE, exit_status=0),
+    Row("evaluate: mask of another aspect", several(tree("test/good/0.png", "test/bad/0.png", "train/good/0.png"),
+        odd_mask), prints="0_mask.png: the mask is 8x16, its image 16x16", command=EVALUATE, exit_status=3),
+    Row("evaluate: no test images", tree("train/good/0.png"), prints="no test images", command=EVALUATE, exit_status=1),
+    Row("evaluate: group without a group", tree("test/good/0.png", "test/bad/0.png", "train/good/0.png"),
+        prints="needs a group", command=EVALUATE + " --group-by x", exit_status=2),
+    Row("calibrate: rate of 0", tree("a.png"), prints="between 0 and 1", command=CALIBRATE + " --false-alarm-rate 0",
+        exit_status=2),
+    Row("calibrate: two ways at once", tree("a.png"), prints="only one of",
+        command=CALIBRATE + " --false-alarm-rate 0.1 --alarms-per-km 3", exit_status=2),
+    Row("calibrate: only bad files", several(content(b"text", "a.png")), prints="no normal image could be scored",
+        command=CALIBRATE, exit_status=1),
+    Row("train: empty folder", lambda f: f, prints="no image", command=TRAIN + " --steps 1", exit_status=1),
+    Row("train: one image", tree("a.png"), prints="at least 2 normal images", command=TRAIN + " --steps 1",
+        exit_status=1),
+    Row("train: two budgets", tree("a.png"), prints="exactly one of", command=TRAIN + " --steps 1 --minutes 1",
+        exit_status=2),
+    Row("train: unknown preset", tree("a.png"), prints="unknown preset 'nope'", command=TRAIN + " --preset nope",
+        exit_status=2),
+    Row("train: odd size", tree("a.png"), prints="image_size", command=TRAIN + " --image-size 100", exit_status=2),
+    Row("train: nothing to resume", tree("a.png", "b.png"), prints="resume", command=TRAIN + " --steps 1 --resume",
+        exit_status=1),
+    Row("fasteners: output is a file", content(b"", "out"), prints="out",
+        command="fasteners {given} --train 1 --test-good 0 --per-defect 0", exit_status=1),
 ]
 
 
@@ -327,20 +278,21 @@ def test_row(row: Row, tmp_path, capfd):
     assert capfd.readouterr().err == "", "the reason is in the error, not on the terminal"
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return saved_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors")
+
+
 @pytest.mark.parametrize("row", [row for row in ROWS if row.command], ids=lambda row: row.id)
-def test_command(row: Row, tmp_path):
-    from typer.testing import CliRunner
-
-    from dfengine.cli import app
-
+def test_command(row: Row, tmp_path, checkpoint, capsys):
     folder = tmp_path / "given"
     folder.mkdir()
-    words = [word.format(given=row.given(folder), out=tmp_path / "out") for word in shlex.split(row.command)]
-    result = CliRunner().invoke(app, words)
-    assert result.exit_code == row.exit_status, result.output
-    if row.refused is not None:
-        assert row.refused in " ".join(result.output.split())
-    assert "Traceback" not in result.output
+    places = dict(given=row.given(folder), out=tmp_path / "out", checkpoint=checkpoint)
+    assert main([word.format(**places) for word in shlex.split(row.command)]) == row.exit_status
+    printed = " ".join("".join(capsys.readouterr()).split())
+    assert row.prints in printed
+    assert "Traceback" not in printed
+    assert not (tmp_path / "ran").exists(), "code from a file was executed"
 
 
 @pytest.mark.parametrize(("code", "reason"), [(errno.EACCES, "permission denied"), (errno.EIO, "input/output error"),

@@ -14,7 +14,8 @@ from tests.helpers import tiny_config, tiny_model
 
 
 def a_checkpoint() -> Checkpoint:
-    return Checkpoint(tiny_config(), tiny_model().state_dict(), {"steps": 12, "seed": 3}, calibrate([0.1, 0.2, 0.3], 0.3))
+    calibration = calibrate([0.1, 0.2, 0.3], 0.3)
+    return Checkpoint(tiny_config(), tiny_model().state_dict(), {"steps": 12, "seed": 3}, calibration)
 
 
 def metadata_of(path) -> dict:
@@ -69,7 +70,7 @@ DAMAGE = {
     "hostile nesting": (lambda p: rewrite(p, config="[" * 100_000), "'config' is not valid JSON"),
     "missing field": (lambda p: rewrite(p, training=None), "'training' is missing"),
     "training is a list": (lambda p: rewrite(p, training="[]"), "'training' is not a table"),
-    "unknown config field": (lambda p: rewrite(p, config='{"colour": 1}'), "unknown model configuration fields: colour"),
+    "unknown config field": (lambda p: rewrite(p, config='{"colour": 1}'), "configuration fields: colour"),
     "config out of range": (lambda p: rewrite(p, config='{"base": -4}'), "base must be between"),
     "another config": (
         lambda p: rewrite(p, config=json.dumps(tiny_config(base=16).to_dict())), r"has shape .* expected"),

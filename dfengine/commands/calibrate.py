@@ -71,7 +71,7 @@ def held_out_normals(data: Path, training: dict) -> list[Sample]:
         names = set(record.get("held_out", ()))
         held_out = [sample for sample in normals if _name(sample, dataset.root) in names]
         if not held_out:
-            raise DataError(f"{data}: is what the model was trained on, and none of it was held out; give other normals")
+            raise DataError(f"{data}: is what the model was trained on, with none held out; give other normals")
         say(f"{data} is the training data: the {len(held_out)} normals held out in training are used")
         return held_out
     if not normals:

@@ -1,4 +1,4 @@
-"""`dfengine demo`: fresh procedural fasteners through the shipped checkpoint, with metrics, a baseline and the report."""
+"""`dfengine demo`: fresh procedural fasteners through the shipped checkpoint, with metrics, a baseline and a report."""
 
 from __future__ import annotations
 

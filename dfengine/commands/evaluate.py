@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import cv2
 import numpy as np
 
 from dfengine.commands.scoring import Outputs, Scoring, open_detector, report_items, say, warn
-from dfengine.data.folders import Dataset, open_dataset
+from dfengine.data.folders import Dataset, Sample, open_dataset
 from dfengine.data.images import read_mask
 from dfengine.data.inputs import collect_inputs
 from dfengine.detection import resize_map
@@ -21,7 +22,7 @@ from dfengine.evaluation.evaluate import evaluate, write_metrics
 from dfengine.report.report import ReportItem, write_report
 
 MAX_PIXEL_SIDE = 1024
-"""Pixel metrics are taken at the masks' own size up to this side; larger masks are reduced to it."""
+"""Pixel metrics are taken at the images' own size; larger ones are reduced to this side, which bounds memory."""
 
 
 def run_evaluate(
@@ -55,23 +56,32 @@ def evaluate_dataset(
     groups = _groups(samples.values(), group_by)
     outputs = Outputs(out)
     scoring = Scoring(detector, batch_size)
-    masks, side = _masks(dataset)
+    images = collect_inputs([sample.path for sample in dataset.test])
+    with_masks = any(sample.mask for sample in dataset.test)
     size = detector.config.image_size
     rows: list[dict] = []
     names: list[str] = []
     scores: list[float] = []
     maps: list[np.ndarray] = []
+    masks: dict[str, np.ndarray | None] = {}
 
     def truth(name: str) -> tuple[str, np.ndarray | None]:
         mask = masks.get(name)
         return samples[name].defect, None if mask is None else _resize_mask(mask, (size, size))
 
     def items() -> Iterator[ReportItem]:
-        for detection in scoring.batches(collect_inputs([sample.path for sample in dataset.test])):
+        pending = iter(images)
+        for detection in scoring.batches(images):
+            shapes = {image.name: image for image in islice(pending, len(detection) + len(detection.errors))}
+            for image in detection if with_masks else ():
+                height, width = shapes[image.name].original_size
+                scale = min(1.0, MAX_PIXEL_SIDE / max(height, width))
+                shape = max(1, round(height * scale)), max(1, round(width * scale))
+                masks[image.name] = _mask(samples[image.name], (height, width), shape, scoring)
+                maps.append(resize_map(image.anomaly_map, shape))
             rows.extend(detection.rows())
             names.extend(detection.names)
             scores.extend(detection.pred_score.tolist())
-            maps.extend(detection.anomaly_map)
             yield from report_items(detection, truth)
 
     cards = list(items())
@@ -79,21 +89,15 @@ def evaluate_dataset(
         outputs.rows(rows)
         return scoring.status, {}
     kept = [samples[name] for name in names]
-    pixel_maps = pixel_masks = None
-    if masks:
-        pixel_masks = [masks.get(name) for name in names]
-        shapes = [side if mask is None else mask.shape for mask in pixel_masks]
-        pixel_maps = [resize_map(image, shape) for image, shape in zip(maps, shapes, strict=True)]
     result = evaluate(
         scores,
         [sample.label for sample in kept],
         [sample.defect for sample in kept],
-        pixel_maps,
-        pixel_masks,
+        maps if with_masks else None,
+        [masks[name] for name in names] if with_masks else None,
         detector.threshold,
         None if groups is None else [groups[name] for name in names],
     )
-    result["notes"] += _mask_notes(dataset, masks)
     outputs.rows(rows)
     outputs.attempt(lambda: write_metrics(out, result))
     report = outputs.attempt(
@@ -162,33 +166,23 @@ def _groups(samples, pattern: str | None) -> dict[str, str] | None:
     return groups
 
 
-def _masks(dataset: Dataset) -> tuple[dict[str, np.ndarray], tuple[int, int] | None]:
-    """The readable masks by image path, at most `MAX_PIXEL_SIDE` a side, and the commonest shape for images without."""
-    masks: dict[str, np.ndarray] = {}
-    for sample in dataset.test:
-        if sample.mask is None:
-            continue
-        try:
-            mask = read_mask(sample.mask)
-        except ImageError as error:
-            warn(f"{error}; its image is left out of the pixel metrics")
-            continue
-        scale = MAX_PIXEL_SIDE / max(mask.shape)
-        if scale < 1:
-            mask = _resize_mask(mask, tuple(max(1, round(side * scale)) for side in mask.shape))
-        masks[str(sample.path)] = mask
-    shapes = [mask.shape for mask in masks.values()]
-    return masks, max(set(shapes), key=lambda shape: (shapes.count(shape), shape)) if shapes else None
+def _mask(
+    sample: Sample, image_shape: tuple[int, int], shape: tuple[int, int], scoring: Scoring
+) -> np.ndarray | None:
+    """The mask of a test image (H, W) at `shape`: empty for a good image, None where there is none or it is refused."""
+    if not sample.label:
+        return np.zeros(shape, dtype=bool)
+    if sample.mask is None:
+        return None
+    try:
+        return _resize_mask(read_mask(sample.mask, image_shape), shape)
+    except ImageError as error:
+        scoring.refused.append((error.name, error.reason))
+        warn(f"{error}; its image is left out of the pixel metrics")
+        return None
 
 
 def _resize_mask(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     if mask.shape == shape:
         return mask
     return cv2.resize(mask.astype(np.uint8), shape[::-1], interpolation=cv2.INTER_NEAREST).astype(bool)
-
-
-def _mask_notes(dataset: Dataset, masks: dict[str, np.ndarray]) -> list[str]:
-    missing = [sample for sample in dataset.missing_masks]
-    if not missing or not masks:
-        return []
-    return [f"no mask for {missing[0].path.name}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")]

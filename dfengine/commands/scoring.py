@@ -62,14 +62,18 @@ class Scoring:
     scored: int = 0
     refused: list[tuple[str, str]] = field(default_factory=list)
     seconds: float = 0.0
+    stopped: bool = False
 
     def batches(self, images: Sequence[InputImage]) -> Iterator[Detection]:
-        """The `Detection` of each batch; each refused image is reported on standard error as it is met."""
+        """The `Detection` of each batch; each refused image is reported on standard error as it is met.
+
+        An error that ends the scoring early (out of memory, say) is reported too, and what was scored is kept.
+        """
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         start = time.perf_counter()
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("scoring", total=len(images))
-            for detection in self.detector.detect_iter(images, self.batch_size, self.original_size):
+            for detection in self._detections(images):
                 for error in detection.errors:
                     warn(f"{error.name}: {error.reason}")
                 self.refused += [(error.name, error.reason) for error in detection.errors]
@@ -78,12 +82,19 @@ class Scoring:
                 yield detection
         self.seconds = time.perf_counter() - start
 
+    def _detections(self, images: Sequence[InputImage]) -> Iterator[Detection]:
+        try:
+            yield from self.detector.detect_iter(images, self.batch_size, self.original_size)
+        except DfengineError as error:
+            self.stopped = True
+            warn(str(error))
+
     @property
     def status(self) -> int:
         """0 = all scored, 3 = some refused, 1 = nothing could be scored."""
         if not self.scored:
             return 1
-        return 3 if self.refused else 0
+        return 3 if self.refused or self.stopped else 0
 
     def summary(self) -> str:
         """One line: how many images, refusals, and how fast."""
@@ -106,7 +117,7 @@ class Scoring:
 
 
 def report_items(detection: Detection, truth: Callable[[str], tuple[str | None, Any]]) -> Iterator[ReportItem]:
-    """Cards of the report; `truth(name)` gives the kind ("good", a defect, None) and the true mask at map size or None."""
+    """Cards of the report; `truth(name)` gives the kind ("good", a defect, None) and the true mask at map size."""
     for image in detection:
         kind, mask = truth(image.name)
         yield ReportItem(
@@ -131,7 +142,7 @@ class Outputs:
         make_folder(out)
 
     def attempt(self, write: Callable[[], Any]) -> Any:
-        """The result of `write()`, or None where it raised `DfengineError`, which is reported (the first three times)."""
+        """The result of `write()`; None where it raised `DfengineError`, which is reported (the first three times)."""
         try:
             return write()
         except DfengineError as error:

@@ -1,4 +1,4 @@
-"""Building blocks of the reconstruction U-Net (DF 3.1, 4.4; DAD 4.2). Tensors are (B, C, H, W), channels-last in memory."""
+"""Building blocks of the reconstruction U-Net (DF 3.1, 4.4; DAD 4.2). Tensors are (B, C, H, W), channels-last."""
 
 from __future__ import annotations
 

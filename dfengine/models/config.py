@@ -103,7 +103,7 @@ class ModelConfig:
         need(self.top_k >= 1, "top_k must be at least 1")
         need(len(self.multipliers) <= 8, "at most 8 levels")
         widths = [m * self.base for m in self.multipliers]
-        need(all(w == int(w) and w >= 4 and w % 4 == 0 for w in widths), f"level widths {widths} must be multiples of 4")
+        need(all(w >= 4 and w % 4 == 0 for w in widths), f"level widths {widths} must be multiples of 4")
         need(all(isinstance(f, int) and f >= 1 for f in self.attention_factors), "attention_factors must be integers")
         need(all(int(w) % self.heads == 0 for w in widths), f"level widths {widths} must be divisible by heads")
         step = max(2 ** (len(self.multipliers) - 1), 32)

@@ -1,4 +1,4 @@
-"""The reconstruction U-Net: predicts the noise in a noised image (DF 3.1; DAD 4.2). Module names are the public ones."""
+"""The reconstruction U-Net: predicts the noise in a noised image (DF 3.1; DAD 4.2). Names are the public ones."""
 
 from __future__ import annotations
 

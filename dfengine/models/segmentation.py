@@ -1,4 +1,4 @@
-"""The segmentation U-Net: finds what differs between an image and its reconstruction (DAD 3.2). Names are the public ones."""
+"""The segmentation U-Net: what differs between an image and its reconstruction (DAD 3.2). Names are the public ones."""
 
 from __future__ import annotations
 

@@ -30,15 +30,17 @@ from dfengine.models import ModelConfig, build_model
 from dfengine.training.config import PRECISIONS, TrainConfig
 from dfengine.training.data import read_normals
 from dfengine.training.distributed import World
+from dfengine.training.group_norm import speed_up
 from dfengine.training.log import RunLog
 from dfengine.training.precision import Precision, choose_precision
 from dfengine.training.schedule import Budget, Clock, stage_of
 from dfengine.training.state import RunState, TrainingInterrupted, check_identity, load_state
 from dfengine.training.step import Objective
 from dfengine.training.trainer import Trainer, TrainingDiverged
-from dfengine.training.validation import panel, run, validate
+from dfengine.training.validation import run, validate
 
 MAX_VALIDATION_NORMALS = 64
+MAX_VALIDATING = 0.05  # share of a budget of minutes
 INFERENCE_SEED = 0  # of validation and calibration: the seed that detection takes by default
 # A later validation replaces the best one unless it is worse by more than this: the score is noisy on few images, and
 # at equal score the longer trained denoiser is the better one.
@@ -140,6 +142,7 @@ class _Run:
             # The chain costs t_b + 1 evaluations an image: while training, its norm-guided twin stands in for it.
             self.runner.config = model_config.replace(mode="norm-guided")
         self._validated: dict[str, float] = {}
+        self._validating = 0.0  # seconds
         self._signalled = False
         self.clock = Clock(state.elapsed)
 
@@ -184,7 +187,7 @@ class _Run:
                 logged_step, logged_at = state.step, state.elapsed
                 if log:
                     log.row(row, self.budget.seconds_left(state.step, state.elapsed, pace))
-            if due and log:
+            if log and due and (progress >= 1 or self._affordable()):
                 self._validate(before, log)
             if log and (due or self.clock.this_process - saved_at >= 60 * config.save_minutes):
                 saved_at = self.clock.this_process
@@ -203,6 +206,10 @@ class _Run:
             asked = stop is not None and stop(state.step)
             before = progress
 
+    def _affordable(self) -> bool:
+        """Whether another validation leaves a budget of minutes to training. A budget of steps validates when due."""
+        return self.budget.seconds is None or self._validating <= MAX_VALIDATING * self.clock.elapsed
+
     def _row(self, progress: float) -> dict[str, float]:
         """The counters of a log row; `progress` is where its last step began."""
         state, groups = self.state, self.trainer.optimizer.param_groups
@@ -218,12 +225,14 @@ class _Run:
 
     def _validate(self, progress: float, log: RunLog) -> None:
         """Logs metrics and panel, and keeps the weights as the best where they are."""
+        start = self.clock.elapsed
         self.trainer.refresh_average()
         row = self._row(progress)
-        values = validate(self.runner, self.validation, row["stage"], self.config.seed)
+        values, panel = validate(self.runner, self.validation, row["stage"], self.config.seed)
         self._validated = {"step": self.state.step, **values}
         row = {key: row[key] for key in ("step", "stage", "progress", "seconds")} | values
-        log.validation(row, panel(self.runner, self.validation, row["stage"]))
+        log.validation(row, panel)
+        self._validating += self.clock.elapsed - start
         score, best = values.get("val_score"), self.state.best.get("best_score", 0.0)
         if score is None or score < best - TOLERANCE or self.config.keep == "last":
             return
@@ -333,6 +342,7 @@ class _Run:
         """The precision called `name`; all processes take what the main one measures for "auto"."""
         config, device = self.config, self.world.device
         model = build_model(self.model_config).to(device)
+        speed_up(model)
         size, count = self.model_config.image_size, min(8, config.batch_size)
         batch = {
             "image": torch.from_numpy(self.normals.images[np.arange(count) % len(self.normals.images)]),

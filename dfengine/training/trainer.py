@@ -18,6 +18,7 @@ from dfengine.training.config import TrainConfig
 from dfengine.training.data import batches
 from dfengine.training.distributed import World
 from dfengine.training.ema import Ema
+from dfengine.training.group_norm import speed_up
 from dfengine.training.precision import Precision
 from dfengine.training.schedule import learning_rates
 from dfengine.training.state import RunState, optimizer_tensors, restore_optimizer, save_state
@@ -53,6 +54,7 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = build_model(model_config).to(device).train()
+        speed_up(self.model)
         self.average = build_model(model_config).to(device).requires_grad_(False).eval()
         self.average.load_state_dict(self.model.state_dict())
         self.averages = {

@@ -17,22 +17,28 @@ from dfengine.training.losses import noise_loss
 TIMES = 4  # time steps at which the validation noise loss is taken, spread over (0, T)
 BATCH = 32
 PANEL_NORMALS, PANEL_ANOMALIES = 3, 7
+GAP = 2  # pixels between the panel's tiles
 
 
-def validate(runner: ModuleRunner, data: ValidationSet, stage: int, seed: int) -> dict[str, float]:
-    """Metrics of the model in `runner`: val_noise_loss; in the joint stage also val_image_auroc, val_pixel_auroc,
-    val_pixel_ap and val_score = (val_image_auroc + val_pixel_ap) / 2, by which the best weights are chosen."""
+def validate(runner: ModuleRunner, data: ValidationSet, stage: int, seed: int) -> tuple[dict[str, float], np.ndarray]:
+    """Metrics and panel of the model in `runner`.
+
+    Metrics: val_noise_loss; in the joint stage also val_image_auroc, val_pixel_auroc, val_pixel_ap and
+    val_score = (val_image_auroc + val_pixel_ap) / 2, by which the best weights are chosen. The panel is `panel`'s.
+    """
     anomalous = data.labels == 1
-    result = {"val_noise_loss": _noise_loss(runner, data.images[~anomalous], seed)}
+    metrics = {"val_noise_loss": _noise_loss(runner, data.images[~anomalous], seed)}
+    shown = np.concatenate([np.flatnonzero(~anomalous)[:PANEL_NORMALS], np.flatnonzero(anomalous)[:PANEL_ANOMALIES]])
     if stage == 1 or not anomalous.any():
-        return result
-    maps, scores = run(runner, data.images)[::2]
+        maps, reconstructions, _ = run(runner, data.images[shown])
+        return metrics, panel(data.images[shown], reconstructions)
+    maps, reconstructions, scores = run(runner, data.images)
     truth, values = data.masks.ravel(), maps.ravel()
-    result["val_image_auroc"] = auroc(anomalous, scores.astype(np.float64))
-    result["val_pixel_auroc"] = auroc(truth, values)
-    result["val_pixel_ap"] = average_precision(truth, values)
-    result["val_score"] = 0.5 * (result["val_image_auroc"] + result["val_pixel_ap"])
-    return {key: float(value) for key, value in result.items()}
+    metrics["val_image_auroc"] = float(auroc(anomalous, scores.astype(np.float64)))
+    metrics["val_pixel_auroc"] = float(auroc(truth, values))
+    metrics["val_pixel_ap"] = average_precision(truth, values)
+    metrics["val_score"] = 0.5 * (metrics["val_image_auroc"] + metrics["val_pixel_ap"])
+    return metrics, panel(data.images[shown], reconstructions[shown], maps[shown], data.masks[shown])
 
 
 def run(runner: ModuleRunner, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -45,30 +51,33 @@ def run(runner: ModuleRunner, images: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return maps, reconstructions, scores
 
 
-def panel(runner: ModuleRunner, data: ValidationSet, stage: int) -> np.ndarray:
-    """The fixed panel, uint8 (rows, columns, 3): one row for each image, 3 normals and 7 anomalies at most.
+def panel(
+    images: np.ndarray,
+    reconstructions: np.ndarray,
+    maps: np.ndarray | None = None,
+    masks: np.ndarray | None = None,
+) -> np.ndarray:
+    """A grid, uint8 (rows, columns, 3), one row for each image.
 
-    Columns: input, reconstruction x0_hat, its absolute error (x 2), and in the joint stage the anomaly map with the
-    true mask outlined, and the mask. The runner's noise is the same each time, so panels of one run can be compared.
+    Columns: input uint8 (S, S, 3), reconstruction x0_hat in [0, 1], its absolute error (x 2), and, where given, the
+    anomaly map over the image with the true mask outlined, and the mask. The runner's noise is the same each time, so
+    panels of one run can be compared.
     """
-    rows = [*np.flatnonzero(data.labels == 0)[:PANEL_NORMALS], *np.flatnonzero(data.labels == 1)[:PANEL_ANOMALIES]]
-    maps, reconstructions, _ = run(runner, data.images[rows])
-    size = data.images.shape[1]
-    zoom, gap = max(1, round(128 / size)), 2
-    side = zoom * size
+    size = images.shape[1]
+    side = max(1, round(128 / size)) * size
     grid = []
-    for row, anomaly_map, reconstruction in zip(rows, maps, reconstructions, strict=True):
-        image, mask = data.images[row], data.masks[row]
+    for row, (image, reconstruction) in enumerate(zip(images, reconstructions, strict=True)):
         error = np.abs(image / 255.0 - reconstruction).mean(axis=-1, keepdims=True).repeat(3, axis=-1)
-        tiles = [image, _to_uint8(reconstruction), _to_uint8(2 * error)]
-        tiles = [cv2.resize(tile, (side, side), interpolation=cv2.INTER_NEAREST) for tile in tiles]
-        if stage == 2:
-            tiles.append(heatmap_overlay(tiles[0], anomaly_map, mask=mask))
-            whole = np.repeat(mask[..., None], 3, axis=-1).astype(np.uint8) * 255
-            tiles.append(cv2.resize(whole, (side, side), interpolation=cv2.INTER_NEAREST))
-        tiles = [cv2.copyMakeBorder(t, 0, gap, 0, gap, cv2.BORDER_CONSTANT, value=(128,) * 3) for t in tiles]
-        grid.append(np.concatenate(tiles, axis=1))
+        tiles = [_tile(image, side), _tile(_to_uint8(reconstruction), side), _tile(_to_uint8(2 * error), side)]
+        if maps is not None:
+            tiles.append(heatmap_overlay(tiles[0], maps[row], mask=masks[row]))
+            tiles.append(_tile(masks[row][..., None].repeat(3, axis=-1).astype(np.uint8) * 255, side))
+        grid.append(np.concatenate([cv2.copyMakeBorder(t, 0, GAP, 0, GAP, 0, value=(128,) * 3) for t in tiles], axis=1))
     return np.concatenate(grid)
+
+
+def _tile(image: np.ndarray, side: int) -> np.ndarray:
+    return cv2.resize(image, (side, side), interpolation=cv2.INTER_NEAREST)
 
 
 @torch.inference_mode()

@@ -14,7 +14,11 @@ def images(n: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).random((n, 32, 32, 3), dtype=np.float32)
 
 
-MODES = {"norm-guided": {}, "averaged": dict(mode="averaged", t_s=100, t_b=200), "iterative": dict(mode="iterative", t_b=3)}
+MODES = {
+    "norm-guided": {},
+    "averaged": dict(mode="averaged", t_s=100, t_b=200),
+    "iterative": dict(mode="iterative", t_b=3),
+}
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import dfengine
+from dfengine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from dfengine.cli import main
+from dfengine.data.folders import fingerprint, open_dataset
+from dfengine.evaluation.calibration import Calibration, calibrate
+from dfengine.evaluation.metrics import auroc
+from tests.helpers import tiny_model
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    model = tiny_model()
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, Checkpoint(model.config, model.state_dict(), {}, Calibration.by_hand(0.5)))
+    return path
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """5 normal training images; 4 good and 3 + 3 defective test images of random pixels, half of them with masks."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "data"
+
+    def write(name: str, array: np.ndarray) -> None:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(root / name)
+
+    for folder, count in (("train/good", 5), ("test/good", 4), ("test/bent", 3), ("test/gone", 3)):
+        for i in range(count):
+            size = (40, 48, 3) if folder == "test/bent" else (32, 32, 3)
+            write(f"{folder}/{i}_{folder[-1]}.png", rng.integers(0, 256, size, dtype=np.uint8))
+    for i in range(3):
+        mask = np.zeros((40, 48), np.uint8)
+        mask[10:20, 5:30] = 255
+        write(f"ground_truth/bent/{i}_t_mask.png", mask)
+    return root
+
+
+def rows_of(path: Path) -> list[dict]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_detect_writes_what_the_api_returns(checkpoint, data, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["detect", str(checkpoint), str(data / "test"), "--out", str(out), "--batch-size", "3"]) == 0
+    detection = dfengine.load(checkpoint).detect(data / "test")
+    rows = rows_of(out / "results.csv")
+    assert [row["name"] for row in rows] == list(detection.names) and len(rows) == 10
+    np.testing.assert_allclose([float(row["pred_score"]) for row in rows], detection.pred_score, atol=1e-5)
+    assert [row["pred_label"] == "True" for row in rows] == detection.pred_label.tolist()
+    assert all((out / row["heatmap"]).is_file() for row in rows)
+    lines = (out / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["name"] for line in lines] == list(detection.names)
+    html = (out / "report.html").read_text()
+    assert "http://" not in html and "https://" not in html and html.count("data:image/jpeg") == 30
+    assert f"{int(detection.pred_label.sum())} alarms" in capsys.readouterr().out
+
+
+def test_a_full_disk_loses_nothing_that_can_be_written(checkpoint, data, tmp_path, capsys, monkeypatch):
+    out, replace = tmp_path / "out", os.replace
+
+    def full(source, target):
+        if "heatmaps" in str(target):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    assert main(["detect", str(checkpoint), str(data / "test"), "--out", str(out)]) == 3
+    printed = capsys.readouterr().err
+    assert "no space left on device" in printed and "10 output files could not be written" in printed
+    rows = rows_of(out / "results.csv")
+    assert len(rows) == 10 and all(row["pred_score"] and not row["heatmap"] for row in rows)
+    assert (out / "report.html").is_file()
+    assert not list(out.rglob(".tmp-*"))
+
+
+def test_an_uncalibrated_checkpoint_is_used_with_a_warning(checkpoint, data, tmp_path, capsys):
+    save_checkpoint(checkpoint, load_checkpoint(checkpoint).with_calibration(None))
+    out = tmp_path / "out"
+    assert main(["detect", str(checkpoint), str(data / "test"), "--out", str(out), "--no-heatmaps"]) == 0
+    assert "not calibrated" in capsys.readouterr().err
+    assert {row["threshold"] for row in rows_of(out / "results.csv")} == {"0.5"}
+    assert not (out / "heatmaps").exists()
+
+
+def test_evaluate_agrees_with_the_scores(checkpoint, data, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["evaluate", str(checkpoint), str(data), "--out", str(out), "--group-by", "^([0-9]+)_"]
+    assert main(arguments) == 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    samples = {str(sample.path): sample for sample in open_dataset(data).test}
+    rows = rows_of(out / "results.csv")
+    scores = np.array([float(row["pred_score"]) for row in rows])
+    labels = np.array([bool(samples[row["name"]].label) for row in rows])
+    assert metrics["image_auroc"] == pytest.approx(auroc(labels, scores))
+    assert metrics["n_images"] == 10 and metrics["n_groups"] == 4 and metrics["threshold"] == 0.5
+    assert [row["defect"] for row in metrics["per_defect"]] == ["bent", "gone"]
+    assert 0 <= metrics["aupro"] <= 1 and 0 <= metrics["pixel_auroc"] <= 1
+    assert "3 anomalous image(s) without a mask" in " ".join(metrics["notes"])
+    assert {path.name for path in out.iterdir()} == {
+        "metrics.json", "per_defect.csv", "roc.png", "pr.png", "report.html", "results.csv", "results.jsonl",
+    }  # fmt: skip
+    assert f"image AUROC {metrics['image_auroc']:.4f}" in capsys.readouterr().out
+
+
+def test_calibrate_takes_only_what_training_held_out(checkpoint, data, tmp_path, capsys):
+    loaded = load_checkpoint(checkpoint)
+    paths = [sample.path for sample in open_dataset(data).train]
+    held_out = ["train/good/1_d.png", "train/good/3_d.png"]
+    record = {"data": {"fingerprint": fingerprint(paths), "held_out": held_out}}
+    save_checkpoint(checkpoint, Checkpoint(loaded.config, loaded.state, record))
+    assert main(["calibrate", str(checkpoint), str(data), "--false-alarm-rate", "0.4"]) == 0
+    scores = dfengine.load(checkpoint).detect([data / name for name in held_out]).pred_score
+    calibration = load_checkpoint(checkpoint).calibration
+    assert calibration.n_normals == 2
+    assert calibration.threshold == pytest.approx(calibrate(scores, 0.4).threshold, abs=1e-5)
+    assert "2 normals held out in training" in capsys.readouterr().out
+    # Another folder of normals: all of them.
+    assert main(["calibrate", str(checkpoint), str(data / "test" / "good"), "--alarms-per-km", "2000"]) == 0
+    calibration = load_checkpoint(checkpoint).calibration
+    assert calibration.n_normals == 4 and calibration.false_alarm_rate == pytest.approx(2000 / 6667)
+
+
+def test_calibrate_by_hand_into_another_file_keeps_the_weights(checkpoint, data, tmp_path):
+    other = tmp_path / "other.safetensors"
+    assert main(["calibrate", str(checkpoint), str(data), "--threshold", "0.25", "--out", str(other)]) == 0
+    before, after = load_checkpoint(checkpoint), load_checkpoint(other)
+    assert (before.calibration.threshold, after.calibration.threshold) == (0.5, 0.25)
+    assert all((before.state[name] == after.state[name]).all() for name in before.state)
+
+
+def test_info_describes_a_checkpoint_and_the_installation(checkpoint, capsys):
+    assert main(["info", str(checkpoint), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["config"]["image_size"] == 32 and facts["calibration"]["threshold"] == 0.5
+    assert facts["parameters"] == sum(p.numel() for p in tiny_model().parameters())
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert "diff-fastener-tiny" in printed and "ingest" in printed and "dfengine._native" in printed
+
+
+def test_help_and_wrong_usage(capsys):
+    assert main(["--help"]) == 0
+    assert main(["detect", "--help"]) == 0
+    assert main(["nonsense"]) == 2
+    assert main(["detect"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
