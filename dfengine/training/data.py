@@ -120,9 +120,10 @@ class _Steps:
 
 
 def _quiet_worker(worker_id: int) -> None:
-    # The training process decides when to stop; a Ctrl-C must not kill its workers first.
+    # The training process decides when to stop. Ctrl-C, and many schedulers' SIGTERM, reach its workers as well: they
+    # must live until it has finished its step. They end when it closes their queue, or dies.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     worker_init(worker_id)
 
 

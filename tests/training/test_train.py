@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -98,11 +99,14 @@ def test_a_signal_finishes_the_step_and_saves(normals, tmp_path, number):
 
     def interrupt(step):
         if step == 2:
-            os.kill(os.getpid(), number)
+            # As a terminal or a scheduler does: to the whole family.
+            for process in (*multiprocessing.active_children(), multiprocessing.current_process()):
+                os.kill(process.pid, number)
         return False
 
     with pytest.raises(TrainingInterrupted, match="step 2"):
         train(CONFIG.replace(workers=1), tiny_config(), normals, out, stop=interrupt)
+    assert not multiprocessing.active_children()
     assert load_state(out.with_suffix(".run") / "state.safetensors", torch.device("cpu"))[0].step == 2
     assert signal.getsignal(number) is before
 
