@@ -16,6 +16,7 @@ RECIPES = ("default", "paper")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 ANOMALY_SHARES = ("half", "coin")
 LR_SCHEDULES = ("cosine", "constant")
+SCALE_LOSSES = ("mean", "sum")
 KEEP = ("best", "last")
 
 # Fields that decide where and how fast a run goes, never what it computes: a resumed run may change them.
@@ -36,8 +37,10 @@ class TrainConfig:
     `denoiser_every`: in stage 2, only every so many steps train the denoiser too; the others, about three times as
     fast, train the segmentation network on its reconstructions.
     `inference_t_share`: share of the joint stage's samples drawn at the time steps used at inference (t_s, t_b).
-    `anomaly_share`: "half" of each batch exactly, or a "coin" for each sample.
+    `anomaly_share`: "half" of each batch exactly, or a "coin" for each sample. `scale_loss`: the noise losses of the two
+    scales enter as their "mean" (DF) or "sum" (DAD).
     Rates are peaks; `schedule` "cosine" warms up over `warmup` (share of a stage) and decays to 1%, per stage.
+    `segmentation_period`: the segmentation rate follows a cosine of this many steps instead; 0 for none.
     `ema_decay` 0 switches averaging off; `clip` 0 switches gradient clipping (by global norm) off.
     `holdout`: share of the normals kept from training for validation and calibration (at least 2 images).
     `validations` over the run, on `validation_samples` fixed synthetic anomalies of the held-out normals.
@@ -60,9 +63,11 @@ class TrainConfig:
     denoiser_every: int | None = None
     inference_t_share: float | None = None
     anomaly_share: str | None = None
+    scale_loss: str | None = None
     learning_rate: float | None = None
     segmentation_rate: float | None = None
     schedule: str | None = None
+    segmentation_period: int | None = None
     warmup: float = 0.02
     weight_decay: float = 0.0
     ema_decay: float | None = None
@@ -99,6 +104,7 @@ class TrainConfig:
             ("keep", KEEP),
             ("anomaly_share", (None, *ANOMALY_SHARES)),
             ("schedule", (None, *LR_SCHEDULES)),
+            ("scale_loss", (None, *SCALE_LOSSES)),
         ):
             value = getattr(self, name)
             known = ", ".join(c for c in choices if c)
@@ -114,6 +120,7 @@ class TrainConfig:
             need(value is None or _positive(value), f"{name} must be positive, not {value!r}")
         need(self.ema_decay is None or 0 <= self.ema_decay < 1, "ema_decay must be in [0, 1)")
         need(self.clip is None or self.clip >= 0, "clip must not be negative")
+        need(self.segmentation_period is None or self.segmentation_period >= 0, "segmentation_period must not be negative")
         need(self.weight_decay >= 0, "weight_decay must not be negative")
         need(0 <= self.warmup <= 1, "warmup must be between 0 and 1")
         need(0 < self.holdout < 1, "holdout must be between 0 and 1")
@@ -138,9 +145,11 @@ class TrainConfig:
             denoiser_every=1 if paper else 4,
             inference_t_share=0.0 if paper else 0.5,
             anomaly_share="coin" if paper and diffusionad else "half",
+            scale_loss="sum" if diffusionad else "mean",
             learning_rate=rate,
             segmentation_rate=seg_rate,
             schedule="constant" if paper else "cosine",
+            segmentation_period=10 if paper and diffusionad else 0,
             ema_decay=0.0 if paper else 0.999,
             clip=0.0 if paper else 1.0,
             synthesis=SynthesisConfig(recipe="paper") if paper else SynthesisConfig(),

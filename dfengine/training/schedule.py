@@ -10,7 +10,6 @@ from dfengine.training.config import TrainConfig
 
 FINAL_RATE = 0.01  # share of the peak rate left at the end of a cosine
 WARMUP_START = 0.05
-SEGMENTATION_PERIOD = 10  # steps; DiffusionAD anneals its segmentation rate with this period (DESIGN "Training")
 
 
 class Clock:
@@ -62,21 +61,24 @@ def stage_of(config: TrainConfig, progress: float) -> int:
     return 1 if progress < config.denoiser_share else 2
 
 
-def learning_rates(config: TrainConfig, progress: float, step: int, diffusionad: bool) -> tuple[float, float]:
-    """Rates (denoiser, segmentation) of step `step`, which starts at `progress`. `config` is resolved.
+def learning_rates(config: TrainConfig, progress: float, step: int) -> tuple[float, float]:
+    """Rates (denoiser, segmentation) of step `step` of its stage, at `progress` of the run. `config` is resolved.
 
-    "cosine": in each stage, linear warm-up and a cosine to 1% of the peak. "constant": the peak; the segmentation rate
-    of `diffusionad` follows a cosine of period 10 steps.
+    "cosine": in each stage, linear warm-up and a cosine to 1% of the peak. "constant": the peak. With a
+    `segmentation_period`, the segmentation rate follows a cosine of that many steps instead.
     """
-    if config.schedule == "constant":
-        wave = 0.5 * (1 + math.cos(math.pi * step / SEGMENTATION_PERIOD)) if diffusionad else 1.0
-        return config.learning_rate, config.segmentation_rate * wave
-    stage, share = stage_of(config, progress), config.denoiser_share
-    inside = progress / share if stage == 1 else (progress - share) / max(1 - share, 1e-9)
-    inside = min(1.0, max(0.0, inside))
-    warm = 1.0
-    if inside < config.warmup:
-        warm = WARMUP_START + (1 - WARMUP_START) * inside / config.warmup
-    factor = warm * (FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * inside)))
-    scale = config.joint_scale if stage == 2 and share > 0 else 1.0
-    return config.learning_rate * scale * factor, config.segmentation_rate * factor
+    rate, segmentation_rate = config.learning_rate, config.segmentation_rate
+    if config.schedule == "cosine":
+        stage, share = stage_of(config, progress), config.denoiser_share
+        inside = progress / share if stage == 1 else (progress - share) / max(1 - share, 1e-9)
+        inside = min(1.0, max(0.0, inside))
+        warm = 1.0
+        if inside < config.warmup:
+            warm = WARMUP_START + (1 - WARMUP_START) * inside / config.warmup
+        factor = warm * (FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * inside)))
+        rate *= factor * (config.joint_scale if stage == 2 and share > 0 else 1.0)
+        segmentation_rate *= factor
+    if config.segmentation_period:
+        wave = 0.5 * (1 + math.cos(math.pi * step / config.segmentation_period))
+        segmentation_rate = config.segmentation_rate * wave
+    return rate, segmentation_rate

@@ -24,8 +24,8 @@ class Losses(NamedTuple):
 
 
 class Objective:
-    """The loss of a batch. `model_config` says which method: norm-guided (mean or, for `diffusionad`, sum of the two
-    scales' noise losses, on normal samples), or "averaged" (`diffusionad-v1`: one scale, all samples).
+    """The loss of a batch. `model_config.mode` says which method: norm-guided (mean or sum of the two scales' noise
+    losses, on normal samples), or "averaged" (`diffusionad-v1`: one scale, all samples).
 
     The iterative preset trains like norm-guided: only its inference differs.
     """
@@ -33,7 +33,7 @@ class Objective:
     def __init__(self, model: Model, config: TrainConfig, model_config: ModelConfig, precision: Precision):
         self.model, self.config, self.model_config, self.precision = model, config, model_config, precision
         self.schedule = Schedule.of(model_config)
-        self.scale_weight = 1.0 if model_config.preset.startswith("diffusionad") else 0.5
+        self.scale_weight = 1.0 if config.scale_loss == "sum" else 0.5
 
     def __call__(self, batch: dict[str, Tensor], stage: int, train_denoiser: bool = True) -> Losses:
         """`batch`: image uint8 (B, S, S, 3), mask uint8 (B, S, S), label (B,), position (B,), on any device.

@@ -77,8 +77,7 @@ class Trainer:
         """One optimiser step of `stage`. Raises `TrainingDiverged` before touching the weights on CPU; on CUDA the
         check waits until `means` is asked, so that the device never waits for the host."""
         config, state = self.config, self.state
-        diffusionad = config.recipe == "paper" and self.model_config.preset.startswith("diffusionad")
-        rates = learning_rates(config, progress, state.stage_steps[stage - 1], diffusionad)
+        rates = learning_rates(config, progress, state.stage_steps[stage - 1])
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)

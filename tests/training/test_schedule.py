@@ -27,7 +27,7 @@ def test_stage_boundary_and_peaks():
     config = TrainConfig(steps=100, denoiser_share=0.4, learning_rate=1e-3, segmentation_rate=2e-3)
     config = config.resolve(tiny_config())
     assert [stage_of(config, p) for p in (0, 0.39, 0.4, 0.99)] == [1, 1, 2, 2]
-    rates = [learning_rates(config, step / 10_000, step, False) for step in range(10_000)]
+    rates = [learning_rates(config, step / 10_000, step) for step in range(10_000)]
     first, joint = rates[:4000], rates[4000:]
     assert max(r[0] for r in first) == pytest.approx(1e-3, rel=0.01)
     assert max(r[0] for r in joint) == pytest.approx(0.5e-3, rel=0.01)
@@ -39,7 +39,7 @@ def test_stage_boundary_and_peaks():
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
 def test_rates_are_always_positive_and_below_their_peaks(progress, share, warmup):
     config = TrainConfig(steps=10, denoiser_share=share, warmup=warmup).resolve(tiny_config())
-    rate, segmentation_rate = learning_rates(config, progress, 3, False)
+    rate, segmentation_rate = learning_rates(config, progress, 3)
     assert 0 < rate <= config.learning_rate
     assert 0 < segmentation_rate <= config.segmentation_rate
 
@@ -48,7 +48,7 @@ def test_paper_recipe_rates():
     model = preset("diffusionad")
     config = TrainConfig(steps=100, recipe="paper").resolve(model)
     assert stage_of(config, 0.0) == 2
-    assert learning_rates(config, 0.7, 10, True) == (1e-4, pytest.approx(0.0, abs=1e-12))
-    assert learning_rates(config, 0.7, 20, True) == (1e-4, pytest.approx(1e-5))
+    assert learning_rates(config, 0.7, 10) == (1e-4, pytest.approx(0.0, abs=1e-12))
+    assert learning_rates(config, 0.7, 20) == (1e-4, pytest.approx(1e-5))
     config = TrainConfig(steps=100, recipe="paper").resolve(preset("diff-fastener"))
-    assert learning_rates(config, 0.7, 10, False) == (1e-4, 1e-4)
+    assert learning_rates(config, 0.7, 10) == (1e-4, 1e-4)
