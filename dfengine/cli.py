@@ -60,9 +60,13 @@ def train(
     recipe: Annotated[Recipe, typer.Option(help="default (small budgets) or paper (the papers' recipe).")] = "default",
     synthesis: Annotated[Synthesis | None, typer.Option(help="Which synthetic anomalies to train on.")] = None,
     textures: Annotated[Path | None, typer.Option(help="Folder of texture images; procedural ones without it.")] = None,
+    init: Annotated[Path | None, typer.Option(help="Start from the weights of this checkpoint.")] = None,
     foreground: Annotated[str | None, typer.Option(help="auto, none (whole image) or texture.")] = None,
     denoiser_share: Annotated[float | None, typer.Option(help="Share of the budget for the denoiser alone.")] = None,
     denoiser_every: Annotated[int | None, typer.Option(help="Train the denoiser on every k-th joint step.")] = None,
+    inference_t_share: Annotated[
+        float | None, typer.Option(help="Share of joint samples drawn at the noise scales used at inference.")
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak rate of the denoiser.")] = None,
     segmentation_rate: Annotated[float | None, typer.Option(help="Peak rate of the segmentation network.")] = None,
     ema_decay: Annotated[float | None, typer.Option(help="Decay of the weights' average; 0 switches it off.")] = None,

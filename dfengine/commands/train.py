@@ -27,6 +27,7 @@ def run_train(
     recipe: Any,
     synthesis: Any,
     textures: Path | None,
+    init: Path | None,
     foreground: str | None,
     flip: str | None,
     augment: bool,
@@ -40,6 +41,7 @@ def run_train(
         training["minutes"] = DEFAULT_MINUTES
     training["recipe"] = getattr(recipe, "value", recipe)
     training["textures"] = None if textures is None else str(textures)
+    training["init"] = None if init is None else str(init)
     config = TrainConfig(**training)
     filled = config.resolve(model)
     if synthesis is not None or foreground is not None:

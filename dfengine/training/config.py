@@ -40,9 +40,9 @@ class TrainConfig:
     `anomaly_share`: "half" of each batch exactly, or a "coin" for each sample. `scale_loss`: the noise losses of the two
     scales enter as their "mean" (DF) or "sum" (DAD).
     Rates are peaks; `schedule` "cosine" warms up over `warmup` (share of a stage) and decays to 1%, per stage.
-    `segmentation_period`: the segmentation rate follows a cosine of this many steps instead; 0 for none.
+    `segmentation_period`: the segmentation rate follows a cosine of so many steps instead; 0 for none.
     `ema_decay` 0 switches averaging off; `clip` 0 switches gradient clipping (by global norm) off.
-    `holdout`: share of the normals kept from training for validation and calibration (at least 2 images).
+    `init`: a checkpoint of the same networks whose weights the run starts from. `holdout`: share of the normals kept from training for validation and calibration (at least 2 images).
     `validations` over the run, on `validation_samples` fixed synthetic anomalies of the held-out normals.
     `keep`: write the "best" weights by validation score, or the "last". `false_alarm_rate` sets the first threshold.
     `precision` "auto" on CPU takes bfloat16 only where it measures faster.
@@ -75,6 +75,7 @@ class TrainConfig:
     synthesis: SynthesisConfig | None = None
     augment: AugmentConfig | None = None
     textures: str | None = None
+    init: str | None = None
 
     holdout: float = 0.1
     validations: int = 10
@@ -120,7 +121,7 @@ class TrainConfig:
             need(value is None or _positive(value), f"{name} must be positive, not {value!r}")
         need(self.ema_decay is None or 0 <= self.ema_decay < 1, "ema_decay must be in [0, 1)")
         need(self.clip is None or self.clip >= 0, "clip must not be negative")
-        need(self.segmentation_period is None or self.segmentation_period >= 0, "segmentation_period must not be negative")
+        need((self.segmentation_period or 0) >= 0, "segmentation_period must not be negative")
         need(self.weight_decay >= 0, "weight_decay must not be negative")
         need(0 <= self.warmup <= 1, "warmup must be between 0 and 1")
         need(0 < self.holdout < 1, "holdout must be between 0 and 1")

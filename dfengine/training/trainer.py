@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dfengine.checkpoint import check_state, load_checkpoint
 from dfengine.data.synthesis import Synthesizer
 from dfengine.data.training_set import TrainingSet
 from dfengine.errors import DfengineError
@@ -25,6 +26,13 @@ from dfengine.training.state import RunState, optimizer_tensors, restore_optimiz
 from dfengine.training.step import Objective, gradient_norm
 
 MAX_OVERFLOWS = 20  # float16 steps in a row that loss scaling may skip
+
+
+def initial_weights(path: str, model_config: ModelConfig) -> dict[str, Tensor]:
+    """The weights of the checkpoint `path` in float32. Raises `CheckpointError` where they do not fit `model_config`."""
+    state = load_checkpoint(path).state
+    check_state(model_config, state, path)
+    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 
 
 class TrainingDiverged(DfengineError):
@@ -53,7 +61,10 @@ class Trainer:
         device = world.device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.model = build_model(model_config).to(device).train()
+            self.model = build_model(model_config)
+        if config.init:
+            self.model.load_state_dict(initial_weights(config.init, model_config))
+        self.model = self.model.to(device).train()
         speed_up(self.model)
         self.average = build_model(model_config).to(device).requires_grad_(False).eval()
         self.average.load_state_dict(self.model.state_dict())

@@ -72,7 +72,7 @@ def test_mask_holds_the_change_and_nothing_else(renderings, defect):
         assert change[result.mask].mean() > 0.05
         # Beyond the mask only cast and ambient shadows of the clip may differ: nothing gets the clip's own texture.
         near = cv2.dilate(result.mask.astype(np.uint8), np.ones((9, 9), np.uint8)) > 0
-        assert change[~near].mean() < 0.02
+        assert change[~near].mean() < 0.03
         assert change[result.mask].mean() > 4 * change[~near].mean()
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from dfengine.checkpoint import load_checkpoint
 from dfengine.data.images import load_unit
 from dfengine.engine.modules import ModuleRunner
-from dfengine.errors import DataError, DfengineError, UsageError
+from dfengine.errors import CheckpointError, DataError, DfengineError, UsageError
 from dfengine.models import preset
 from dfengine.training import TrainConfig, TrainingDiverged, TrainingInterrupted, train
 from dfengine.training import trainer as trainer_module
@@ -197,3 +197,13 @@ def test_training_learns(normals, tmp_path):
     assert rows[-1]["noise_loss"] < 0.8 * rows[0]["noise_loss"]
     joint = [row["mask_loss"] for row in rows if row["stage"] == 2]
     assert joint[-1] < 0.9 * joint[0]
+
+
+def test_a_run_starts_from_the_weights_it_is_given(straight, normals, tmp_path):
+    config = CONFIG.replace(steps=1, denoiser_share=1.0, init=str(straight.out), learning_rate=1e-12, keep="last")
+    result = train(config, tiny_config(), normals, tmp_path / "net.safetensors")
+    before, after = load_checkpoint(straight.out).state, load_checkpoint(result.out).state
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=1e-5, atol=1e-6)
+    with pytest.raises(CheckpointError, match="has shape"):
+        train(config, tiny_config(base=16), normals, tmp_path / "other.safetensors")

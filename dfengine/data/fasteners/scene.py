@@ -138,22 +138,23 @@ def sample_scene(rng: np.random.Generator, defect: str) -> Scene:
     fastener = _sample_fastener(rng, track.rail_colour)
     return Scene(
         pose=Pose(
-            shift=(rng.uniform(-0.05, 0.05), rng.uniform(-0.05, 0.05)),
+            # The fastener stands a little right of the centre, so that the rail head stays in the picture.
+            shift=(rng.uniform(0.02, 0.09), rng.uniform(-0.04, 0.04)),
             angle=math.radians(rng.uniform(-4, 4)),
-            scale=rng.uniform(0.94, 1.06),
+            scale=rng.uniform(1.07, 1.18),
         ),
         light=_sample_light(rng),
         camera=Camera(
-            exposure=2.0 ** rng.uniform(-0.6, 0.55),
+            exposure=2.0 ** rng.uniform(-0.4, 0.4),
             balance=_sample_balance(rng),
             vignetting=rng.uniform(0, 0.35),
-            haze=max(0.0, rng.uniform(-0.03, 0.02)),
-            blur=rng.uniform(0.0008, 0.0035),
+            haze=max(0.0, rng.uniform(-0.03, 0.01)),
+            blur=rng.uniform(0.0008, 0.0025),
             noise=rng.uniform(0.004, 0.018),
         ),
         track=track,
         fastener=fastener,
-        litter=tuple(_sample_litter(rng) for _ in range(rng.poisson(1.4))),
+        litter=tuple(_sample_litter(rng) for _ in range(rng.poisson(1.1))),
         texture_seed=int(rng.integers(2**62)),
         defect=_sample_defect(rng, defect, fastener.kind),
     )
@@ -280,7 +281,7 @@ def _sample_defect(rng: np.random.Generator, defect: str, clip: str) -> Defect:
         shift, bolt_lost = rng.uniform(0.0, 0.04), False
         if rng.random() < 0.4:
             shift, bolt_lost = rng.uniform(0.08, 0.15), True
-        turn = sign * math.radians(rng.uniform(22, 60))
+        turn = sign * math.radians(rng.uniform(28, 60))
         return Defect("displaced", turn=turn, shift=_polar(shift, way), lift=0.02, bolt_lost=bolt_lost)
     if rng.random() < 0.4:  # worked out of the shoulder along the rail
         shift = (rng.uniform(-0.02, 0.04), sign * rng.uniform(0.10, 0.18))
