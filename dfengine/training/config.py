@@ -37,12 +37,13 @@ class TrainConfig:
     `denoiser_every`: in stage 2, only every so many steps train the denoiser too; the others, about three times as
     fast, train the segmentation network on its reconstructions.
     `inference_t_share`: share of the joint stage's samples drawn at the time steps used at inference (t_s, t_b).
-    `anomaly_share`: "half" of each batch exactly, or a "coin" for each sample. `scale_loss`: the noise losses of the two
-    scales enter as their "mean" (DF) or "sum" (DAD).
+    `anomaly_share`: "half" of each batch exactly, or a "coin" for each sample.
+    `scale_loss`: the noise losses of the two scales enter as their "mean" (DF) or "sum" (DAD).
     Rates are peaks; `schedule` "cosine" warms up over `warmup` (share of a stage) and decays to 1%, per stage.
     `segmentation_period`: the segmentation rate follows a cosine of so many steps instead; 0 for none.
     `ema_decay` 0 switches averaging off; `clip` 0 switches gradient clipping (by global norm) off.
-    `init`: a checkpoint of the same networks whose weights the run starts from. `holdout`: share of the normals kept from training for validation and calibration (at least 2 images).
+    `init`: a checkpoint of the same networks whose weights the run starts from.
+    `holdout`: share of the normals kept from training for validation and calibration (at least 2 images).
     `validations` over the run, on `validation_samples` fixed synthetic anomalies of the held-out normals.
     `keep`: write the "best" weights by validation score, or the "last". `false_alarm_rate` sets the first threshold.
     `precision` "auto" on CPU takes bfloat16 only where it measures faster.

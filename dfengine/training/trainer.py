@@ -29,7 +29,7 @@ MAX_OVERFLOWS = 20  # float16 steps in a row that loss scaling may skip
 
 
 def initial_weights(path: str, model_config: ModelConfig) -> dict[str, Tensor]:
-    """The weights of the checkpoint `path` in float32. Raises `CheckpointError` where they do not fit `model_config`."""
+    """The weights of the checkpoint `path`, in float32. Raises `CheckpointError` where they do not fit."""
     state = load_checkpoint(path).state
     check_state(model_config, state, path)
     return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
