@@ -49,6 +49,14 @@ class Checkpoint:
         model.load_state_dict(state, assign=True)
         return model.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
+    def half(self) -> Checkpoint:
+        """A copy with matrices and filters in float16; vectors (biases, norms and their statistics) stay float32."""
+        state = {
+            name: value.half() if value.is_floating_point() and value.dim() >= 2 else value
+            for name, value in self.state.items()
+        }
+        return replace(self, state=state)
+
     def with_calibration(self, calibration: Calibration | None) -> Checkpoint:
         """A copy with another calibration."""
         return replace(self, calibration=calibration)
@@ -79,19 +87,11 @@ def check_state(config: ModelConfig, state: dict[str, Tensor], name: str) -> Non
             raise CheckpointError(f"{name}: {key} has dtype {have.dtype}, expected {want.dtype}")
 
 
-def save_checkpoint(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> None:
-    """Writes `checkpoint` atomically. With a `dtype`, matrices and filters are stored in it and vectors (biases, norms
-    and their statistics) in float32; without, every tensor keeps its own. Raises `CheckpointError` for weights that do
-    not fit, and `DfengineError` where the file cannot be written.
+def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
+    """Writes `checkpoint` atomically. Raises `CheckpointError` for weights that do not fit, and `DfengineError` where
+    the file cannot be written.
     """
     check_state(checkpoint.config, checkpoint.state, str(path))
-
-    def stored(value: Tensor) -> Tensor:
-        value = value.detach().cpu()
-        if dtype is not None and value.is_floating_point():
-            value = value.to(dtype if value.dim() >= 2 else torch.float32)
-        return value.contiguous()
-
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -100,7 +100,8 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype
         "calibration": json.dumps(checkpoint.calibration.to_dict() if checkpoint.calibration else None),
     }
     with atomic_path(path) as temporary:
-        save_file({name: stored(value) for name, value in checkpoint.state.items()}, str(temporary), metadata)
+        state = {name: value.detach().cpu().contiguous() for name, value in checkpoint.state.items()}
+        save_file(state, str(temporary), metadata)
 
 
 def _json(metadata: dict[str, str], key: str, path: Path) -> Any:

@@ -98,6 +98,7 @@ def calibrate(
     fasteners_per_km: Annotated[float, typer.Option(help="Fasteners per km, for --alarms-per-km.")] = 6667,
     threshold: Annotated[float | None, typer.Option(help="Set the threshold by hand instead.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the result here (default: into CKPT).")] = None,
+    half: Annotated[bool, typer.Option("--half", help="Store the weights in half precision: half the size.")] = False,
     batch_size: BatchOption = 16,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",

@@ -25,6 +25,7 @@ def run_calibrate(
     fasteners_per_km: float,
     threshold: float | None,
     out: Path | None,
+    half: bool,
     batch_size: int,
     device: str,
     precision: str,
@@ -34,6 +35,8 @@ def run_calibrate(
     if sum(value is not None for value in (false_alarm_rate, alarms_per_km, threshold)) > 1:
         raise UsageError("give only one of --false-alarm-rate, --alarms-per-km and --threshold")
     loaded = load_checkpoint(checkpoint)
+    if half:
+        loaded = loaded.half()
     status = 0
     if threshold is not None:
         calibration = Calibration.by_hand(threshold)

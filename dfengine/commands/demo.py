@@ -19,6 +19,7 @@ from dfengine.data.images import load_unit, resize_unit
 from dfengine.errors import CheckpointError
 from dfengine.evaluation.baseline import MeanStdBaseline
 from dfengine.evaluation.metrics import auroc
+from dfengine.files import atomic_write
 
 CHECKPOINT = "fastener-tiny.safetensors"
 TEST_GOOD, PER_DEFECT = 100, 40
@@ -66,7 +67,7 @@ def run_demo(out: Path, seed: int, device: str) -> int:
         "seed": seed,
         "seconds": round(time.perf_counter() - started, 1),
     }
-    (out / "demo.json").write_text(json.dumps(measured, indent=2) + "\n")
+    atomic_write(out / "demo.json", json.dumps(measured, indent=2) + "\n")
     say(f"baseline (per-pixel mean and deviation of {BASELINE_IMAGES} training images): image AUROC "
         f"{measured['baseline_image_auroc']:.4f}")  # fmt: skip
     say(f"dfengine: image AUROC {measured['image_auroc']:.4f}, pixel AUROC {measured['pixel_auroc']:.4f}")

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dfengine.checkpoint import load_checkpoint
+from dfengine.cli import main
+from dfengine.commands import demo
+
+
+def test_the_shipped_checkpoint_is_small_calibrated_and_recorded():
+    path = demo.shipped_checkpoint()
+    assert path.stat().st_size <= 8_000_000
+    loaded = load_checkpoint(path)
+    assert loaded.config.preset == "diff-fastener-tiny"
+    assert loaded.calibration is not None and loaded.calibration.estimated
+    assert loaded.training["steps"] > 0 and loaded.training["data"]["fingerprint"]
+    card = path.with_suffix(".md").read_text()
+    for field in ("dfengine train", "seed", "image AUROC", "pixel AUROC", "seconds"):
+        assert field in card, f"the model card does not give {field!r}"
+
+
+@pytest.mark.slow
+def test_a_small_demo_finds_the_defects(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "TEST_GOOD", 16)
+    monkeypatch.setattr(demo, "PER_DEFECT", 6)
+    monkeypatch.setattr(demo, "BASELINE_IMAGES", 24)
+    assert main(["demo", "--out", str(tmp_path / "demo"), "--seed", "5"]) == 0
+    measured = json.loads((tmp_path / "demo" / "demo.json").read_text())
+    assert measured["image_auroc"] >= 0.9 and measured["pixel_auroc"] >= 0.9
+    assert measured["baseline_image_auroc"] < measured["image_auroc"]
+    assert (tmp_path / "demo" / "report.html").is_file()
+    printed = capsys.readouterr().out
+    assert f"image AUROC {measured['image_auroc']:.4f}" in printed and "report.html" in printed
+
+
+def test_a_missing_checkpoint_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "CHECKPOINT", "gone.safetensors")
+    assert main(["demo", "--out", str(tmp_path / "demo")]) == 1
+    assert "shipped checkpoint is missing" in capsys.readouterr().err
