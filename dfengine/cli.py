@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from dfengine.errors import DfengineError
+from dfengine.files import os_reason
 
 app = typer.Typer(
     help="Visual anomaly detection for railway fasteners: train on normal photos, detect, read the report.",
@@ -217,6 +218,13 @@ def main(arguments: list[str] | None = None) -> int:
     except DfengineError as error:
         print(f"dfengine: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"dfengine: {where}{os_reason(error)}", file=sys.stderr)
+        return 1
+    except MemoryError:
+        print("dfengine: out of memory", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("dfengine: interrupted", file=sys.stderr)
         return 130

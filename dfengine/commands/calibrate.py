@@ -8,7 +8,7 @@ import numpy as np
 
 from dfengine.checkpoint import load_checkpoint, save_checkpoint
 from dfengine.commands.scoring import Scoring, say
-from dfengine.data.folders import Sample, fingerprint, open_dataset
+from dfengine.data.folders import Sample, content_digest, open_dataset
 from dfengine.data.inputs import collect_inputs
 from dfengine.detector import Detector
 from dfengine.errors import DataError, UsageError
@@ -50,7 +50,7 @@ def run_calibrate(
         scores = [detection.pred_score for detection in scoring.batches(images)]
         if not scoring.scored:
             raise DataError(f"{data}: no normal image could be scored")
-        calibration = calibrate(np.concatenate(scores), rate)
+        calibration = calibrate(np.concatenate(scores), rate, seed, scoring.detector.precision)
         status = scoring.status
     target = out or checkpoint
     save_checkpoint(target, loaded.with_calibration(calibration))
@@ -60,27 +60,21 @@ def run_calibrate(
 
 
 def held_out_normals(data: Path, training: dict) -> list[Sample]:
-    """The normal images of `data` that may set a threshold: none that the model was trained on.
+    """The normal images of `data` that may set a threshold: none whose bytes the model was trained on.
 
-    Of the training data set itself (same fingerprint) those are the images held out in training; of any other folder,
-    its normal training images, or where it has none, its images under test/good.
+    They are its normal training images, or where it has none, its images under test/good. Raises `DataError` where
+    none is left.
     """
     dataset = open_dataset(data)
     normals = list(dataset.train) or [sample for sample in dataset.test if not sample.label]
-    record = training.get("data", {}) if isinstance(training.get("data"), dict) else {}
-    skipped = set(record.get("skipped", ()))
-    read = [sample.path for sample in dataset.train if _name(sample, dataset.root) not in skipped]
-    if read and record.get("fingerprint") == fingerprint(read):
-        names = set(record.get("held_out", ()))
-        held_out = [sample for sample in normals if _name(sample, dataset.root) in names]
-        if not held_out:
-            raise DataError(f"{data}: is what the model was trained on, with none held out; give other normals")
-        say(f"{data} is the training data: the {len(held_out)} normals held out in training are used")
-        return held_out
     if not normals:
         raise DataError(f"{data}: no normal images to calibrate on")
-    return normals
-
-
-def _name(sample: Sample, root: Path) -> str:
-    return sample.path.relative_to(root).as_posix()
+    record = training.get("data")
+    trained = record.get("trained") if isinstance(record, dict) else None
+    trained = set(map(str, trained)) if isinstance(trained, list) else set()
+    held_out = [sample for sample in normals if content_digest(sample.path) not in trained]
+    if not held_out:
+        raise DataError(f"{data}: the model was trained on all of these images; give normals that it has not seen")
+    if len(held_out) < len(normals):
+        say(f"{len(normals) - len(held_out)} images that the model was trained on are left out")
+    return held_out

@@ -49,6 +49,10 @@ def open_detector(checkpoint: Path, device: str, precision: str, seed: int, thre
     elif detector.calibration is None:
         warn(UNCALIBRATED)
         detector.calibration = Calibration.by_hand(0.5)
+    for name, used in (("seed", detector.seed), ("precision", detector.precision)):
+        set_with = getattr(detector.calibration, name)
+        if set_with is not None and set_with != used:
+            warn(f"the threshold was set with {name} {set_with}, but {name} {used} is used: it may not hold")
     return detector
 
 

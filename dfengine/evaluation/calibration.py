@@ -34,6 +34,8 @@ class Calibration:
     n_normals: number of held-out normal images used; 0 where the threshold was set by hand.
     bound_95: the true false-alarm rate is at most this with 95% confidence; None where the threshold was set by hand.
     estimated: whether n_normals images are enough to estimate false_alarm_rate.
+    seed, precision: of the noise and the networks that scored those images; None where unknown. The threshold holds
+        for scores made with the same.
     Raises ValueError for values outside these ranges.
     """
 
@@ -43,6 +45,8 @@ class Calibration:
     n_normals: int = 0
     bound_95: float | None = None
     estimated: bool = False
+    seed: int | None = None
+    precision: str | None = None
 
     def __post_init__(self):
         _check_number("threshold", self.threshold, 0 <= self.threshold <= 1)
@@ -54,6 +58,10 @@ class Calibration:
         by_hand = self.n_normals == 0
         if by_hand != (self.false_alarm_rate is None) or by_hand != (self.bound_95 is None):
             raise ValueError("false_alarm_rate, n_normals and bound_95 do not belong together")
+        if self.seed is not None and (type(self.seed) is not int or self.seed < 0):
+            raise ValueError(f"seed is {self.seed!r}, not a seed")
+        if not isinstance(self.precision, str | None):
+            raise ValueError(f"precision is {self.precision!r}, not a name")
         if by_hand and self.estimated:
             raise ValueError("estimated is true without normal images")
         if not by_hand:
@@ -109,18 +117,21 @@ class Calibration:
         """Reads checkpoint metadata; raises CheckpointError naming what is missing, unknown or out of range."""
         if not isinstance(values, Mapping):
             raise CheckpointError(f"calibration: a table is expected, not {type(values).__name__}")
-        names = {field.name for field in fields(cls)}
-        if set(values) != names:
-            wrong = ", ".join(sorted(map(str, set(values) ^ names)))
-            raise CheckpointError(f"calibration: missing or unknown entry: {wrong}")
+        unknown = sorted(map(str, set(values) - {field.name for field in fields(cls)}))
+        if unknown or "threshold" not in values:
+            wrong = f"unknown entry: {', '.join(unknown)}" if unknown else "no threshold"
+            raise CheckpointError(f"calibration: {wrong}")
         try:
             return cls(**values)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"calibration: {error}") from None
 
 
-def calibrate(scores, false_alarm_rate: float = 0.01) -> Calibration:
+def calibrate(
+    scores, false_alarm_rate: float = 0.01, seed: int | None = None, precision: str | None = None
+) -> Calibration:
     """Calibration from raw scores (N,) of held-out normal images, in [0, 1], for a wanted false-alarm rate in (0, 1).
+    `seed` and `precision` say how the scores were made.
 
     A rate below 1 / (N + 1) cannot be estimated: the threshold is then the largest score, `estimated` is False, and
     `bound_95` is 3 / N (rule of three). Otherwise `bound_95` is the exact one: the share of normals above the k-th
@@ -142,7 +153,8 @@ def calibrate(scores, false_alarm_rate: float = 0.01) -> Calibration:
     bound = float(betaincinv(n + 1 - rank, rank, 0.95)) if estimated else min(1.0, 3 / n)
     quartiles = np.quantile(_logit(ranked), (0.25, 0.75))
     scale = max(float(quartiles[1] - quartiles[0]) / 1.349, MIN_SCALE)  # 1.349 sigma between quartiles of a normal law
-    return Calibration(float(ranked[min(rank, n) - 1]), scale, false_alarm_rate, n, bound, estimated)
+    threshold = float(ranked[min(rank, n) - 1])
+    return Calibration(threshold, scale, false_alarm_rate, n, bound, estimated, seed, precision)
 
 
 def false_alarm_rate_from_km(alarms_per_km: float, fasteners_per_km: float = FASTENERS_PER_KM) -> float:

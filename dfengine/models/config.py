@@ -64,7 +64,7 @@ class ModelConfig:
     t_b: int = 400
     guidance: float = 1.0
     noise_draws: int = 1
-    top_k: int = 50
+    top_k: float = 50.0
 
     def __post_init__(self):
         if not self.multipliers:
@@ -87,8 +87,11 @@ class ModelConfig:
                 object.__setattr__(self, field.name, float(value))
             else:
                 need(type(value) is kind, f"{field.name} must be {kind.__name__}, not {value!r}")
-        for name in ("base", "blocks", "heads", "skip_every", "dilation", "reduction", "seg_base", "noise_draws"):
-            need(1 <= getattr(self, name) <= 4096, f"{name} must be between 1 and 4096, not {getattr(self, name)}")
+        for name, most in (("base", 4096), ("blocks", 16), ("heads", 256), ("skip_every", 64), ("dilation", 64),
+                           ("reduction", 4096), ("seg_base", 1024), ("noise_draws", 1024)):  # fmt: skip
+            value = getattr(self, name)
+            need(1 <= value <= most, f"{name} must be between 1 and {most}, not {value}")
+        need(self.base % 2 == 0, f"base must be even (the time embedding is half sine, half cosine), not {self.base}")
         need(self.channels == 3, f"channels must be 3, not {self.channels}")
         need(self.activation in ACTIVATIONS, f"activation must be one of {ACTIVATIONS}, not {self.activation!r}")
         need(self.seg_activation in ACTIVATIONS, f"seg_activation must be one of {ACTIVATIONS}")
@@ -98,17 +101,20 @@ class ModelConfig:
         need(0 < self.beta_start <= self.beta_end < 1, "need 0 < beta_start <= beta_end < 1")
         need(0 < self.tau < self.timesteps, f"tau must be between 1 and {self.timesteps - 1}")
         need(0 <= self.t_s < self.timesteps and 0 <= self.t_b < self.timesteps, "t_s and t_b must be below timesteps")
-        need(self.mode != "norm-guided" or self.t_s < self.t_b, "norm-guided needs t_s < t_b")
-        need(self.guidance >= 0, "guidance must not be negative")
-        need(self.top_k >= 1, "top_k must be at least 1")
-        need(len(self.multipliers) <= 8, "at most 8 levels")
+        guided = self.t_s < self.tau <= self.t_b
+        need(self.mode != "norm-guided" or guided, "norm-guided needs t_s < tau <= t_b")
+        need(0 <= self.guidance <= 1e6, "guidance must be a number of at least 0")
+        need(0 < self.top_k <= 65536, "top_k is a number of pixels of 65536: between 0 and 65536")
+        need(1 <= len(self.multipliers) <= 8, "between 1 and 8 levels")
+        need(all(type(m) in (int, float) for m in self.multipliers), "multipliers must be numbers")
         widths = [m * self.base for m in self.multipliers]
-        need(all(w >= 4 and w % 4 == 0 for w in widths), f"level widths {widths} must be multiples of 4")
-        need(all(isinstance(f, int) and f >= 1 for f in self.attention_factors), "attention_factors must be integers")
+        fit = all(4 <= w <= 16384 and w % 4 == 0 for w in widths)
+        need(fit, f"level widths {widths} must be multiples of 4, at most 16384")
+        need(all(type(f) is int and f >= 1 for f in self.attention_factors), "attention_factors must be integers")
         need(all(int(w) % self.heads == 0 for w in widths), f"level widths {widths} must be divisible by heads")
         step = max(2 ** (len(self.multipliers) - 1), 32)
         need(self.image_size % step == 0, f"image_size must be a multiple of {step}, not {self.image_size}")
-        need(self.image_size <= 2048, "image_size must be at most 2048")
+        need(32 <= self.image_size <= 2048, "image_size must be between 32 and 2048")
 
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some fields changed; a new `image_size` brings its default multipliers unless given."""

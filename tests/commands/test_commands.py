@@ -13,7 +13,7 @@ from PIL import Image
 import dfengine
 from dfengine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from dfengine.cli import main
-from dfengine.data.folders import fingerprint, open_dataset
+from dfengine.data.folders import content_digest, open_dataset
 from dfengine.evaluation.calibration import Calibration, calibrate
 from dfengine.evaluation.metrics import auroc
 from tests.helpers import tiny_model
@@ -87,6 +87,14 @@ def test_a_full_disk_loses_nothing_that_can_be_written(checkpoint, data, tmp_pat
     assert not list(out.rglob(".tmp-*"))
 
 
+def test_heatmaps_of_an_earlier_run_are_not_scored(checkpoint, data, capsys):
+    folder = data / "test" / "good"
+    arguments = ["detect", str(checkpoint), str(folder), "--out", str(folder / "results")]
+    assert main(arguments) == 0 and main(arguments) == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("4 images scored") == 2 and "4 images inside the output folder" in printed.err
+
+
 def test_an_uncalibrated_checkpoint_is_used_with_a_warning(checkpoint, data, tmp_path, capsys):
     save_checkpoint(checkpoint, load_checkpoint(checkpoint).with_calibration(None))
     out = tmp_path / "out"
@@ -116,22 +124,33 @@ def test_evaluate_agrees_with_the_scores(checkpoint, data, tmp_path, capsys):
     assert f"image AUROC {metrics['image_auroc']:.4f}" in capsys.readouterr().out
 
 
-def test_calibrate_takes_only_what_training_held_out(checkpoint, data, tmp_path, capsys):
+def test_calibrate_leaves_out_what_was_trained_on(checkpoint, data, tmp_path, capsys):
     loaded = load_checkpoint(checkpoint)
-    paths = [sample.path for sample in open_dataset(data).train]
-    held_out = ["train/good/1_d.png", "train/good/3_d.png"]
-    record = {"data": {"fingerprint": fingerprint(paths), "held_out": held_out}}
-    save_checkpoint(checkpoint, Checkpoint(loaded.config, loaded.state, record))
-    assert main(["calibrate", str(checkpoint), str(data), "--false-alarm-rate", "0.4"]) == 0
-    scores = dfengine.load(checkpoint).detect([data / name for name in held_out]).pred_score
+    trained = [content_digest(data / f"train/good/{i}_d.png") for i in (0, 2, 4)]
+    save_checkpoint(checkpoint, Checkpoint(loaded.config, loaded.state, {"data": {"trained": trained}}))
+    # Neither a bad file nor a new name changes what is left out.
+    (data / "train/good/broken.png").write_bytes(b"no image")
+    (data / "train/good/0_d.png").rename(data / "train/good/renamed.png")
+    assert main(["calibrate", str(checkpoint), str(data), "--false-alarm-rate", "0.4", "--seed", "3"]) == 3
+    held_out = [data / f"train/good/{i}_d.png" for i in (1, 3)]
+    scores = dfengine.load(checkpoint, seed=3).detect(held_out).pred_score
     calibration = load_checkpoint(checkpoint).calibration
-    assert calibration.n_normals == 2
+    assert (calibration.n_normals, calibration.seed, calibration.precision) == (2, 3, "float32")
     assert calibration.threshold == pytest.approx(calibrate(scores, 0.4).threshold, abs=1e-5)
-    assert "2 normals held out in training" in capsys.readouterr().out
+    assert "3 images that the model was trained on are left out" in capsys.readouterr().out
+    # Another seed than the threshold's is worth a warning.
+    assert main(["detect", str(checkpoint), str(data / "test"), "--out", str(tmp_path / "out")]) == 0
+    assert "the threshold was set with seed 3, but seed 0 is used" in capsys.readouterr().err
     # Another folder of normals: all of them.
     assert main(["calibrate", str(checkpoint), str(data / "test" / "good"), "--alarms-per-km", "2000"]) == 0
     calibration = load_checkpoint(checkpoint).calibration
     assert calibration.n_normals == 4 and calibration.false_alarm_rate == pytest.approx(2000 / 6667)
+    # Nothing but trained images.
+    for path in held_out:
+        path.unlink()
+    (data / "train/good/broken.png").unlink()
+    assert main(["calibrate", str(checkpoint), str(data)]) == 1
+    assert "was trained on all of these images" in capsys.readouterr().err
 
 
 def test_calibrate_by_hand_into_another_file_keeps_the_weights(checkpoint, data, tmp_path):

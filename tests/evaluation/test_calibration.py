@@ -122,7 +122,7 @@ def test_bad_metadata_is_refused(change):
 
 
 def test_foreign_metadata_is_refused():
-    for values in (None, [], "x", {}, {"threshold": 0.5}):
+    for values in (None, [], "x", {}, {"threshold": 0.5, "colour": 1}, {"threshold": 0.5, "n_normals": 3}):
         with pytest.raises(CheckpointError, match="^calibration: "):
             Calibration.from_dict(values)
 
