@@ -110,11 +110,11 @@ class Detector:
         units, errors = [], []
         for index, image in enumerate(images, start):
             try:
-                units.append(image.load(size))
+                units.append(image.load_tensor(size, self.device))
                 inputs.append((index, image))
             except ImageError as error:
                 errors.append(Refused(index, image.name, error.reason))
-        unit = np.stack(units) if units else np.empty((0, size, size, 3), np.float32)
+        unit = torch.stack(units) if units else torch.empty((0, size, size, 3))
         maps, reconstruction, scores = self._run(unit)
 
         finite = np.isfinite(scores) & np.isfinite(maps).all(axis=(1, 2))
@@ -129,13 +129,13 @@ class Detector:
             pred_score=scores[finite],
             anomaly_map=maps,
             reconstruction=reconstruction[finite],
-            image=np.rint(unit[finite] * 255).astype(np.uint8),
+            image=(unit * 255).round().to(torch.uint8).cpu().numpy()[finite],
             calibration=self.calibration,
             seed=self.seed,
             errors=tuple(sorted(errors)),
         )
 
-    def _run(self, unit: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _run(self, unit: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Maps (B, S, S), reconstructions (B, S, S, 3) and scores (B,), float32, of unit images (B, S, S, 3)."""
         count, size = len(unit), self.config.image_size
         if count == 0:

@@ -23,14 +23,15 @@ from dfengine.files import atomic_write
 
 CHECKPOINT = "fastener-tiny.safetensors"
 TEST_GOOD, PER_DEFECT = 100, 40
+GOAL_IMAGE_AUROC, GOAL_PIXEL_AUROC, BASELINE_LIMIT = 0.98, 0.95, 0.90
 BASELINE_IMAGES = 176
 TRAINING_SEED = 0
 """Seed of the fasteners that the shipped checkpoint was trained on; the baseline is made from the first of them."""
 
 
-def shipped_checkpoint() -> Path:
-    """The checkpoint inside the package. Raises `CheckpointError` where it is not installed."""
-    path = Path(str(resources.files("dfengine") / "assets" / CHECKPOINT))
+def shipped_checkpoint(name: str | None = None) -> Path:
+    """A checkpoint inside the package, by default the demo's. Raises `CheckpointError` where it is missing."""
+    path = Path(str(resources.files("dfengine") / "assets" / (name or CHECKPOINT)))
     if not path.is_file():
         raise CheckpointError(f"{path}: the shipped checkpoint is missing from this installation")
     return path
@@ -71,5 +72,12 @@ def run_demo(out: Path, seed: int, device: str) -> int:
     say(f"baseline (per-pixel mean and deviation of {BASELINE_IMAGES} training images): image AUROC "
         f"{measured['baseline_image_auroc']:.4f}")  # fmt: skip
     say(f"dfengine: image AUROC {measured['image_auroc']:.4f}, pixel AUROC {measured['pixel_auroc']:.4f}")
+    for what, missed in (
+        (f"image AUROC below {GOAL_IMAGE_AUROC}", measured["image_auroc"] < GOAL_IMAGE_AUROC),
+        (f"pixel AUROC below {GOAL_PIXEL_AUROC}", measured["pixel_auroc"] < GOAL_PIXEL_AUROC),
+        (f"baseline above {BASELINE_LIMIT}: the task is too easy", measured["baseline_image_auroc"] > BASELINE_LIMIT),
+    ):
+        if missed:
+            say(f"the demo misses its goal: {what}")
     say(f"demo finished in {measured['seconds']:.0f} s; open {(out / 'report.html').resolve()}")
     return status

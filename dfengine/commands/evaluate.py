@@ -21,8 +21,8 @@ from dfengine.errors import DataError, ImageError, UsageError
 from dfengine.evaluation.evaluate import evaluate, write_metrics
 from dfengine.report.report import ReportItem, write_report
 
-MAX_PIXEL_SIDE = 1024
-"""Pixel metrics are taken at the images' own size; larger ones are reduced to this side, which bounds memory."""
+MAX_PIXELS = 40_000_000
+"""Pixel metrics are taken at the images' own size, reduced so that all maps together have at most this many pixels."""
 
 
 def run_evaluate(
@@ -59,6 +59,8 @@ def evaluate_dataset(
     images = collect_inputs([sample.path for sample in dataset.test])
     with_masks = any(sample.mask for sample in dataset.test)
     size = detector.config.image_size
+    budget = MAX_PIXELS / len(images)
+    reduced = 0
     rows: list[dict] = []
     names: list[str] = []
     scores: list[float] = []
@@ -69,13 +71,17 @@ def evaluate_dataset(
         mask = masks.get(name)
         return samples[name].defect, None if mask is None else _resize_mask(mask, (size, size))
 
+    result: dict[str, Any] = {}  # filled when the last image has been scored, before the report shows it
+
     def items() -> Iterator[ReportItem]:
+        nonlocal reduced
         pending = iter(images)
         for detection in scoring.batches(images):
             shapes = {image.name: image for image in islice(pending, len(detection) + len(detection.errors))}
             for image in detection if with_masks else ():
                 height, width = shapes[image.name].original_size
-                scale = min(1.0, MAX_PIXEL_SIDE / max(height, width))
+                scale = min(1.0, (budget / (height * width)) ** 0.5)
+                reduced += scale < 1
                 shape = max(1, round(height * scale)), max(1, round(width * scale))
                 masks[image.name] = _mask(samples[image.name], (height, width), shape, scoring)
                 maps.append(resize_map(image.anomaly_map, shape))
@@ -84,26 +90,26 @@ def evaluate_dataset(
             scores.extend(detection.pred_score.tolist())
             yield from report_items(detection, truth)
 
-    cards = list(items())
-    if not cards:
-        outputs.rows(rows)
-        return scoring.status, {}
-    kept = [samples[name] for name in names]
-    result = evaluate(
-        scores,
-        [sample.label for sample in kept],
-        [sample.defect for sample in kept],
-        maps if with_masks else None,
-        [masks[name] for name in names] if with_masks else None,
-        detector.threshold,
-        None if groups is None else [groups[name] for name in names],
-    )
-    outputs.rows(rows)
-    outputs.attempt(lambda: write_metrics(out, result))
+        if names:
+            kept = [samples[name] for name in names]
+            result.update(
+                evaluate(
+                    scores,
+                    [sample.label for sample in kept],
+                    [sample.defect for sample in kept],
+                    maps if with_masks else None,
+                    [masks[name] for name in names] if with_masks else None,
+                    detector.threshold,
+                    None if groups is None else [groups[name] for name in names],
+                )
+            )
+            if reduced:
+                result["notes"].append(f"{reduced} images are reduced for the pixel metrics, to bound memory.")
+
     report = outputs.attempt(
         lambda: write_report(
             out,
-            cards,
+            items(),
             scoring.refused,
             detector.threshold,
             scoring.meta(checkpoint, str(dataset.root)),
@@ -111,6 +117,10 @@ def evaluate_dataset(
             calibration=detector.calibration,
         )
     )
+    outputs.rows(rows)
+    if not result:
+        return outputs.status(scoring), {}
+    outputs.attempt(lambda: write_metrics(out, result))
     say(scoring.summary())
     print_metrics(result)
     if report:

@@ -11,6 +11,7 @@ from dfengine.errors import ConfigError
 ACTIVATIONS = ("gelu", "silu", "relu")
 MODES = ("norm-guided", "averaged", "iterative")
 PIXEL_RANGES = ("unit", "signed")
+PAPERS = ("diff-fastener", "diffusionad")
 
 _MULTIPLIERS: dict[int, tuple[float, ...]] = {
     32: (1, 2, 3, 4),
@@ -27,6 +28,7 @@ class ModelConfig:
 
     Raises `ConfigError` on construction when a field is out of range or fields do not fit each other.
 
+    `paper`: whose training recipe `--recipe paper` follows.
     Images: `image_size` (pixels, square), `channels` (3), `pixel_range` ("unit" = [0, 1], "signed" = [-1, 1]).
     Schedule: `timesteps`, `beta_start`, `beta_end` (linear, DF Eq. 2).
     Reconstruction U-Net (DF 3.1, 4.4; DAD 4.2): `base`, `multipliers` (default by `image_size`), `blocks` per encoder
@@ -39,6 +41,7 @@ class ModelConfig:
     """
 
     preset: str = "custom"
+    paper: str = "diff-fastener"
     image_size: int = 256
     channels: int = 3
     pixel_range: str = "unit"
@@ -95,6 +98,7 @@ class ModelConfig:
         need(self.channels == 3, f"channels must be 3, not {self.channels}")
         need(self.activation in ACTIVATIONS, f"activation must be one of {ACTIVATIONS}, not {self.activation!r}")
         need(self.seg_activation in ACTIVATIONS, f"seg_activation must be one of {ACTIVATIONS}")
+        need(self.paper in PAPERS, f"paper must be one of {PAPERS}, not {self.paper!r}")
         need(self.mode in MODES, f"mode must be one of {MODES}, not {self.mode!r}")
         need(self.pixel_range in PIXEL_RANGES, f"pixel_range must be one of {PIXEL_RANGES}, not {self.pixel_range!r}")
         need(1 < self.timesteps <= 100_000, "timesteps must be between 2 and 100000")
@@ -146,7 +150,7 @@ class ModelConfig:
 
 
 _PLAIN_MIDDLE = dict(dilation=1, channel_attention=False, spatial_attention=False)
-_DIFFUSIONAD = dict(activation="silu", seg_activation="relu", skip_every=1, **_PLAIN_MIDDLE)
+_DIFFUSIONAD = dict(paper="diffusionad", activation="silu", seg_activation="relu", skip_every=1, **_PLAIN_MIDDLE)
 _METHODS: dict[str, dict[str, Any]] = {
     "diff-fastener": {},
     "diffusionad": _DIFFUSIONAD,
