@@ -62,6 +62,7 @@ def train(
     synthesis: Annotated[Synthesis | None, typer.Option(help="Which synthetic anomalies to train on.")] = None,
     textures: Annotated[Path | None, typer.Option(help="Folder of texture images; procedural ones without it.")] = None,
     init: Annotated[Path | None, typer.Option(help="Start from the weights of this checkpoint.")] = None,
+    decoy: Annotated[float | None, typer.Option(help="Share of normals processed like anomalies, without one.")] = None,
     foreground: Annotated[str | None, typer.Option(help="auto, none (whole image) or texture.")] = None,
     denoiser_share: Annotated[float | None, typer.Option(help="Share of the budget for the denoiser alone.")] = None,
     denoiser_every: Annotated[int | None, typer.Option(help="Train the denoiser on every k-th joint step.")] = None,
@@ -185,11 +186,14 @@ def fasteners(
     per_defect: Annotated[int, typer.Option(min=0, help="Test images of each defect type.")] = 40,
     size: Annotated[int, typer.Option(min=32, max=2048, help="Image size in pixels.")] = 256,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same bytes.")] = 0,
+    variety: Annotated[
+        float, typer.Option(min=0, max=1, help="How much normal scenes differ: 1 is any line of any railway.")
+    ] = 0.4,
 ) -> None:
     """Render procedural railway fasteners with exact defect masks."""
     from dfengine.commands.fasteners import run_fasteners
 
-    run_fasteners(out, train, test_good, per_defect, size, seed)
+    run_fasteners(out, train, test_good, per_defect, size, seed, variety)
 
 
 @app.command()

@@ -10,13 +10,13 @@ from rich.progress import Progress
 from dfengine.data.fasteners import write_fasteners
 
 
-def run_fasteners(out: Path, train: int, test_good: int, per_defect: int, size: int, seed: int) -> None:
+def run_fasteners(out: Path, train: int, test_good: int, per_defect: int, size: int, seed: int, variety: float) -> None:
     """Writes the data set with a progress bar. Raises `DfengineError` where `out` cannot be written."""
     console = Console()
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("rendering fasteners", total=None)
         write_fasteners(
-            out, train, test_good, per_defect, seed, size,
+            out, train, test_good, per_defect, seed, size, variety,
             lambda done, total: progress.update(task, completed=done, total=total),
         )  # fmt: skip
     console.print(

@@ -29,6 +29,7 @@ def run_train(
     textures: Path | None,
     init: Path | None,
     foreground: str | None,
+    decoy: float | None,
     flip: str | None,
     augment: bool,
     resume: bool,
@@ -44,9 +45,10 @@ def run_train(
     training["init"] = None if init is None else str(init)
     config = TrainConfig(**training)
     filled = config.resolve(model)
-    if synthesis is not None or foreground is not None:
-        wanted = dict(recipe=getattr(synthesis, "value", synthesis), foreground=foreground)
-        fields = filled.synthesis.to_dict() | {k: v for k, v in wanted.items() if v is not None}
+    wanted = dict(recipe=getattr(synthesis, "value", synthesis), foreground=foreground, decoy=decoy)
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    if wanted:
+        fields = filled.synthesis.to_dict() | wanted
         config = config.replace(synthesis=SynthesisConfig.from_dict(fields))
     if not augment:
         if flip not in (None, "none"):

@@ -10,7 +10,7 @@ import numpy as np
 from dfengine.data.fasteners.canvas import Canvas
 from dfengine.data.fasteners.clips import clip_tubes, draw_clip
 from dfengine.data.fasteners.light import develop, expose, illuminate
-from dfengine.data.fasteners.scene import DEFECTS, Defect, Scene, sample_scene
+from dfengine.data.fasteners.scene import DEFECTS, VARIETY, Defect, Scene, sample_scene
 from dfengine.data.fasteners.track import draw_bolt, draw_litter, draw_seat, draw_track
 from dfengine.errors import UsageError
 
@@ -35,19 +35,22 @@ class Rendering:
 
 
 def render_fastener(
-    seed: int, index: int, defect: str = "good", size: int = 256, split: str = "train"
+    seed: int, index: int, defect: str = "good", size: int = 256, split: str = "train", variety: float = VARIETY
 ) -> tuple[np.ndarray, np.ndarray]:
     """Picture number `index`: (uint8 (size, size, 3) RGB, bool (size, size) mask of the defect).
 
     Every (seed, split, defect, index) has its own random stream, so pictures can be made in any order and the same
-    arguments give the same bytes. The mask is empty for "good". UsageError: unknown defect or split, negative seed or
-    index, size below MIN_SIZE.
+    arguments give the same bytes. The mask is empty for "good". `variety` in [0, 1]: how much normal scenes differ
+    (`scene.Draw`). UsageError: unknown defect or split, negative seed or index, size below MIN_SIZE, or variety out of
+    range.
     """
-    result = render_noiseless(seed, index, defect, size, split)
+    result = render_noiseless(seed, index, defect, size, split, variety)
     return expose(result.image, result.scene.camera, result.camera_rng), result.mask
 
 
-def render_noiseless(seed: int, index: int, defect: str, size: int, split: str = "train") -> Rendering:
+def render_noiseless(
+    seed: int, index: int, defect: str, size: int, split: str = "train", variety: float = VARIETY
+) -> Rendering:
     """The picture before camera noise, together with its sound twin. Same arguments and errors as render_fastener."""
     if defect not in DEFECTS:
         raise UsageError(f"unknown defect '{defect}': one of {', '.join(DEFECTS)}")
@@ -55,9 +58,11 @@ def render_noiseless(seed: int, index: int, defect: str, size: int, split: str =
         raise UsageError(f"unknown split '{split}': one of {', '.join(SPLITS)}")
     if seed < 0 or index < 0 or size < MIN_SIZE:
         raise UsageError(f"seed {seed}, index {index}, size {size}: need seed >= 0, index >= 0, size >= {MIN_SIZE}")
+    if not 0 <= variety <= 1:
+        raise UsageError(f"variety {variety}: must be between 0 and 1")
     stream = SPLITS.index(split) * len(DEFECTS) + DEFECTS.index(defect)
     rng = np.random.default_rng([seed, stream, index])
-    scene = sample_scene(rng, defect)
+    scene = sample_scene(rng, defect, variety)
 
     ground = Canvas.blank(round(SUPERSAMPLING * size), scene.pose, np.random.default_rng([scene.texture_seed, 0]))
     draw_track(ground, scene, np.random.default_rng([scene.texture_seed, 1]))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 DEFECTS = ("good", "missing", "broken", "displaced")
+VARIETY = 0.4
 
 Colour = tuple[float, float, float]
 
@@ -132,54 +133,80 @@ class Scene:
     texture_seed: int
 
 
-def sample_scene(rng: np.random.Generator, defect: str) -> Scene:
+class Draw:
+    """Draws the parts of a normal scene; `variety` in [0, 1] narrows every range about its middle and every palette to
+    its first colours: 1 is any line of any railway, small values are one line on similar days."""
+
+    def __init__(self, rng: np.random.Generator, variety: float):
+        self.rng, self.variety = rng, variety
+
+    def between(self, low: float, high: float) -> float:
+        """Uniform in [low, high], narrowed."""
+        middle, half = (low + high) / 2, self.variety * (high - low) / 2
+        return self.rng.uniform(middle - half, middle + half)
+
+    def upto(self, high: float) -> float:
+        """Uniform in [0, variety * high]."""
+        return self.rng.uniform(0, self.variety * high)
+
+    def normal(self, sigma: float) -> float:
+        return self.rng.normal(0, self.variety * sigma)
+
+    def chance(self, probability: float) -> bool:
+        """True with `variety * probability`."""
+        return bool(self.rng.random() < self.variety * probability)
+
+    def colour(self, palette: tuple[Colour, ...], spread: float = 0.12) -> Colour:
+        """A palette colour with its brightness and, less, its channels varied."""
+        count = max(1, math.ceil(self.variety * len(palette)))
+        base, spread = np.asarray(palette[self.rng.integers(count)]), self.variety * spread
+        return tuple(base * np.exp(self.rng.normal(0, spread) + self.rng.normal(0, 0.15 * spread, 3)))
+
+
+def sample_scene(rng: np.random.Generator, defect: str, variety: float = VARIETY) -> Scene:
     """Draw a whole scene. `defect`, one of DEFECTS, only decides the last draws: all else is independent of it."""
-    track = _sample_track(rng)
-    fastener = _sample_fastener(rng, track.rail_colour)
+    draw = Draw(rng, variety)
+    track = _sample_track(draw)
+    fastener = _sample_fastener(draw, track.rail_colour)
     return Scene(
         pose=Pose(
             # The fastener stands a little right of the centre, so that the rail head stays in the picture.
-            shift=(rng.uniform(0.02, 0.09), rng.uniform(-0.04, 0.04)),
-            angle=math.radians(rng.uniform(-4, 4)),
-            scale=rng.uniform(1.07, 1.18),
+            shift=(draw.between(0.015, 0.095), draw.between(-0.05, 0.05)),
+            angle=math.radians(draw.between(-4, 4)),
+            scale=draw.between(1.07, 1.18),
         ),
-        light=_sample_light(rng),
+        light=_sample_light(draw),
         camera=Camera(
-            exposure=2.0 ** rng.uniform(-0.4, 0.4),
-            balance=_sample_balance(rng),
-            vignetting=rng.uniform(0, 0.35),
-            haze=max(0.0, rng.uniform(-0.03, 0.01)),
-            blur=rng.uniform(0.0008, 0.0025),
-            noise=rng.uniform(0.004, 0.018),
+            exposure=2.0 ** draw.between(-0.5, 0.5),
+            balance=_sample_balance(draw),
+            vignetting=draw.upto(0.35),
+            haze=max(0.0, draw.between(-0.03, 0.01)),
+            blur=draw.between(0.0008, 0.0025),
+            noise=draw.between(0.004, 0.018),
         ),
         track=track,
         fastener=fastener,
-        litter=tuple(_sample_litter(rng) for _ in range(rng.poisson(1.1))),
+        litter=tuple(_sample_litter(draw) for _ in range(rng.poisson(1.3 * variety))),
         texture_seed=int(rng.integers(2**62)),
         defect=_sample_defect(rng, defect, fastener.kind),
     )
 
 
-def vary(rng: np.random.Generator, palette: tuple[Colour, ...], spread: float = 0.12) -> Colour:
-    """A palette colour with its brightness and, less, its channels varied."""
-    base = np.asarray(palette[rng.integers(len(palette))])
-    return tuple(base * np.exp(rng.normal(0, spread) + rng.normal(0, 0.15 * spread, 3)))
-
-
-def _sample_balance(rng: np.random.Generator) -> Colour:
+def _sample_balance(draw: Draw) -> Colour:
     """White balance: cameras err along warm to cool, and little between green and magenta."""
-    warm, green = rng.normal(0, 0.07), rng.normal(0, 0.015)
+    warm, green = draw.normal(0.07), draw.normal(0.015)
     return math.exp(warm), math.exp(green), math.exp(-warm)
 
 
-def _sample_light(rng: np.random.Generator) -> Light:
-    azimuth = rng.uniform(0, 2 * math.pi)
-    elevation = math.radians(rng.uniform(32, 75))
+def _sample_light(draw: Draw) -> Light:
+    rng = draw.rng
+    azimuth = draw.between(-0.7 - math.pi, -0.7 + math.pi)
+    elevation = math.radians(draw.between(32, 75))
     overcast = rng.random() < 0.3
-    sun = rng.uniform(0.1, 0.35) if overcast else rng.uniform(0.8, 1.6)
-    warmth = rng.uniform(0.0, 0.18)
+    sun = draw.between(0.1, 0.35) if overcast else draw.between(0.8, 1.6)
+    warmth = draw.upto(0.18)
     bars = []
-    if not overcast and rng.random() < 0.35:
+    if not overcast and draw.chance(0.35):
         # Half width 2 makes one edge of a large shadow; the small ones are wires and masts.
         half_width = 2.0 if rng.random() < 0.55 else rng.uniform(0.02, 0.10)
         offset = rng.uniform(-0.45, 0.45)
@@ -189,53 +216,56 @@ def _sample_light(rng: np.random.Generator) -> Light:
     return Light(
         towards=(flat * math.cos(azimuth), flat * math.sin(azimuth), math.sin(elevation)),
         sun=(sun, sun * (1 - 0.4 * warmth), sun * (1 - warmth)),
-        sky=tuple((rng.uniform(0.55, 0.75) if overcast else rng.uniform(0.22, 0.40)) * np.array((0.93, 0.98, 1.06))),
-        softness=0.09 if overcast else rng.uniform(0.012, 0.03),
+        sky=tuple((draw.between(0.55, 0.75) if overcast else draw.between(0.22, 0.40)) * np.array((0.93, 0.98, 1.06))),
+        softness=0.09 if overcast else draw.between(0.012, 0.03),
         bars=tuple(bars),
     )
 
 
-def _sample_track(rng: np.random.Generator) -> Track:
-    bed = str(rng.choice(("concrete", "wood", "slab"), p=(0.62, 0.22, 0.16)))
-    upper, lower = -rng.uniform(0.30, 0.56), rng.uniform(0.30, 0.56)
+def _sample_track(draw: Draw) -> Track:
+    bed = "concrete"
+    if draw.chance(0.38):
+        bed = str(draw.rng.choice(("wood", "slab"), p=(0.58, 0.42)))
+    upper, lower = -draw.between(0.30, 0.56), draw.between(0.30, 0.56)
     if bed == "slab":
         upper, lower = -2.0, 2.0
     return Track(
         bed=bed,
-        bed_colour=vary(rng, WOOD if bed == "wood" else CONCRETE),
+        bed_colour=draw.colour(WOOD if bed == "wood" else CONCRETE),
         bed_edges=(upper, lower),
-        ballast_colour=vary(rng, BALLAST, 0.2),
-        stone=rng.uniform(0.10, 0.17),
-        foot_edge=rng.uniform(-0.085, -0.055),
-        head_edge=rng.uniform(-0.42, -0.33),
-        polished=rng.uniform(0.35, 1.0),
-        rail_colour=vary(rng, RUST, 0.2),
-        dirt=rng.uniform(0.0, 0.9),
-        dirt_colour=vary(rng, ((0.16, 0.12, 0.085), (0.10, 0.085, 0.07), (0.24, 0.17, 0.11)), 0.2),
-        rust_stain=rng.uniform(0.0, 0.8),
+        ballast_colour=draw.colour(BALLAST, 0.2),
+        stone=draw.between(0.10, 0.17),
+        foot_edge=draw.between(-0.085, -0.055),
+        head_edge=draw.between(-0.42, -0.33),
+        polished=draw.between(0.35, 1.0),
+        rail_colour=draw.colour(RUST, 0.2),
+        dirt=draw.upto(0.9),
+        dirt_colour=draw.colour(((0.16, 0.12, 0.085), (0.10, 0.085, 0.07), (0.24, 0.17, 0.11)), 0.2),
+        rust_stain=draw.upto(0.8),
     )
 
 
-def _sample_fastener(rng: np.random.Generator, rail_colour: Colour) -> Fastener:
+def _sample_fastener(draw: Draw, rail_colour: Colour) -> Fastener:
     # A clip as bright as the rail and plate under it would hide in them: such a one is made brighter.
-    clip_colour = vary(rng, STEEL, 0.15)
+    clip_colour = draw.colour(STEEL, 0.15)
     if abs(math.log(sum(clip_colour) / sum(rail_colour))) < 0.45:
         clip_colour = tuple(1.6 * value for value in clip_colour)
-    kind = "e" if rng.random() < 0.6 else "w"
+    kind = "e" if draw.rng.random() < 0.6 else "w"
     return Fastener(
         kind=kind,
-        stretch=(rng.uniform(0.96, 1.06), rng.uniform(0.95, 1.05)),
-        radius=rng.uniform(0.031, 0.035) if kind == "e" else rng.uniform(0.026, 0.029),
+        stretch=(draw.between(0.96, 1.06), draw.between(0.95, 1.05)),
+        radius=draw.between(0.031, 0.035) if kind == "e" else draw.between(0.026, 0.029),
         clip_colour=clip_colour,
-        clip_rust=rng.uniform(0.0, 0.9),
-        gloss=rng.uniform(0.1, 0.6),
-        seat_colour=vary(rng, PLASTIC, 0.2),
-        shoulder_colour=vary(rng, RUST, 0.25),
-        bolt_angle=rng.uniform(0, math.pi / 3),
+        clip_rust=draw.upto(0.9),
+        gloss=draw.between(0.1, 0.6),
+        seat_colour=draw.colour(PLASTIC, 0.2),
+        shoulder_colour=draw.colour(RUST, 0.25),
+        bolt_angle=draw.rng.uniform(0, math.pi / 3),
     )
 
 
-def _sample_litter(rng: np.random.Generator) -> Litter:
+def _sample_litter(draw: Draw) -> Litter:
+    rng = draw.rng
     kind = str(rng.choice(("leaf", "stone", "dirt", "paint", "grass"), p=(0.2, 0.3, 0.25, 0.1, 0.15)))
     palette = {"leaf": LEAF, "stone": BALLAST, "paint": PAINT, "grass": (LEAF[1], (0.24, 0.22, 0.09))}
     size = {
@@ -254,8 +284,8 @@ def _sample_litter(rng: np.random.Generator) -> Litter:
         kind=kind,
         centre=tuple(centre),
         angle=rng.uniform(0, 2 * math.pi),
-        size=rng.uniform(*size[kind]),
-        colour=vary(rng, palette.get(kind, ((0.12, 0.09, 0.06), (0.05, 0.045, 0.04), (0.30, 0.24, 0.17))), 0.2),
+        size=draw.between(*size[kind]),
+        colour=draw.colour(palette.get(kind, ((0.12, 0.09, 0.06), (0.05, 0.045, 0.04), (0.30, 0.24, 0.17))), 0.2),
     )
 
 
