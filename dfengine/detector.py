@@ -17,6 +17,7 @@ from dfengine.checkpoint import Checkpoint, load_checkpoint
 from dfengine.data.inputs import InputImage, collect_inputs
 from dfengine.detection import Detection, Refused, resize_map
 from dfengine.engine.modules import PRECISIONS, ModuleRunner
+from dfengine.devices import resolve_device
 from dfengine.errors import DfengineError, ImageError, UsageError
 from dfengine.models import Model
 
@@ -149,25 +150,6 @@ class Detector:
             raise DfengineError(f"{self.device}: out of memory with batch_size {count}; use a smaller one") from None
         # A mean of probabilities; on a GPU it can round to just above 1.
         return maps, reconstruction, np.minimum(scores, np.float32(1))
-
-
-def resolve_device(device: str) -> torch.device:
-    """The device called `device` ("auto", "cpu", "cuda", "cuda:N"). Raises `UsageError` where it is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise UsageError(f"device must be auto, cpu, cuda or cuda:N, not {device!r}") from None
-    if resolved.type not in ("cpu", "cuda"):
-        raise UsageError(f"device must be auto, cpu, cuda or cuda:N, not {device!r}")
-    if resolved.type == "cuda":
-        count = torch.cuda.device_count()
-        if not torch.cuda.is_available() or count == 0:
-            raise UsageError(f"device {device}: torch finds no CUDA GPU on this machine")
-        if (resolved.index or 0) >= count:
-            raise UsageError(f"device {device}: this machine has {count} GPU{'s' if count > 1 else ''}, counted from 0")
-    return resolved
 
 
 def _check_precision(precision: str, device: torch.device) -> None:

@@ -103,6 +103,8 @@ def evaluate_dataset(
                     None if groups is None else [groups[name] for name in names],
                 )
             )
+            if dataset.missing_masks:
+                result["notes"].append("No mask for " + ", ".join(s.path.name for s in dataset.missing_masks[:5]) + ".")
             if reduced:
                 result["notes"].append(f"{reduced} images are reduced for the pixel metrics, to bound memory.")
 

@@ -18,6 +18,7 @@ from dfengine.detection import Detection, write_rows
 from dfengine.detector import Detector, load
 from dfengine.errors import DfengineError
 from dfengine.evaluation.calibration import Calibration
+from dfengine.files import os_reason
 from dfengine.report.report import ReportItem
 
 UNCALIBRATED = "the checkpoint is not calibrated: a threshold of 0.5 is used; set one with `dfengine calibrate`"
@@ -38,7 +39,7 @@ def make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DfengineError(f"{out}: cannot make the folder: {(error.strerror or str(error)).lower()}") from None
+        raise DfengineError(f"{out}: cannot make the folder: {os_reason(error)}") from None
 
 
 def open_detector(checkpoint: Path, device: str, precision: str, seed: int, threshold: float | None = None) -> Detector:

@@ -15,13 +15,11 @@ import torch
 from torch.utils.data import Dataset
 
 from dfengine.data.augment import Augmentation, AugmentConfig
+from dfengine.data.streams import Stream, stream
 from dfengine.data.synthesis import SynthesisConfig, Synthesizer
 from dfengine.data.textures import TextureSource
 
 SHARES = ("half", "coin", "none")
-
-# The streams of a seed: samples use [seed, global index]; these tags keep the others apart from it.
-_EPOCH_STREAM, _BATCH_STREAM, _VALIDATION_STREAM = 1, 2, 3
 
 
 class TrainingSet(Dataset):
@@ -62,7 +60,7 @@ class TrainingSet(Dataset):
 
     def __getitem__(self, global_index: int) -> dict[str, Any]:
         """image uint8 (S, S, 3), mask uint8 (S, S) of 0 and 1, label 0 or 1, index of the normal image."""
-        rng = np.random.default_rng([self.seed, global_index])
+        rng = stream(self.seed, Stream.SAMPLE, global_index)
         index = self._image_index(global_index)
         augmentation = Augmentation(self.images.shape[1], rng, self.augment)
         image = augmentation.image(self.images[index])
@@ -85,7 +83,7 @@ class TrainingSet(Dataset):
     def _image_index(self, global_index: int) -> int:
         epoch, position = divmod(global_index, len(self.images))
         if self._epoch is None or self._epoch[0] != epoch:
-            order = np.random.default_rng([self.seed, _EPOCH_STREAM, epoch]).permutation(len(self.images))
+            order = stream(self.seed, Stream.EPOCH, epoch).permutation(len(self.images))
             self._epoch = (epoch, order)
         return int(self._epoch[1][position])
 
@@ -93,7 +91,7 @@ class TrainingSet(Dataset):
         if self.anomaly_share == "coin":
             return bool(rng.random() < 0.5)
         batch, position = divmod(global_index, self.batch_size)
-        batch_rng = np.random.default_rng([self.seed, _BATCH_STREAM, batch])
+        batch_rng = stream(self.seed, Stream.BATCH, batch)
         count = (self.batch_size + int(batch_rng.integers(2))) // 2
         return bool(batch_rng.permutation(self.batch_size)[position] < count)
 
@@ -140,7 +138,7 @@ def validation_set(
     results, indices = [], list(range(len(images)))
     for number in range(count):
         index = number // len(drawers) % len(images)
-        rng = np.random.default_rng([seed, _VALIDATION_STREAM, number])
+        rng = stream(seed, Stream.VALIDATION, number)
         result = drawers[number % len(drawers)].sample(index, rng)
         if result.kind != "normal":
             results.append(result)

@@ -1,7 +1,8 @@
 """Training a detector from a folder of normal images: `train(TrainConfig(minutes=30), preset(...), data, out)`."""
 
 from dfengine.training.config import TrainConfig
-from dfengine.training.loop import TrainResult, run_folder_of, train
+from dfengine.training.loop import TrainResult, train
+from dfengine.training.outputs import run_folder_of
 from dfengine.training.state import TrainingInterrupted
 from dfengine.training.trainer import TrainingDiverged
 

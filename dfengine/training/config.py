@@ -19,7 +19,8 @@ LR_SCHEDULES = ("cosine", "constant")
 SCALE_LOSSES = ("mean", "sum")
 KEEP = ("best", "last")
 
-# Fields that decide where and how fast a run goes, never what it computes: a resumed run may change them.
+# Fields that decide where and how fast a run goes: a resumed run may change them. All but two leave every bit as it is.
+# Another number of threads sums in another order, which a resumed run says; of the device the state keeps the type.
 OPERATIONAL = ("device", "workers", "threads", "log_every", "save_minutes", "leg_minutes")
 
 
@@ -132,12 +133,12 @@ class TrainConfig:
         need(self.batch_size >= 2, f"batch_size must be at least 2, not {self.batch_size}: BatchNorm needs two")
         need(_positive(self.save_minutes), "save_minutes must be positive")
         need(self.leg_minutes is None or _positive(self.leg_minutes), "leg_minutes must be positive")
-        need(type(self.seed) is int and self.seed >= 0, "seed must be a whole number of at least 0")
+        need(type(self.seed) is int and 0 <= self.seed < 2**64, "seed must be a whole number of at least 0, below 2^64")
 
     def resolve(self, model: ModelConfig) -> TrainConfig:
         """Every recipe field filled in for `model`."""
         paper = self.recipe == "paper"
-        diffusionad = model.preset.startswith("diffusionad")
+        diffusionad = model.paper == "diffusionad"
         # 1e-3 suits a base of 16 to 32; wider nets want less, in proportion.
         rate = 1e-4 if paper else 1e-3 * min(1.0, 32 / model.base)
         seg_rate = (1e-5 if diffusionad else 1e-4) if paper else 1e-3 * min(1.0, 32 / model.seg_base)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dfengine.data.folders import fingerprint, open_dataset
+from dfengine.data.folders import content_digest, fingerprint, open_dataset
 from dfengine.data.images import load_uint8
+from dfengine.data.streams import Stream, stream
 from dfengine.data.training_set import TrainingSet, worker_init
 from dfengine.errors import DataError, ImageError
 
@@ -27,8 +31,10 @@ PREFETCH = 4  # batches each worker keeps ready
 class Normals:
     """The normal images of a folder at model size: uint8 (N, S, S, 3), and their names relative to the folder.
 
-    `train` and `held_out` index them. Where fewer than 4 images were given, the held-out ones are also trained on,
-    and `overlap` says so. `skipped` lists (name, reason) of unreadable files; `fingerprint` covers the others.
+    `train` and `held_out` index them; where fewer than 4 images were given, the held-out ones are also trained on.
+    `skipped` lists (name, reason) of unreadable files; `fingerprint` covers the others. `trained` holds the sorted
+    digests (`content_digest`) of all images that the weights see, in this run or in that of the checkpoint it starts
+    from; `overlap` is the number of held-out images among them.
     """
 
     images: np.ndarray
@@ -37,36 +43,51 @@ class Normals:
     held_out: np.ndarray
     fingerprint: str
     skipped: tuple[tuple[str, str], ...]
-    overlap: bool
+    trained: tuple[str, ...]
+    overlap: int
 
     @property
     def held_out_names(self) -> list[str]:
         return [self.names[i] for i in self.held_out]
 
 
-def read_normals(data: Path, size: int, holdout: float, seed: int) -> Normals:
+def read_normals(data: Path, size: int, holdout: float, seed: int, before: dict[str, Any] | None = None) -> Normals:
     """Reads the normal training images of the folder `data` and splits them by a seeded shuffle.
 
-    A share `holdout`, at least 2 images, is held out. Raises `DataError` when fewer than 2 images can be read.
+    A share `holdout`, at least 2 images, is held out. `before` is the training record of the checkpoint that the run
+    starts from: of the same images, those that it held out stay held out, for the weights have seen the others.
+    Raises `DataError` when fewer than 2 images can be read.
     """
     dataset = open_dataset(data)
-    images, paths, skipped = [], [], []
+    images, paths, digests, skipped = [], [], [], []
     for sample in dataset.train:
         try:
-            images.append(load_uint8(sample.path, size))
-            paths.append(sample.path)
+            image = load_uint8(sample.path, size)
         except ImageError as error:
-            skipped.append((error.name, error.reason))
+            skipped.append((_relative(sample.path, dataset.root), error.reason))
+            continue
+        images.append(image)
+        paths.append(sample.path)
+        digests.append(content_digest(sample.path))
     if len(images) < MIN_IMAGES:
         bad = f" ({len(skipped)} unreadable)" if skipped else ""
         raise DataError(f"{data}: training needs at least {MIN_IMAGES} normal images, found {len(images)}{bad}")
-    order = np.random.default_rng([seed, 0]).permutation(len(images))
-    count = max(MIN_HELD_OUT, round(holdout * len(images)))
-    held_out = np.sort(order[:count])
-    overlap = len(images) - count < MIN_HELD_OUT
-    train = np.arange(len(images)) if overlap else np.sort(order[count:])
-    names = tuple(_relative(path, dataset.root) for path in paths)
-    return Normals(np.stack(images), names, train, held_out, fingerprint(paths), tuple(skipped), overlap)
+    names, whole = tuple(_relative(path, dataset.root) for path in paths), fingerprint(paths)
+    earlier = (before or {}).get("data")
+    earlier = earlier if isinstance(earlier, dict) else {}
+    held_out = [names.index(name) for name in earlier.get("held_out", ()) if name in names]
+    if earlier.get("fingerprint") != whole or len(held_out) < MIN_HELD_OUT:
+        order = stream(seed, Stream.HOLDOUT).permutation(len(images))
+        held_out = order[: max(MIN_HELD_OUT, round(holdout * len(images)))]
+    held_out = np.sort(held_out)
+    train = np.setdiff1d(np.arange(len(images)), held_out)
+    if len(train) < MIN_HELD_OUT:
+        train = np.arange(len(images))
+    trained = {digests[i] for i in train} | set(map(str, earlier.get("trained", ())))
+    overlap = sum(digests[i] in trained for i in held_out)
+    return Normals(
+        np.stack(images), names, train, held_out, whole, tuple(skipped), tuple(sorted(trained)), overlap
+    )
 
 
 def batches(
@@ -85,15 +106,15 @@ def batches(
         # fork shares the images, and asks nothing of the caller's main module.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         options = dict(multiprocessing_context=context, prefetch_factor=PREFETCH, worker_init_fn=_quiet_worker)
-    return iter(
-        DataLoader(
-            _Indexed(dataset),
-            batch_sampler=_Steps(indices_of, first_step),
-            num_workers=workers,
-            pin_memory=device.type == "cuda",
-            **options,
-        )
+    loader = DataLoader(
+        _Indexed(dataset),
+        batch_sampler=_Steps(indices_of, first_step),
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        **options,
     )
+    with _sigterm_held():
+        return iter(loader)
 
 
 class _Indexed(Dataset):
@@ -119,11 +140,27 @@ class _Steps:
             step += 1
 
 
+@contextmanager
+def _sigterm_held() -> Iterator[None]:
+    """Keeps SIGTERM from new worker processes until `_quiet_worker` has told them what to do about it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _quiet_worker(worker_id: int) -> None:
-    # The training process decides when to stop. Ctrl-C, and many schedulers' SIGTERM, reach its workers as well: they
-    # must live until it has finished its step. They end when it closes their queue, or dies.
+    # Ctrl-C reaches the workers as well, but the training process decides when to stop. SIGTERM ends a worker, for that
+    # is how a DataLoader gets rid of one; with status 0, because for any other torch raises an error in whatever the
+    # training process is doing at that moment. It finishes its step without them (`Trainer`).
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     worker_init(worker_id)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dfengine.errors import UsageError
+from dfengine.devices import resolve_device
 
 
 class World:
@@ -74,18 +74,10 @@ class World:
 
 
 def _device(name: str) -> torch.device:
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:N") from None
+    """The device called `name`; under torchrun, "cuda" is the GPU of this process's local rank."""
+    device = resolve_device(name)
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UsageError("device cuda was asked for, but no CUDA device is usable")
-        device = torch.device("cuda", device.index if device.index is not None else local)
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        device = resolve_device(f"cuda:{local if device.index is None else device.index}")
         torch.cuda.set_device(device)
-    elif device.type != "cpu":
-        raise UsageError(f"training runs on cpu or cuda, not on {name}")
     return device

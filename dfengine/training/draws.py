@@ -1,4 +1,4 @@
-"""Time steps and noise of training samples, drawn from (seed, sample index) alone.
+"""Time steps and noise of training samples, drawn from the seed and the global sample index alone.
 
 A sample's draw therefore does not depend on the process, batch or accumulation step it falls into, and a run can stop
 and go on at any step without saving a generator.
@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dfengine.data.streams import Stream, seed_sequence, stream
 from dfengine.models.config import ModelConfig
-
-_TIME, _NOISE = 1, 2  # keep the two streams of a sample apart
 
 
 def draw_times(
@@ -28,7 +27,7 @@ def draw_times(
     """
     columns = []
     for index in indices:
-        rng = np.random.default_rng([seed, _TIME, index])
+        rng = stream(seed, Stream.TIMES, index)
         if stage == 1:
             columns.append([rng.integers(model.timesteps)])
             continue
@@ -43,13 +42,20 @@ def draw_times(
 
 
 def draw_noise(
-    scales: int, channels: int, size: int, seed: int, indices: Sequence[int], device: torch.device
+    scales: int,
+    channels: int,
+    size: int,
+    seed: int,
+    indices: Sequence[int],
+    device: torch.device,
+    tag: Stream = Stream.NOISE,
 ) -> Tensor:
-    """Standard normal noise of the samples `indices`: float32 (scales, B, C, S, S) on `device`, channels-last."""
+    """Standard normal noise of the samples `indices` of the streams `tag`: float32 (scales, B, C, S, S) on `device`,
+    channels-last."""
     noise = torch.empty((scales, len(indices), size, size, channels), device=device)
     generator = torch.Generator(device)
     for place, index in enumerate(indices):
-        key = np.random.SeedSequence([seed, _NOISE, index]).generate_state(1, np.uint64)[0]
+        key = seed_sequence(seed, tag, index).generate_state(1, np.uint64)[0]
         generator.manual_seed(int(key >> np.uint64(1)))
         for scale in range(scales):
             noise[scale, place].normal_(generator=generator)

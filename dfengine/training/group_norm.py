@@ -47,19 +47,20 @@ class _GroupNorm(torch.autograd.Function):
         def pixels(t: Tensor) -> Tensor:  # (B, H W, C) float32; a view for a channels-last float32 tensor
             return t.permute(0, 2, 3, 1).reshape(b, height * width, c).float()
 
-        # y = weight (x - mean) rstd + bias, so dx is linear in dy and x with one set of coefficients per (b, channel).
-        x_pixels, dy_pixels = pixels(x), pixels(dy)
-        mean, rstd = mean.float(), rstd.float()
-        total, product = dy_pixels.sum(dim=1), (dy_pixels * x_pixels).sum(dim=1)
-        group_total = (total * weight).view(b, groups, size).sum(dim=2)
-        group_product = (product * weight).view(b, groups, size).sum(dim=2)
-        of_x = (group_total * mean - group_product) * rstd.pow(3) / (size * height * width)
-        constant = -of_x * mean - group_total * rstd / (size * height * width)
-
         def channels(t: Tensor) -> Tensor:  # (B, groups) -> (B, C)
             return t.repeat_interleave(size, dim=1)
 
+        # y = weight centred rstd + bias with centred = x - mean, so dx is linear in dy and centred with one set of
+        # coefficients per (b, channel). Sums over x itself would cancel where the mean is large beside the deviation.
+        mean, rstd = mean.float(), rstd.float()
+        dy_pixels, centred = pixels(dy), pixels(x) - channels(mean)[:, None]
+        total, product = dy_pixels.sum(dim=1), (dy_pixels * centred).sum(dim=1)
+        group_total = (total * weight).view(b, groups, size).sum(dim=2)
+        group_product = (product * weight).view(b, groups, size).sum(dim=2)
+        of_centred = -group_product * rstd.pow(3) / (size * height * width)
+        constant = -group_total * rstd / (size * height * width)
+
         dx = torch.addcmul(channels(constant)[:, None], dy_pixels, (channels(rstd) * weight)[:, None])
-        dx = dx.addcmul_(x_pixels, channels(of_x)[:, None]).to(x.dtype)
-        dweight = ((product - total * channels(mean)) * channels(rstd)).sum(dim=0)
+        dx = dx.addcmul_(centred, channels(of_centred)[:, None]).to(x.dtype)
+        dweight = (product * channels(rstd)).sum(dim=0)
         return dx.view(b, height, width, c).permute(0, 3, 1, 2), dweight, total.sum(dim=0), None, None

@@ -38,6 +38,7 @@ class RunLog:
         self._writer = None
         self._resume_step = resume_step
         self._warned: set[str] = set()
+        self._written: int | None = None  # rows
 
     def __enter__(self) -> RunLog:
         from torch.utils.tensorboard import SummaryWriter
@@ -92,7 +93,9 @@ class RunLog:
         self._guard(self.write)
 
     def write(self) -> None:
-        """Writes log.csv and loss.png."""
+        """Writes log.csv and loss.png where they lack rows."""
+        if self._written == len(self.rows):
+            return
         text = io.StringIO()
         table = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
         table.writeheader()
@@ -100,6 +103,7 @@ class RunLog:
         atomic_write(self.folder / "log.csv", text.getvalue())
         if self.rows:
             plot_losses(self.folder / "loss.png", self.rows)
+        self._written = len(self.rows)
 
     def _scalars(self, row: dict[str, float]) -> None:
         if self._writer:

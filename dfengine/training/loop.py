@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import platform
 import shutil
 import signal
 import threading
@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 
-from dfengine._version import __version__
 from dfengine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from dfengine.data.synthesis import Synthesizer
 from dfengine.data.textures import TextureSource
@@ -26,16 +24,16 @@ from dfengine.data.training_set import validation_set
 from dfengine.engine.modules import ModuleRunner
 from dfengine.errors import ConfigError, DfengineError, UsageError
 from dfengine.evaluation.calibration import calibrate
-from dfengine.models import ModelConfig, build_model
-from dfengine.training.config import PRECISIONS, TrainConfig
+from dfengine.models import ModelConfig
+from dfengine.training.config import TrainConfig
 from dfengine.training.data import read_normals
 from dfengine.training.distributed import World
-from dfengine.training.group_norm import speed_up
 from dfengine.training.log import RunLog
-from dfengine.training.precision import Precision, choose_precision
+from dfengine.training.outputs import check_outputs, run_folder_of
+from dfengine.training.probe import agreed_precision
+from dfengine.training.record import training_record
 from dfengine.training.schedule import Budget, Clock, stage_of
 from dfengine.training.state import RunState, TrainingInterrupted, check_identity, load_state
-from dfengine.training.step import Objective
 from dfengine.training.trainer import Trainer, TrainingDiverged
 from dfengine.training.validation import run, validate
 
@@ -57,11 +55,6 @@ class TrainResult:
     record: dict[str, Any]
 
 
-def run_folder_of(out: Path) -> Path:
-    """`<out without suffix>.run`, beside the checkpoint."""
-    return out.with_suffix(".run")
-
-
 def train(
     config: TrainConfig,
     model_config: ModelConfig,
@@ -74,13 +67,15 @@ def train(
 ) -> TrainResult:
     """Trains a detector on the normal images of the folder `data` and writes the checkpoint `out`.
 
+    Log, panels and state go to `run_folder_of(out)`; both are checked before the images are read.
     `resume` continues the state in the run folder, exactly as if it had never stopped (bit for bit on CPU with a budget
-    in steps or epochs). `stop(step)`, asked after each step, ends the run as Ctrl-C does when it returns True.
-    Under torchrun, every process calls this with the same arguments; the main one logs and writes.
+    in steps or epochs and the same number of threads); a finished run is left as it is. `stop(step)`, asked after each
+    step, ends the run as Ctrl-C does when it returns True. Under torchrun, every process calls this with the same
+    arguments; the main one logs and writes.
 
     Raises `DataError` for data that cannot be trained on, `UsageError` for options that do not fit each other or the
-    saved state, `TrainingDiverged` when a loss is not finite, `TrainingInterrupted` (exit code 130) after Ctrl-C,
-    SIGTERM, `stop` or `leg_minutes`, when the state has been saved.
+    saved state, `DfengineError` for an `out` that cannot be written, `TrainingDiverged` when a loss is not finite,
+    `TrainingInterrupted` (exit code 130) after Ctrl-C, SIGTERM, `stop` or `leg_minutes`, when the state has been saved.
     """
     if model_config.channels != 3:
         raise ConfigError(f"training reads colour images: channels must be 3, not {model_config.channels}")
@@ -88,6 +83,7 @@ def train(
     if config.workers is None:
         cpus = os.cpu_count() or 1
         config = config.replace(workers=min(8, cpus // 2))
+    check_outputs(Path(out), Path(data), *([Path(config.textures)] if config.textures else []))
     threads = torch.get_num_threads()
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -119,7 +115,8 @@ class _Run:
         self.resumed = resume
 
         size = model_config.image_size
-        self.normals = read_normals(data, size, config.holdout, config.seed)
+        before = load_checkpoint(config.init).training if config.init else None
+        self.normals = read_normals(data, size, config.holdout, config.seed, before)
         self._report_data()
         folder = config.textures
         textures = TextureSource.from_folder(folder, size) if folder else TextureSource.procedural(size)
@@ -132,8 +129,8 @@ class _Run:
         )
 
         state, tensors = self._resumed_state() if resume else (self._fresh_state(), None)
-        precision = self._precision(state.precision)
-        state.precision = precision.name
+        precision = agreed_precision(state.precision, config, model_config, self.normals.images, world)
+        state.precision, state.threads = precision.name, torch.get_num_threads()
         self.trainer = Trainer(config, model_config, train_images, synthesizer, world, precision, state)
         if tensors:
             self.trainer.restore(tensors)
@@ -254,7 +251,13 @@ class _Run:
             log.say(f"warning: {error}")
 
     def _finish(self, log: RunLog) -> dict[str, Any]:
-        """Writes the checkpoint: best or last weights, training record, and a first calibration. Returns the record."""
+        """Writes the checkpoint: best or last weights, training record, and a first calibration. Returns the record.
+
+        That of a run which was finished before stays: it may have been calibrated since.
+        """
+        if self.state.finished and self.out.exists():
+            log.say(f"the run is finished already; {self.out} is left as it is")
+            return load_checkpoint(self.out).training
         if self._validated.get("step") != self.state.step:
             self._validate(1.0, log)
         weights, metrics = self.trainer.average.state_dict(), self._validated
@@ -263,7 +266,7 @@ class _Run:
         checkpoint = Checkpoint(self.model_config, weights, self._record(metrics))
         detector = ModuleRunner(checkpoint.build(), self.world.device, "float32", INFERENCE_SEED)
         scores = run(detector, self.normals.images[self.normals.held_out])[2]
-        calibration = calibrate(scores, self.config.false_alarm_rate)
+        calibration = calibrate(scores, self.config.false_alarm_rate, INFERENCE_SEED, "float32")
         save_checkpoint(self.out, checkpoint.with_calibration(calibration))
         self.state.finished = True
         self._save(log)
@@ -272,56 +275,43 @@ class _Run:
         return checkpoint.training
 
     def _record(self, metrics: dict[str, float]) -> dict[str, Any]:
-        """The training record: enough to know what the weights are and to make them again."""
-        state, normals = self.state, self.normals
-        return {
-            "config": self.config.to_dict(),
-            "data": {
-                "name": self.data.resolve().name,
-                "fingerprint": normals.fingerprint,
-                "images": len(normals.images),
-                "held_out": normals.held_out_names,
-                "held_out_also_trained": normals.overlap,
-                "skipped": [name for name, _ in normals.skipped],
-            },
-            "steps": state.step,
-            "stage_steps": list(state.stage_steps),
-            "images_seen": state.images_seen,
-            "seconds": round(self.clock.elapsed, 1),
-            "seed": self.config.seed,
-            "precision": state.precision,
-            "processes": self.world.size,
-            "validation": metrics,
-            "versions": {
-                "dfengine": __version__,
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "numpy": np.__version__,
-            },
-            "hardware": hardware(self.world.device),
-        }
+        seconds = self.clock.elapsed
+        return training_record(self.config, self.data, self.normals, self.state, self.world, seconds, metrics)
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _report_data(self) -> None:
         normals = self.normals
         for name, reason in normals.skipped:
-            self.console.print(f"skipped {name}: {reason}", highlight=False, markup=False, soft_wrap=True)
-        text = f"{len(normals.train)} normal images to train on, {len(normals.held_out)} held out"
+            self._say(f"skipped {name}: {reason}")
+        self._say(f"{len(normals.train)} normal images to train on, {len(normals.held_out)} held out")
         if normals.overlap:
-            text += " (too few to hold any back: the held-out ones are trained on too, and the threshold is optimistic)"
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self._say(
+                f"{normals.overlap} of the held-out images are also trained on, in this run or before it: validation "
+                "and threshold are optimistic"
+            )
 
     def _identity(self) -> dict[str, Any]:
         identity = {
             "model": self.model_config.to_dict(),
             "training": self.config.identity(),
             "data fingerprint": self.normals.fingerprint,
+            "choice of held-out images": hashlib.sha256(str(self.normals.held_out.tolist()).encode()).hexdigest()[:16],
             "number of processes": self.world.size,
+            "type of device": self.world.device.type,
         }
         return json.loads(json.dumps(identity))  # as it reads back from a file
 
     def _resumed_state(self) -> tuple[RunState, dict[str, torch.Tensor]]:
         state, tensors = load_state(self.state_path, self.world.device)
         check_identity(self.state_path, state.identity, self._identity())
+        threads = torch.get_num_threads()
+        if state.threads != threads:
+            self._say(
+                f"resuming with {threads} threads instead of {state.threads}: results will agree to rounding, not bit "
+                "for bit"
+            )
         return state, tensors
 
     def _fresh_state(self) -> RunState:
@@ -338,27 +328,6 @@ class _Run:
                 shutil.rmtree(self.folder / leftover, ignore_errors=True)
         return RunState(self._identity(), precision=self.config.precision)
 
-    def _precision(self, name: str) -> Precision:
-        """The precision called `name`; all processes take what the main one measures for "auto"."""
-        config, device = self.config, self.world.device
-        model = build_model(self.model_config).to(device)
-        speed_up(model)
-        size, count = self.model_config.image_size, min(8, config.batch_size)
-        batch = {
-            "image": torch.from_numpy(self.normals.images[np.arange(count) % len(self.normals.images)]),
-            "position": torch.arange(count),
-            "mask": torch.zeros((count, size, size), dtype=torch.uint8),
-            "label": torch.zeros(count, dtype=torch.int64),
-        }
-
-        def step(precision: Precision) -> None:
-            model.zero_grad(set_to_none=True)
-            Objective(model, config, self.model_config, precision)(batch, stage=1).total.backward()
-
-        chosen = choose_precision(name, device, step)
-        names = list(PRECISIONS)
-        return Precision(names[int(self.world.agree(False, names.index(chosen.name))[1])], device)
-
     @contextmanager
     def _catching_signals(self) -> Iterator[None]:
         """SIGINT and SIGTERM ask the loop to stop after the present step; a second SIGINT stops at once."""
@@ -366,7 +335,7 @@ class _Run:
         def ask(number: int, _: Any) -> None:
             if self._signalled and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self._signalled = True
+            self._signalled = self.trainer.stopping = True
 
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -377,16 +346,3 @@ class _Run:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-
-def hardware(device: torch.device) -> str:
-    """The name of the processor or accelerator that `device` is, and how much of it is used."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:
-        pass
-    return f"{name}, {torch.get_num_threads()} threads"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from dfengine.errors import CheckpointError, DfengineError, UsageError
 from dfengine.files import atomic_path
 
 FORMAT = "dfengine training state"
-VERSION = 1
+VERSION = 2
 
 
 class TrainingInterrupted(DfengineError):
@@ -31,7 +30,8 @@ class RunState:
     """What a run must remember besides tensors.
 
     `identity` is everything that must be equal for a resumed run to continue the same computation (model and training
-    configuration, data fingerprint, held-out names, number of processes).
+    configuration, data fingerprint, held-out images, number of processes, type of device). `threads` is torch's
+    intra-op thread count of the last process.
     """
 
     identity: dict[str, Any]
@@ -44,6 +44,7 @@ class RunState:
     scaler: dict[str, Any] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)
     finished: bool = False
+    threads: int = 0
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Tensor]:
@@ -72,10 +73,7 @@ def save_state(path: Path, state: RunState, tensors: dict[str, Tensor]) -> None:
     header = {"format": FORMAT, "version": str(VERSION), "state": json.dumps(asdict(state))}
     flat = {name: value.detach().contiguous().cpu() for name, value in tensors.items()}
     with atomic_path(path) as temporary:
-        try:
-            save_file(flat, str(temporary), metadata=header)
-        except SafetensorError as error:
-            raise _as_os_error(error, path) from None
+        save_file(flat, str(temporary), metadata=header)
 
 
 def load_state(path: Path, device: torch.device) -> tuple[RunState, dict[str, Tensor]]:
@@ -108,11 +106,3 @@ def check_identity(path: Path, saved: dict[str, Any], present: dict[str, Any]) -
                     raise UsageError(f"{path}: cannot resume: {what}")
         elif theirs != ours:
             raise UsageError(f"{path}: cannot resume: the {group} was {theirs!r} and is now {ours!r}")
-
-
-def _as_os_error(error: SafetensorError, path: Path) -> OSError:
-    # safetensors reports a full disk as text only.
-    text = str(error)
-    if f"os error {errno.ENOSPC}" in text:
-        return OSError(errno.ENOSPC, "no space left on device", str(path))
-    return OSError(errno.EIO, text, str(path))

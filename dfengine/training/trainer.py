@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,8 @@ class Trainer:
     """Model, averages and optimiser of one process, advanced by `step`.
 
     `average` is the model that is validated and written: the moving average of the weights, or, without one, a copy.
+    `stopping` is set when a signal asks the run to stop: it may have ended the worker processes too, and the step under
+    way is then finished without them.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
         self.objective = Objective(self.model, config, model_config, precision)
         self._stream: tuple[int, Iterator[dict[str, Tensor]]] | None = None
+        self.stopping = False
         self._overflows = 0
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # noise loss, mask loss, gradient norm
         self.summed = 0
@@ -94,13 +98,14 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         train_denoiser = stage == 1 or state.stage_steps[1] % config.denoiser_every == 0
         losses = []
-        for _ in range(config.accumulate):
-            loss = self.objective(self._next(stage), stage, train_denoiser)
+        for part in range(config.accumulate):
+            loss = self.objective(self._next(stage, part), stage, train_denoiser)
             self.precision.scaler.scale(loss.total / config.accumulate).backward()
             losses.append(torch.stack((loss.noise, loss.mask)))
         self.world.average_gradients(self.parameters.values())
         self._update(torch.stack(losses).mean(dim=0))
-        self.averages["reconstruction"].update()
+        if train_denoiser:
+            self.averages["reconstruction"].update()
         if stage == 2:
             self.averages["segmentation"].update()
         state.step += 1
@@ -154,16 +159,24 @@ class Trainer:
         numbers = [(step * accumulate + k) * ranks + self.world.rank for k in range(accumulate)]
         return [list(range(number * size, (number + 1) * size)) for number in numbers]
 
-    def _next(self, stage: int) -> dict[str, Tensor]:
+    def _next(self, stage: int, part: int) -> dict[str, Tensor]:
+        """Micro-batch `part` of the present step; they are asked for in turn."""
         if self._stream is None or self._stream[0] != stage:
             self.close()
-            share = "none" if stage == 1 else self.config.anomaly_share
-            samples = TrainingSet(
-                self.images, self.synthesizer, self.config.augment, self.config.seed, self.config.batch_size, share
-            )
-            workers = self.config.workers
-            self._stream = stage, batches(samples, self.positions, self.state.step, workers, self.world.device)
+            self._stream = stage, self._batches(stage, self.config.workers)
+        try:
+            return next(self._stream[1])
+        except (RuntimeError, OSError, EOFError):  # a worker has died, perhaps while handing over a batch
+            if not self.stopping or not self.config.workers:
+                raise
+        self.close()
+        self._stream = stage, islice(self._batches(stage, workers=0), part, None)
         return next(self._stream[1])
+
+    def _batches(self, stage: int, workers: int) -> Iterator[dict[str, Tensor]]:
+        config, share = self.config, "none" if stage == 1 else self.config.anomaly_share
+        samples = TrainingSet(self.images, self.synthesizer, config.augment, config.seed, config.batch_size, share)
+        return batches(samples, self.positions, self.state.step, workers, self.world.device)
 
     def close(self) -> None:
         """Ends the worker processes."""

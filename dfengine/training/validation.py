@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import torch
 
+from dfengine.data.streams import Stream
 from dfengine.data.training_set import ValidationSet
 from dfengine.diffusion import Schedule, to_model
 from dfengine.engine.modules import ModuleRunner
@@ -88,7 +89,8 @@ def _noise_loss(runner: ModuleRunner, images: np.ndarray, seed: int) -> float:
         pixels = torch.from_numpy(images[start : start + BATCH]).to(runner.device).permute(0, 3, 1, 2).float() / 255
         x_0 = to_model(pixels, config)
         indices = range(start, start + len(pixels))
-        noises = draw_noise(TIMES, config.channels, config.image_size, seed, indices, runner.device)
+        size, tag = config.image_size, Stream.VALIDATION_NOISE
+        noises = draw_noise(TIMES, config.channels, size, seed, indices, runner.device, tag)
         for k, noise in enumerate(noises):
             t = torch.full((len(pixels),), config.timesteps * (2 * k + 1) // (2 * TIMES), device=runner.device)
             predicted = runner.model.reconstruction(schedule.q_sample(x_0, t, noise), t)

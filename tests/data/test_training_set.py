@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dfengine.data.augment import AugmentConfig
+from dfengine.data.streams import Stream, stream
 from dfengine.data.structural import STRUCTURAL_KINDS
 from dfengine.data.synthesis import SynthesisConfig, Synthesizer
 from dfengine.data.textures import TextureSource
@@ -115,7 +116,7 @@ def test_augmentation_comes_before_the_synthesis():
     data = training_set(config=SynthesisConfig(decoy=0.0))
     for position in range(16):
         sample = data[position]
-        augmentation = Augmentation(32, np.random.default_rng([11, position]), data.augment)
+        augmentation = Augmentation(32, stream(11, Stream.SAMPLE, position), data.augment)
         normal = augmentation.image(IMAGES[sample["index"]])
         outside = cv2.dilate(sample["mask"].numpy(), np.ones((5, 5), np.uint8)) == 0
         np.testing.assert_array_equal(sample["image"].numpy()[outside], normal[outside])

@@ -27,6 +27,7 @@ from tests.helpers import tiny_config
         ({"steps": 1, "ema_decay": 1.0}, "ema_decay"),
         ({"steps": 1, "workers": -1}, "workers"),
         ({"steps": 1, "seed": -1}, "seed"),
+        ({"steps": 1, "seed": 2**64}, "seed"),
         ({"steps": 1, "holdout": 1.0}, "holdout"),
     ],
 )

@@ -42,6 +42,18 @@ def test_bfloat16_gradients_stay_as_close_as_rounding_allows():
     assert (dx.double() - expected).abs().max() < 8e-3 * expected.abs().max()
 
 
+def test_gradients_keep_their_digits_where_the_mean_is_large():
+    """Contiguous: torch's own statistics of a channels-last tensor are not exact there."""
+    plain, fast = norms(16)
+    x = (100 + 0.1 * torch.randn(4, 16, 32, 32)).requires_grad_()
+    dy = torch.randn(x.shape)
+    dx, dweight, _ = torch.autograd.grad(fast(x), (x, fast.weight, fast.bias), dy)
+    exact, x64 = plain.double(), x.detach().double().requires_grad_()
+    expected_dx, expected_dweight = torch.autograd.grad(exact(x64), (x64, exact.weight), dy.double())
+    assert (dx - expected_dx).abs().max() < 1e-5 * expected_dx.abs().max()
+    assert (dweight - expected_dweight).abs().max() < 1e-4 * expected_dweight.abs().max()
+
+
 def test_speed_up_changes_every_norm_and_no_output():
     model = tiny_model()
     pixels, t = torch.randn(2, 3, 32, 32), torch.tensor([3, 700])

@@ -12,24 +12,37 @@ import pytest
 import torch
 from PIL import Image
 
-from dfengine.checkpoint import load_checkpoint
-from dfengine.data.images import load_unit
+from dfengine.checkpoint import load_checkpoint, save_checkpoint
+from dfengine.data.folders import content_digest
+from dfengine.data.images import load_uint8
 from dfengine.engine.modules import ModuleRunner
 from dfengine.errors import CheckpointError, DataError, DfengineError, UsageError
+from dfengine.evaluation.calibration import Calibration
 from dfengine.models import preset
-from dfengine.training import TrainConfig, TrainingDiverged, TrainingInterrupted, train
+from dfengine.training import TrainConfig, TrainingDiverged, TrainingInterrupted, run_folder_of, train
+from dfengine.training import log as log_module
 from dfengine.training import trainer as trainer_module
 from dfengine.training.log import read_log
-from dfengine.training.state import load_state
+from dfengine.training.state import load_state, save_state
 from tests.helpers import tiny_config
 
 CONFIG = TrainConfig(
-    steps=6, batch_size=4, validations=2, validation_samples=4, log_every=2, workers=0, threads=1, precision="float32"
+    steps=8,
+    batch_size=2,
+    accumulate=2,
+    denoiser_share=0.25,
+    denoiser_every=2,
+    validations=2,
+    validation_samples=4,
+    log_every=2,
+    workers=0,
+    threads=1,
+    precision="float32",
 )
 
 
-def tensors_of(path):
-    return load_state(path.with_suffix(".run") / "state.safetensors", torch.device("cpu"))[1]
+def state_of(out):
+    return load_state(run_folder_of(out) / "state.safetensors", torch.device("cpu"))
 
 
 def assert_same(first, second):
@@ -40,56 +53,76 @@ def assert_same(first, second):
 
 @pytest.fixture(scope="module")
 def straight(normals, tmp_path_factory):
-    """An uninterrupted run of 6 steps."""
+    """An uninterrupted run of 8 steps."""
     out = tmp_path_factory.mktemp("straight") / "net.safetensors"
     return train(CONFIG, tiny_config(), normals, out)
+
+
+@pytest.fixture(autouse=True)
+def no_plots(straight, monkeypatch):
+    """One run with loss.png is enough: it would take half the time of each."""
+    monkeypatch.setattr(log_module, "plot_losses", lambda path, rows: None)
 
 
 def test_a_run_leaves_a_calibrated_checkpoint_and_its_log(straight, normals):
     checkpoint = load_checkpoint(straight.out)
     record = checkpoint.training
     assert record == straight.record
-    assert record["stage_steps"] == [3, 3]
-    assert record["images_seen"] == 24
+    assert record["stage_steps"] == [2, 6]
+    assert record["images_seen"] == 32
     assert record["data"]["images"] == 12
     assert len(record["data"]["held_out"]) == 2 and set(record["data"]["held_out"]) < set(os.listdir(normals))
+    trained = set(os.listdir(normals)) - set(record["data"]["held_out"])
+    assert record["data"]["trained"] == sorted(content_digest(normals / name) for name in trained)
+    assert record["data"]["held_out_also_trained"] == 0
     assert record["config"] == CONFIG.resolve(tiny_config()).to_dict()
     assert {"val_noise_loss", "val_image_auroc", "val_pixel_ap", "val_score"} < record["validation"].keys()
     names = {p.relative_to(straight.run_folder).as_posix() for p in straight.run_folder.rglob("*.*")}
-    expected = {"state.safetensors", "log.csv", "loss.png", "panels/step-0000003.png", "panels/step-0000006.png"}
+    expected = {"state.safetensors", "log.csv", "loss.png", "panels/step-0000004.png", "panels/step-0000008.png"}
     assert expected < names
     assert any(name.startswith("tensorboard/events") for name in names)
     rows = read_log(straight.run_folder / "log.csv")
-    assert [row["step"] for row in rows if "noise_loss" in row] == [2, 3, 4, 6]
-    assert [row["step"] for row in rows if "val_noise_loss" in row] == [3, 6]
+    assert [row["step"] for row in rows if "noise_loss" in row] == [2, 4, 6, 8]
+    assert [row["step"] for row in rows if "val_noise_loss" in row] == [4, 8]
 
     runner = ModuleRunner(checkpoint.build())
-    held_out = np.stack([load_unit(normals / name, 32) for name in record["data"]["held_out"]])
+    held_out = np.stack([load_uint8(normals / name, 32) for name in record["data"]["held_out"]]) / np.float32(255)
     assert checkpoint.calibration.threshold == pytest.approx(runner.run(held_out).pred_score.max().item(), abs=1e-6)
     assert checkpoint.calibration.n_normals == 2 and not checkpoint.calibration.estimated
 
 
-@pytest.mark.parametrize("step", [2, 3, 5])
-def test_a_resumed_run_ends_with_the_same_bits(straight, normals, tmp_path, step):
-    out = tmp_path / "net.safetensors"
+def test_averages_move_only_with_their_network(straight):
+    assert state_of(straight.out)[0].average_updates == {"reconstruction": 2 + 3, "segmentation": 6}
+
+
+@pytest.mark.parametrize("step, workers", [(2, 0), (5, 2)])
+def test_a_resumed_run_ends_with_the_same_bits(straight, normals, tmp_path, step, workers):
+    """Stopped between the stages and in the second, with any number of workers."""
+    out, config = tmp_path / "net.safetensors", CONFIG.replace(workers=workers)
     with pytest.raises(TrainingInterrupted, match="--resume") as stopped:
-        train(CONFIG, tiny_config(), normals, out, stop=lambda now: now == step)
+        train(config, tiny_config(), normals, out, stop=lambda now: now == step)
     assert stopped.value.exit_code == 130
     assert not out.exists()
     with pytest.raises(UsageError, match=f"unfinished run at step {step}"):
-        train(CONFIG, tiny_config(), normals, out)
-    result = train(CONFIG, tiny_config(), normals, out, resume=True)
-    assert_same(tensors_of(out), tensors_of(straight.out))
+        train(config, tiny_config(), normals, out)
+    result = train(config, tiny_config(), normals, out, resume=True)
+    assert_same(state_of(out)[1], state_of(straight.out)[1])
     assert_same(load_checkpoint(out).state, load_checkpoint(straight.out).state)
     assert load_checkpoint(out).calibration == load_checkpoint(straight.out).calibration
     steps = [row["step"] for row in read_log(result.run_folder / "log.csv") if "noise_loss" in row]
-    assert steps == sorted(set(steps) | {2, 4, 6})
+    assert steps == [2, 4, 6, 8]
 
 
-def test_worker_processes_change_nothing(straight, normals, tmp_path):
-    out = tmp_path / "net.safetensors"
-    train(CONFIG.replace(workers=2), tiny_config(), normals, out)
-    assert_same(tensors_of(out), tensors_of(straight.out))
+def test_a_finished_run_is_left_as_it_is(straight, normals, tmp_path, lines):
+    out = tmp_path / "copy" / straight.out.name
+    shutil.copytree(straight.out.parent, out.parent)
+    save_checkpoint(out, load_checkpoint(out).with_calibration(Calibration.by_hand(0.25)))
+    before = out.read_bytes()
+    config = CONFIG.replace(threads=2)
+    assert train(config, tiny_config(), normals, out, resume=True, console=lines).record == straight.record
+    assert out.read_bytes() == before
+    assert "finished already" in lines.file.getvalue()
+    assert "resuming with 2 threads instead of 1: results will agree to rounding" in lines.file.getvalue()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -107,8 +140,45 @@ def test_a_signal_finishes_the_step_and_saves(normals, tmp_path, number):
     with pytest.raises(TrainingInterrupted, match="step 2"):
         train(CONFIG.replace(workers=1), tiny_config(), normals, out, stop=interrupt)
     assert not multiprocessing.active_children()
-    assert load_state(out.with_suffix(".run") / "state.safetensors", torch.device("cpu"))[0].step == 2
+    assert state_of(out)[0].step == 2
     assert signal.getsignal(number) is before
+
+
+def test_a_step_is_finished_without_the_workers_that_a_signal_has_ended(straight, normals, tmp_path, monkeypatch):
+    out = tmp_path / "net.safetensors"
+    honest = trainer_module.Trainer._next
+
+    def interrupted(self, stage, part):
+        if self.state.step == 3 and part == 1:
+            workers = multiprocessing.active_children()
+            for process in (*workers, multiprocessing.current_process()):
+                os.kill(process.pid, signal.SIGTERM)
+            for process in workers:
+                process.join(10)
+            assert [process.exitcode for process in workers] == [0, 0]
+        return honest(self, stage, part)
+
+    monkeypatch.setattr(trainer_module.Trainer, "_next", interrupted)
+    with pytest.raises(TrainingInterrupted, match="step 4"):
+        train(CONFIG.replace(workers=2), tiny_config(), normals, out)
+    monkeypatch.undo()
+    train(CONFIG, tiny_config(), normals, out, resume=True)
+    assert_same(state_of(out)[1], state_of(straight.out)[1])
+
+
+def test_a_worker_that_dies_by_itself_is_an_error(normals, tmp_path, monkeypatch):
+    honest = trainer_module.Trainer._next
+
+    def killed(self, stage, part):
+        if self.state.step == 1:
+            for process in multiprocessing.active_children():
+                process.terminate()
+                process.join(10)
+        return honest(self, stage, part)
+
+    monkeypatch.setattr(trainer_module.Trainer, "_next", killed)
+    with pytest.raises(RuntimeError, match="worker"):
+        train(CONFIG.replace(workers=1), tiny_config(), normals, tmp_path / "net.safetensors")
 
 
 def test_another_configuration_or_data_is_not_resumed(normals, tmp_path):
@@ -121,6 +191,12 @@ def test_another_configuration_or_data_is_not_resumed(normals, tmp_path):
         train(CONFIG.replace(seed=1), tiny_config(), folder, out, resume=True)
     with pytest.raises(UsageError, match="model t_b was 400 and is now 500"):
         train(CONFIG, tiny_config(t_b=500), folder, out, resume=True)
+    path = run_folder_of(out) / "state.safetensors"
+    state, tensors = load_state(path, torch.device("cpu"))
+    state.identity["type of device"] = "cuda"
+    save_state(path, state, tensors)
+    with pytest.raises(UsageError, match="type of device was 'cuda' and is now 'cpu'"):
+        train(CONFIG, tiny_config(), folder, out, resume=True)
     Image.new("RGB", (40, 40)).save(folder / "00.png")
     with pytest.raises(UsageError, match="data fingerprint"):
         train(CONFIG, tiny_config(), folder, out, resume=True)
@@ -128,11 +204,11 @@ def test_another_configuration_or_data_is_not_resumed(normals, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_state(normals, tmp_path, monkeypatch):
     out = tmp_path / "net.safetensors"
-    config = CONFIG.replace(steps=8, validations=4)
+    config = CONFIG.replace(validations=4)
     honest = trainer_module.Trainer._next
 
-    def poisoned(self, stage):
-        batch = honest(self, stage)
+    def poisoned(self, stage, part):
+        batch = honest(self, stage, part)
         if self.state.step == 5:
             with torch.no_grad():
                 self.model.reconstruction.out[-1].bias.fill_(float("nan"))
@@ -141,7 +217,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_state(normals, tmp_path, 
     monkeypatch.setattr(trainer_module.Trainer, "_next", poisoned)
     with pytest.raises(TrainingDiverged, match="not finite at step 5.*last good state"):
         train(config, tiny_config(), normals, out)
-    state, tensors = load_state(out.with_suffix(".run") / "state.safetensors", torch.device("cpu"))
+    state, tensors = state_of(out)
     assert state.step == 4
     assert all(torch.isfinite(value).all() for value in tensors.values())
 
@@ -154,7 +230,7 @@ def test_a_full_disk_is_reported_and_training_goes_on(normals, tmp_path, monkeyp
     out = tmp_path / "net.safetensors"
     train(CONFIG, tiny_config(), normals, out, console=lines)
     assert "warning" in lines.file.getvalue() and "no space left on device" in lines.file.getvalue()
-    assert load_checkpoint(out).training["steps"] == 6
+    assert load_checkpoint(out).training["steps"] == 8
 
 
 def test_unreadable_images_are_named_and_too_few_refused(normals, tmp_path, lines):
@@ -165,33 +241,38 @@ def test_unreadable_images_are_named_and_too_few_refused(normals, tmp_path, line
     with pytest.raises(DataError, match="at least 2 normal images, found 1 .1 unreadable"):
         train(CONFIG, tiny_config(), folder, tmp_path / "net.safetensors")
     shutil.copy(normals / "01.png", folder)
-    result = train(CONFIG, tiny_config(), folder, tmp_path / "net.safetensors", console=lines)
-    assert "bad.png" in lines.file.getvalue()
-    assert result.record["data"]["skipped"] == [str(folder / "bad.png")]
-    assert result.record["data"]["held_out_also_trained"]
+    config = CONFIG.replace(steps=2, validations=1)
+    result = train(config, tiny_config(), folder, tmp_path / "net.safetensors", console=lines)
+    assert "skipped bad.png" in lines.file.getvalue()
+    assert "2 of the held-out images are also trained on" in lines.file.getvalue()
+    assert result.record["data"]["skipped"] == ["bad.png"]
+    assert result.record["data"]["held_out_also_trained"] == 2
 
 
 def test_a_minute_budget_ends_in_time_through_both_stages(normals, tmp_path):
-    config = CONFIG.replace(steps=None, minutes=0.05)
+    config = CONFIG.replace(steps=None, minutes=0.03)
     record = train(config, tiny_config(), normals, tmp_path / "net.safetensors").record
-    assert 3 <= record["seconds"] < 15
+    assert 1.8 <= record["seconds"] < 15
     assert min(record["stage_steps"]) >= 1
 
 
 @pytest.mark.parametrize("name", ["diffusionad", "diffusionad-v1", "iterative"])
 def test_every_method_trains_by_the_papers_recipe(normals, tmp_path, name):
     tiny, sizes = tiny_config(), ("image_size", "base", "multipliers", "heads", "seg_base", "attention_factors")
-    short = dict(timesteps=50, beta_end=0.3, tau=15, t_s=4, t_b=20)
+    short = dict(timesteps=50, beta_end=0.3, tau=5, t_s=2, t_b=7)
     model = preset(name, **{key: getattr(tiny, key) for key in sizes}, **short)
-    config = CONFIG.replace(steps=2, recipe="paper", validations=1, accumulate=2)
+    config = CONFIG.replace(steps=2, recipe="paper", denoiser_share=None, denoiser_every=None, validations=1)
     result = train(config, model, normals, tmp_path / "net.safetensors")
     assert result.record["stage_steps"] == [0, 2]
-    assert result.record["images_seen"] == 16
+    assert result.record["images_seen"] == 8
     assert load_checkpoint(result.out).config == model
 
 
 def test_training_learns(normals, tmp_path):
-    config = CONFIG.replace(steps=70, batch_size=8, log_every=10, learning_rate=3e-3, segmentation_rate=3e-3)
+    config = CONFIG.replace(
+        steps=28, batch_size=6, accumulate=1, denoiser_share=0.5, validations=1, log_every=7, learning_rate=5e-3,
+        segmentation_rate=5e-3,
+    )  # fmt: skip
     result = train(config, tiny_config(), normals, tmp_path / "net.safetensors")
     rows = [row for row in read_log(result.run_folder / "log.csv") if "noise_loss" in row]
     assert rows[-1]["noise_loss"] < 0.8 * rows[0]["noise_loss"]
@@ -200,8 +281,11 @@ def test_training_learns(normals, tmp_path):
 
 
 def test_a_run_starts_from_the_weights_it_is_given(straight, normals, tmp_path):
-    config = CONFIG.replace(steps=1, denoiser_share=1.0, init=str(straight.out), learning_rate=1e-12, keep="last")
+    config = CONFIG.replace(
+        steps=1, denoiser_share=1.0, init=str(straight.out), learning_rate=1e-12, keep="last", seed=1
+    )
     result = train(config, tiny_config(), normals, tmp_path / "net.safetensors")
+    assert result.record["data"] == straight.record["data"]
     before, after = load_checkpoint(straight.out).state, load_checkpoint(result.out).state
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, rtol=1e-5, atol=1e-6)

@@ -11,7 +11,6 @@ from PIL import Image
 
 from dfengine.data.fasteners.render import render_fastener
 from dfengine.data.fasteners.scene import DEFECTS, VARIETY
-from dfengine.errors import DfengineError
 from dfengine.files import atomic_write
 
 
@@ -46,9 +45,4 @@ def write_fasteners(
 def _write_png(path: Path, array: np.ndarray) -> None:
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, format="png", compress_level=4)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise DfengineError(f"{path.parent}: cannot make the folder: {reason}") from error
     atomic_write(path, buffer.getvalue())

@@ -1,0 +1,46 @@
+"""Where a run writes, checked before anything is read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from dfengine.errors import UsageError
+from dfengine.files import atomic_path
+
+SUFFIX = ".safetensors"
+RUN_SUFFIX = ".run"
+
+
+def run_folder_of(out: Path) -> Path:
+    """The folder of log, panels and state beside the checkpoint `out`: its name without ".safetensors", plus ".run"."""
+    return out.with_name(out.name.removesuffix(SUFFIX) + RUN_SUFFIX)
+
+
+def check_outputs(out: Path, *sources: Path) -> None:
+    """Refuses an `out` that training would fail to write hours later, or that would change what is read from `sources`.
+
+    Missing folders above `out` are made; `out` itself is left as it is. Raises `UsageError` for a name that cannot
+    be, and `DfengineError` for a folder in its place or one that cannot be written.
+    """
+    if out.name.lower().endswith(RUN_SUFFIX):
+        raise UsageError(f"{out}: is the name of a run folder; name the checkpoint {out.with_suffix(SUFFIX).name}")
+    for source in sources:
+        if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(source)):
+            raise UsageError(f"{out}: lies inside {source}, where panels of the run would pass for images to train on")
+    _probe(out)
+    folder = run_folder_of(out)
+    if folder.exists():
+        _probe(folder / "state.safetensors")
+
+
+class _Abandoned(Exception):
+    pass
+
+
+def _probe(path: Path) -> None:
+    try:
+        with atomic_path(path):
+            raise _Abandoned  # the temporary file could be made: it goes, and `path` stays
+    except _Abandoned:
+        pass

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dfengine.errors import DfengineError, UsageError
+from dfengine.training import train
+from dfengine.training.outputs import check_outputs, run_folder_of
+from tests.helpers import tiny_config
+from tests.training.test_train import CONFIG
+
+
+@pytest.mark.parametrize(
+    "out, folder",
+    [("a/net.safetensors", "a/net.run"), ("v1.0", "v1.0.run"), ("v1.1", "v1.1.run"), ("net.pt", "net.pt.run")],
+)
+def test_each_checkpoint_has_its_own_run_folder(out, folder):
+    assert run_folder_of(Path(out)) == Path(folder)
+
+
+def test_the_check_leaves_what_is_there(tmp_path):
+    out = tmp_path / "net.safetensors"
+    out.write_text("old")
+    (tmp_path / "net.run").mkdir()
+    check_outputs(out, tmp_path / "images")
+    assert out.read_text() == "old"
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["net.run", "net.safetensors"]
+
+
+@pytest.mark.parametrize("out, reason", [("folder", "is a folder"), ("file/net", "is a file"), ("taken", "is a file")])
+def test_what_cannot_be_written_is_refused_before_anything_is_read(tmp_path, out, reason):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "taken.run").write_text("")
+    with pytest.raises(DfengineError, match=f"{out}.*cannot be written.*{reason}"):
+        train(CONFIG, tiny_config(), tmp_path / "no images", tmp_path / out)
+
+
+def test_the_name_of_a_run_folder_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"net\.run: is the name of a run folder; name .* net\.safetensors"):
+        check_outputs(tmp_path / "net.run")
+
+
+def test_panels_cannot_come_among_the_images(tmp_path, normals, monkeypatch):
+    with pytest.raises(UsageError, match="lies inside"):
+        train(CONFIG, tiny_config(), normals, normals / "deeper" / "net.safetensors")
+    assert not (normals / "deeper").exists()
+    textures = tmp_path / "textures"
+    with pytest.raises(UsageError, match="lies inside .*textures"):
+        train(CONFIG.replace(textures=str(textures)), tiny_config(), normals, textures / "net.safetensors")
+    monkeypatch.chdir(normals)
+    with pytest.raises(UsageError, match="lies inside"):
+        check_outputs(Path("net.safetensors"), normals)
+    check_outputs(normals.with_name(normals.name + "-net"), normals)
