@@ -34,7 +34,7 @@ class BuildNative(build_ext):
             reason = failure_reason(error)
             target.unlink(missing_ok=True)
             note.write_text(reason + "\n", encoding="utf-8")
-            self.warn(f"dfengine._native is not built: {reason}; dfengine works without it, more slowly")
+            self.warn(f"dfengine._native is not built: {reason}; dfengine works without it, with torch in its place")
 
     def get_outputs(self) -> list[str]:
         """Only what was built: the extension may be absent."""
@@ -113,7 +113,7 @@ setup(
     packages=packages,
     package_dir={"dfengine.kernels": "kernels", "dfengine.csrc": "csrc"},
     package_data={
-        "dfengine": ["assets/*", "report/*.j2", "report/*.css", "report/*.js"],
+        "dfengine": ["assets/*", "report/*.j2"],
         "dfengine.csrc": ["*.cpp", "*.h"],
         "dfengine.csrc.common": ["*.h"],
         "dfengine.csrc.cpu": ["*.cpp", "*.h"],

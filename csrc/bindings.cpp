@@ -101,6 +101,7 @@ int64_t dfe::plan_tiles(IngestArguments& p) {
 
 PYBIND11_MODULE(_native, module) {
     module.doc() = "CPU kernels of dfengine";
+    levels();  // found now: a fork during the first call would leave the child waiting for it
     module.attr("compiler") = DFE_COMPILER;
     module.def("cpu_levels", &cpu_levels, "Instruction-set levels compiled in, and whether this processor runs them; the last usable one is taken.");
     module.def("ingest", &ingest, py::arg("images"), py::arg("pixel_type"), py::arg("shape"), py::arg("strides"), py::arg("x_0"), py::arg("x_t"),

@@ -113,10 +113,7 @@ class Detection:
 
     @property
     def pixel_threshold(self) -> float:
-        """The map value above which a pixel is in `pred_mask`: `threshold`, or 0.5 without a calibration.
-
-        The score is a mean of map pixels, so an image labelled anomalous always has a mask that is not empty.
-        """
+        """The map value above which a pixel is in `pred_mask`: `threshold`, or 0.5 without a calibration."""
         return UNCALIBRATED_PIXEL_THRESHOLD if self.calibration is None else self.calibration.threshold
 
     @cached_property
@@ -131,10 +128,22 @@ class Detection:
 
     @cached_property
     def pred_mask(self) -> np.ndarray | list[np.ndarray]:
-        """bool, like `anomaly_map`: True where the map is above `pixel_threshold`."""
+        """bool, like `anomaly_map`: True where the map is above `pixel_threshold`.
+
+        The mask of an image whose score is above `pixel_threshold`, an alarm, is never empty. The score is a mean of
+        pixels of the map at model size, so one of them is above the threshold too, but the mean may round up, and a
+        peak may be averaged away when the map is resized to the original: then the largest pixels are the mask.
+        """
+        masks = [self._mask(m, score) for m, score in zip(self.anomaly_map, self.pred_score, strict=True)]
         if isinstance(self.anomaly_map, list):
-            return [np.float64(m) > self.pixel_threshold for m in self.anomaly_map]
-        return np.float64(self.anomaly_map) > self.pixel_threshold
+            return masks
+        return np.array(masks, dtype=bool).reshape(self.anomaly_map.shape)
+
+    def _mask(self, anomaly_map: np.ndarray, score: float) -> np.ndarray:
+        mask = np.float64(anomaly_map) > self.pixel_threshold
+        if np.float64(score) > self.pixel_threshold and not mask.any():
+            return anomaly_map == anomaly_map.max()
+        return mask
 
     @property
     def note(self) -> str:

@@ -16,8 +16,8 @@ import torch
 from dfengine.checkpoint import Checkpoint, load_checkpoint
 from dfengine.data.inputs import InputImage, collect_inputs
 from dfengine.detection import Detection, Refused, resize_map
-from dfengine.engine.modules import PRECISIONS, ModuleRunner
 from dfengine.devices import resolve_device
+from dfengine.engine.modules import PRECISIONS, ModuleRunner
 from dfengine.errors import DfengineError, ImageError, UsageError
 from dfengine.models import Model
 

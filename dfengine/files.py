@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from dfengine.errors import DfengineError
 
@@ -24,6 +27,7 @@ _REASONS = {
     errno.EEXIST: "a part of its path is a file, not a folder",  # from mkdir
     errno.ELOOP: "symbolic links that lead in a circle",
     errno.ENAMETOOLONG: "the file name is too long",
+    errno.EFBIG: "the file is larger than the file system or the process's limit allows",
     errno.EIO: "input/output error of the disk",
     errno.ESTALE: "the network drive is gone",
 }
@@ -42,7 +46,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     leaves the old or the new file. If the block raises, the temporary file is removed and `path` is untouched.
     A symbolic link is followed: its target is replaced, the link stays.
 
-    Raises DfengineError, "PATH: cannot be written: REASON", for any OSError of the block or of the rename.
+    Raises DfengineError, "PATH: cannot be written: REASON", for any OSError of the block or of the rename,
+    and for what safetensors raises in its place.
     """
     shown = Path(path)
     temporary = None
@@ -60,9 +65,10 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         _sync(temporary)
         os.replace(temporary, target)
         _sync(target.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         _remove(temporary)
-        raise DfengineError(f"{shown}: cannot be written: {os_reason(error)}") from error
+        reason = os_reason(error if isinstance(error, OSError) else _as_os_error(error))
+        raise DfengineError(f"{shown}: cannot be written: {reason}") from error
     except BaseException:
         _remove(temporary)
         raise
@@ -73,6 +79,12 @@ def atomic_write(path: str | os.PathLike, content: bytes | str) -> None:
     data = content.encode("utf-8") if isinstance(content, str) else content
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         file.write(data)
+
+
+def _as_os_error(error: SafetensorError) -> OSError:
+    """safetensors gives the number of a failed system call, 28 for a full disk, as text only."""
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(" ".join(str(error).split()))
 
 
 def _mode(target: Path) -> int:

@@ -6,6 +6,8 @@ A torch.save file is a pickle beside the raw bytes of its tensors' storages, in 
 - every global is looked up in one table (`_GLOBALS`), never imported; the entries are inert stand-ins of this module,
   and any other name is refused by that name;
 - a tensor becomes a `TensorRecord`, which says where its bytes lie, checked against the size of its storage;
+- a dictionary's key must be a str or an int: a few bytes of pickle make tuples so deep, or so often shared, that
+  hashing them overflows the stack or never ends, and nothing else here looks into a tuple from a file;
 - bytes are read only when `tensor` is called, so that the caller decides which and how many.
 
 Everything that can be wrong with a file raises `CheckpointError`, whose message does not name the file.
@@ -21,7 +23,7 @@ import pickletools
 import reprlib
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, BinaryIO, NamedTuple
 
@@ -32,6 +34,7 @@ from dfengine.errors import CheckpointError
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _MAX_PICKLE_BYTES = 32 << 20
+_MAX_INSTRUCTIONS = 1 << 20  # about 30 a tensor are used
 
 _STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
@@ -115,10 +118,18 @@ class _RebuildParameter:
         return data
 
 
+def _check_keys(keys: Iterable) -> None:
+    if not all(type(key) in (str, int) for key in keys):
+        raise CheckpointError("a dictionary with a key that is neither text nor a whole number")
+
+
 class _MakeOrderedDict:
     __slots__ = ()
 
     def __call__(self, items=()):
+        if type(items) not in (list, tuple) or not all(type(i) in (list, tuple) and len(i) == 2 for i in items):
+            raise CheckpointError("an OrderedDict of something other than pairs")
+        _check_keys(key for key, _ in items)
         return collections.OrderedDict(items)
 
 
@@ -146,8 +157,11 @@ _GLOBALS: Mapping[tuple[str, str], object] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    """Runs one pickle with the globals of `_GLOBALS`; `storages` collects what its tensors refer to."""
+class _Unpickler(pickle._Unpickler):
+    """Runs one pickle with the globals of `_GLOBALS`; `storages` collects what its tensors refer to.
+
+    The Python form of `pickle.Unpickler`, because only its instructions can be replaced.
+    """
 
     def __init__(self, data: bytes):
         super().__init__(io.BytesIO(data))
@@ -173,14 +187,41 @@ class _Unpickler(pickle.Unpickler):
             raise CheckpointError(f"storage {printable(key)} is given with two types or sizes")
         return storage
 
+    def load_dict(self) -> None:
+        _check_keys(self.stack[::2])
+        super().load_dict()
+
+    def load_setitem(self) -> None:
+        _check_keys(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        _check_keys(self.stack[::2])
+        super().load_setitems()
+
+    def refuse_set(self) -> None:
+        raise CheckpointError("a set, which no DiffusionAD checkpoint holds")
+
+    dispatch = {
+        **pickle._Unpickler.dispatch,
+        pickle.DICT[0]: load_dict,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.EMPTY_SET[0]: refuse_set,
+        pickle.ADDITEMS[0]: refuse_set,
+        pickle.FROZENSET[0]: refuse_set,
+    }
+
 
 def _unpickle(file: BinaryIO) -> tuple[Any, dict[str, _Storage]]:
     """The next pickle of `file` and its storages. Reads exactly up to the pickle's end."""
     start = file.tell()
     try:
-        # A dry run over the opcodes finds the end, and refuses memo slots so far apart that the table of them would
-        # fill the memory.
-        for opcode, value, _ in pickletools.genops(file):
+        # A dry run over the opcodes finds the end, and refuses more of them than run in seconds, and memo slots out of
+        # any order.
+        for count, (opcode, value, _) in enumerate(pickletools.genops(file)):
+            if count == _MAX_INSTRUCTIONS:
+                raise CheckpointError("the pickle has more instructions than any DiffusionAD checkpoint's")
             if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and value > _MAX_PICKLE_BYTES:
                 raise CheckpointError("the pickle is damaged (memo slot out of range)")
         size = file.tell() - start

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -106,6 +108,34 @@ def test_weights_that_do_not_fit_are_not_written(tmp_path):
     with pytest.raises(CheckpointError, match="missing"):
         save_checkpoint(tmp_path / "a.safetensors", bad)
     assert list(tmp_path.iterdir()) == []
+
+
+FULL_DISK = """
+import resource, sys
+from dfengine.checkpoint import load_checkpoint, save_checkpoint
+from dfengine.errors import DfengineError
+path = sys.argv[1]
+checkpoint = load_checkpoint(path)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    save_checkpoint(path, checkpoint)
+except DfengineError as error:
+    print(error)
+"""
+
+
+def test_a_file_that_cannot_grow_is_refused_and_the_old_one_stays(tmp_path):
+    """A limit on the size of files stands for a full disk: safetensors meets both in the middle of writing."""
+    pytest.importorskip("resource")
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, a_checkpoint())
+    before = path.read_bytes()
+    assert len(before) > 20_000
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], text=True, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{path}: cannot be written: the file is larger than")
+    assert done.stdout.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"] and path.read_bytes() == before
 
 
 def test_a_folder_in_the_way_is_named(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 
@@ -55,6 +56,35 @@ def test_the_mask_follows_the_calibrated_threshold():
     np.testing.assert_array_equal(detection.pred_mask, detection.anomaly_map > 0.1)
     assert detection.pred_mask[detection.pred_label].any(axis=(1, 2)).all()
     assert make(calibration=None).pixel_threshold == 0.5
+
+
+@pytest.mark.parametrize("size", [(8, 8), (8, 40), (S, S), (S + 1, S + 3), (40, 8)])
+def test_an_alarm_has_a_mask_at_every_size(size):
+    """One bright pixel makes the alarm, and vanishes from the map when its neighbours are averaged in."""
+    maps = np.zeros((2, S, S), np.float32)
+    maps[:, 6, 9] = 0.6
+    resized = [resize_map(m, size) for m in maps]
+    detection = dataclasses.replace(
+        make(("alarm", "normal")), anomaly_map=resized, pred_score=np.array([0.6, 0.4], np.float32)
+    )
+    assert size == (S, S) or resized[0].max() < 0.5
+    mask = detection.pred_mask[0]
+    assert mask.shape == size and mask.dtype == bool and 1 <= mask.sum() <= 6
+    row, column = np.argwhere(mask).mean(axis=0) + 0.5
+    assert row / size[0] == pytest.approx(6.5 / S, abs=0.07) and column / size[1] == pytest.approx(9.5 / S, abs=0.07)
+    np.testing.assert_array_equal(detection.pred_mask[1], resized[1] > 0.5)
+    np.testing.assert_array_equal(detection[:1].pred_mask[0], mask)
+
+
+def test_an_alarm_has_a_mask_where_the_mean_rounds_above_its_largest_pixel():
+    value = np.float32(0.3)
+    above = np.nextafter(value, np.float32(1))
+    detection = dataclasses.replace(
+        make(("a",), calibration=Calibration.by_hand(float(value))),
+        anomaly_map=np.full((1, S, S), value),
+        pred_score=np.array([above]),
+    )
+    assert detection.pred_label.all() and detection.pred_mask.shape == (1, S, S) and detection.pred_mask.all()
 
 
 def test_a_score_at_the_threshold_is_no_alarm():

@@ -6,6 +6,7 @@ import stat
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from dfengine.errors import DfengineError
 from dfengine.files import atomic_path, atomic_write
@@ -106,6 +107,18 @@ def test_a_write_to_a_full_device_names_the_file(tmp_path):
             with open("/dev/full", "wb", buffering=0) as full:
                 full.write(b"x")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(("text", "reason"), [
+    ("I/O error: No space left on device (os error 28)", "no space left on device"),
+    ("I/O error: File too large (os error 27)", "the file is larger than"),
+    ("I/O error: failed to\nfill whole buffer", "i/o error: failed to fill whole buffer"),
+])
+def test_what_safetensors_raises_is_an_error_of_the_disk(text, reason, tmp_path):
+    with pytest.raises(DfengineError) as refusal, atomic_path(tmp_path / "a.safetensors"):
+        raise SafetensorError(text)
+    assert str(refusal.value).startswith(f"{tmp_path / 'a.safetensors'}: cannot be written: {reason}")
+    assert "\n" not in str(refusal.value) and os.listdir(tmp_path) == []
 
 
 def test_a_file_system_without_fsync_is_no_failure(tmp_path, monkeypatch):

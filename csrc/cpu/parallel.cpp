@@ -1,16 +1,14 @@
 #include "parallel.h"
 
 #include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
 #include <vector>
 
 #if !defined(_WIN32)
-#include <unistd.h>
-static long process_id() { return getpid(); }
-#else
-static long process_id() { return 0; }
+#include <pthread.h>
 #endif
 
 namespace dfe {
@@ -63,17 +61,23 @@ private:
     uint64_t generation_ = 0;
 };
 
-// Never destroyed: its threads wait in it until the process ends. A forked child has no such threads and gets its own pool.
+// Never destroyed: its threads wait in it until the process ends.
+std::atomic<Pool*> current{nullptr};
+
+#if !defined(_WIN32)
+// A forked child has none of the threads, and another thread may have held the locks: it leaves the pool alone and gets its own.
+// There is no lock around `current` itself that a fork could find taken.
+[[maybe_unused]] const int forget_in_child = pthread_atfork(nullptr, nullptr, [] { current.store(nullptr); });
+#endif
+
 Pool& pool() {
-    static std::mutex mutex;
-    static Pool* current = nullptr;
-    static long owner = 0;
-    std::lock_guard<std::mutex> lock(mutex);
-    if (current == nullptr || owner != process_id()) {
-        current = new Pool;
-        owner = process_id();
+    Pool* found = current.load();
+    if (found == nullptr) {
+        Pool* const made = new Pool;
+        if (current.compare_exchange_strong(found, made)) return *made;
+        delete made;  // another thread was first
     }
-    return *current;
+    return *found;
 }
 
 }  // namespace

@@ -6,14 +6,16 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from dfengine.engine.modules import top_k_count
+
 MIN_STD = 1 / 255
 """One 8-bit step: a pixel that never changes in training must not turn rounding into an anomaly."""
 
 
-def top_mean(anomaly_map: np.ndarray) -> float:
-    """Image score: mean of the K = max(1, round(50 H W / 65536)) largest pixels of a (H, W) map (DESIGN, "Score")."""
+def top_mean(anomaly_map: np.ndarray, top_k: int = 50) -> float:
+    """Image score: mean of the `top_k_count` largest pixels of a (H, W) map, as a detector's."""
     values = np.asarray(anomaly_map, dtype=np.float64).ravel()
-    count = max(1, round(50 * values.size / 65536))
+    count = top_k_count(*np.shape(anomaly_map), top_k)
     return float(np.partition(values, -count)[-count:].mean())
 
 
@@ -41,13 +43,16 @@ class MeanStdBaseline:
         self.mean = mean
         self.std = np.maximum(np.sqrt(squares / (count - 1)), MIN_STD)
 
-    def score(self, images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Image scores float64 (N,) and maps float32 (N, H, W): the root mean square z-score over the channels."""
+    def score(self, images: Sequence[np.ndarray], top_k: int = 50) -> tuple[np.ndarray, np.ndarray]:
+        """Image scores float64 (N,) and maps float32 (N, H, W): the root mean square z-score over the channels.
+
+        `top_k`: how many pixels of 65536 the image score averages (`ModelConfig.top_k` of the detector compared with).
+        """
         maps = np.empty((len(images), *self.mean.shape[:2]), dtype=np.float32)
         for index, image in enumerate(images):
             z = (_unit(image) - self.mean) / self.std
             maps[index] = np.sqrt(np.mean(z * z, axis=2))
-        return np.array([top_mean(image) for image in maps], dtype=np.float64), maps
+        return np.array([top_mean(image, top_k) for image in maps], dtype=np.float64), maps
 
 
 def _unit(image: np.ndarray) -> np.ndarray:

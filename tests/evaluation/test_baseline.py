@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
+from dfengine.engine.modules import image_score
 from dfengine.evaluation.baseline import MIN_STD, MeanStdBaseline, top_mean
 
 
@@ -36,6 +38,16 @@ def test_top_mean_counts():
     ramp = np.arange(256 * 256, dtype=np.float32).reshape(256, 256)
     assert top_mean(ramp) == ramp.ravel()[-50:].mean(dtype=np.float64)
     assert top_mean(ramp[:8, :8]) == ramp[7, 7]
+    assert top_mean(ramp, top_k=7) == ramp.ravel()[-7:].mean(dtype=np.float64)
+
+
+def test_the_score_counts_pixels_as_the_detector_does():
+    rng = np.random.default_rng(1)
+    baseline = MeanStdBaseline(rng.random((4, 96, 64, 3)))
+    for top_k in (50, 400):
+        scores, maps = baseline.score(rng.random((3, 96, 64, 3)), top_k)
+        np.testing.assert_allclose(scores, image_score(torch.from_numpy(maps), top_k), rtol=1e-6)
+    assert baseline.score(rng.random((1, 96, 64, 3)))[1].shape == (1, 96, 64)
 
 
 def test_wrong_images():
