@@ -14,7 +14,8 @@ from PIL import Image
 
 import dfengine
 from dfengine.checkpoint import Checkpoint, save_checkpoint
-from dfengine.detector import Detector, load, resolve_device
+from dfengine.detector import Detector, load
+from dfengine.devices import resolve_device
 from dfengine.engine.modules import ModuleRunner
 from dfengine.errors import CheckpointError, DataError, ImageError, UsageError
 from dfengine.evaluation.calibration import Calibration

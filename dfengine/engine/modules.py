@@ -55,8 +55,9 @@ class ModuleRunner:
     image's result does not depend on its batch or its place in it. `precision` other than float32 runs the networks
     under torch autocast; schedule arithmetic, maps and scores stay float32.
 
-    Noise is kept once drawn, up to `NOISE_BYTES`. That holds every draw of the one-step modes; the iterative mode at
-    256 x 256 takes t_b + 1 = 401 of them, 315 MB, and draws those that do not fit again for each batch.
+    Noise is kept once drawn, up to `NOISE_BYTES`. At 256 x 256 a one-step mode takes two for
+    each of `noise_draws` and fits; the iterative mode takes 401 at t_b = 400, 315 MB, and draws what
+    does not fit again for each batch.
     """
 
     def __init__(self, model: Model, device: str | torch.device = "cpu", precision: str = "float32", seed: int = 0):
