@@ -168,7 +168,7 @@ def _config(
         t_b=number("eval_noisier_t", base.t_b),
         guidance=number("condition_w", base.guidance),
         # The public score is the mean of 50 pixels at any size; `top_k` counts per 65536 pixels.
-        top_k=max(1, round(_PUBLIC_TOP_K * 65536 / size**2)),
+        top_k=min(65536.0, _PUBLIC_TOP_K * 65536 / size**2),
     )
 
 

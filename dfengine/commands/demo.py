@@ -59,7 +59,7 @@ def run_demo(out: Path, seed: int, device: str) -> int:
         resize_unit(render_fastener(TRAINING_SEED, index, "good", split="train")[0], size, f"training fastener {index}")
         for index in track(rendered, "baseline", console=console, transient=True)
     )
-    scores, _ = baseline.score([load_unit(sample.path, size) for sample in dataset.test])
+    scores, _ = baseline.score([load_unit(sample.path, size) for sample in dataset.test], detector.config.top_k)
     labels = np.array([sample.label for sample in dataset.test], dtype=bool)
     measured = {
         "image_auroc": result["image_auroc"],

@@ -37,12 +37,12 @@ class Output(NamedTuple):
     pred_score: Tensor
 
 
-def top_k_count(height: int, width: int, top_k: int = 50) -> int:
+def top_k_count(height: int, width: int, top_k: float = 50) -> int:
     """How many pixels the image score averages: max(1, round(top_k H W / 65536)) (DESIGN, "Score")."""
     return max(1, round(top_k * height * width / 65536))
 
 
-def image_score(anomaly_map: Tensor, top_k: int = 50) -> Tensor:
+def image_score(anomaly_map: Tensor, top_k: float = 50) -> Tensor:
     """Mean of the `top_k_count` largest pixels of each map: (B, H, W) -> (B,)."""
     k = top_k_count(*anomaly_map.shape[-2:], top_k)
     return anomaly_map.flatten(1).topk(k, dim=1).values.mean(dim=1)

@@ -12,7 +12,7 @@ MIN_STD = 1 / 255
 """One 8-bit step: a pixel that never changes in training must not turn rounding into an anomaly."""
 
 
-def top_mean(anomaly_map: np.ndarray, top_k: int = 50) -> float:
+def top_mean(anomaly_map: np.ndarray, top_k: float = 50) -> float:
     """Image score: mean of the `top_k_count` largest pixels of a (H, W) map, as a detector's."""
     values = np.asarray(anomaly_map, dtype=np.float64).ravel()
     count = top_k_count(*np.shape(anomaly_map), top_k)
@@ -43,7 +43,7 @@ class MeanStdBaseline:
         self.mean = mean
         self.std = np.maximum(np.sqrt(squares / (count - 1)), MIN_STD)
 
-    def score(self, images: Sequence[np.ndarray], top_k: int = 50) -> tuple[np.ndarray, np.ndarray]:
+    def score(self, images: Sequence[np.ndarray], top_k: float = 50) -> tuple[np.ndarray, np.ndarray]:
         """Image scores float64 (N,) and maps float32 (N, H, W): the root mean square z-score over the channels.
 
         `top_k`: how many pixels of 65536 the image score averages (`ModelConfig.top_k` of the detector compared with).
