@@ -1,4 +1,4 @@
-# Targets: demo, test, lint, bench, kernels-check, clean, help. Each sets up .venv on a fresh machine; the stamps in it say what is done.
+# Targets: demo, checkpoint, test, lint, bench, kernels-check, clean, help. Each sets up .venv on a fresh machine; the stamps in it say what is done.
 # All paths are relative, so that the repository may lie anywhere.
 
 PYTHON ?= python3
@@ -13,10 +13,11 @@ TEST_ARGUMENTS ?=
 unexport VIRTUAL_ENV
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint bench kernels-check clean
+.PHONY: help demo checkpoint test lint bench kernels-check clean
 
 help:
 	@echo 'make demo           render test images, detect, evaluate, write a report'
+	@echo 'make checkpoint     train the checkpoint of the demo anew (40 minutes)'
 	@echo 'make test           run the tests (TEST_ARGUMENTS="-k ingest" for some)'
 	@echo 'make lint           ruff'
 	@echo 'make bench          time the kernels on this CPU, into bench/results'
@@ -25,6 +26,9 @@ help:
 
 demo: $(VENV)/installed
 	@$(BIN)/dfengine demo
+
+checkpoint: $(VENV)/installed
+	@bench/demo_checkpoint.sh
 
 test: $(VENV)/installed
 	@timeout --kill-after=30 $(TEST_SECONDS) $(BIN)/python -m pytest -q -n 2 --dist=worksteal $(TEST_ARGUMENTS); status=$$?; \
