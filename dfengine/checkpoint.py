@@ -87,10 +87,25 @@ def check_state(config: ModelConfig, state: dict[str, Tensor], name: str) -> Non
             raise CheckpointError(f"{name}: {key} has dtype {have.dtype}, expected {want.dtype}")
 
 
+def check_target(path: str | Path) -> None:
+    """Raises `CheckpointError` where `path` is a file that is not a dfengine checkpoint: it would be overwritten."""
+    path = Path(path)
+    if not path.is_file() or path.stat().st_size == 0:
+        return
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            ours = (file.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError):
+        ours = False
+    if not ours:
+        raise CheckpointError(f"{path}: is there already and is not a dfengine checkpoint; choose another name")
+
+
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     """Writes `checkpoint` atomically. Raises `CheckpointError` for weights that do not fit, and `DfengineError` where
     the file cannot be written.
     """
+    check_target(path)
     check_state(checkpoint.config, checkpoint.state, str(path))
     metadata = {
         "format": FORMAT,
@@ -121,7 +136,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
+        raise CheckpointError(f"{path}: {'is a folder, not a checkpoint' if path.is_dir() else 'no such file'}")
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}

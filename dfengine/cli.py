@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from dfengine._version import __version__
 from dfengine.errors import DfengineError
 from dfengine.files import os_reason
 
@@ -23,6 +24,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"dfengine {__version__}")
+        raise typer.Exit
+
 
 CheckpointArgument = Annotated[Path, typer.Argument(metavar="CKPT", help="A dfengine checkpoint (.safetensors).")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
@@ -88,13 +98,15 @@ def train(
     options = dict(locals())
     from dfengine.commands.train import run_train
 
-    run_train(**options)
+    _exit(run_train(**options))
 
 
 @app.command()
 def calibrate(
     checkpoint: CheckpointArgument,
-    data: Annotated[Path, typer.Argument(help="Normal images not trained on, or the training data set itself.")],
+    data: Annotated[
+        Path | None, typer.Argument(help="Normal images; those that the model was trained on are left out.")
+    ] = None,
     false_alarm_rate: Annotated[float | None, typer.Option(help="Wanted share of normals above the threshold.")] = None,
     alarms_per_km: Annotated[float | None, typer.Option(help="The same, as alarms per km of track.")] = None,
     fasteners_per_km: Annotated[float, typer.Option(help="Fasteners per km, for --alarms-per-km.")] = 6667,
@@ -218,6 +230,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         app(args=arguments, prog_name="dfengine")
     except SystemExit as end:
+        if end.code == 130:
+            print("dfengine: interrupted", file=sys.stderr)
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except DfengineError as error:
         print(f"dfengine: {error}", file=sys.stderr)

@@ -22,7 +22,7 @@ from dfengine.files import atomic_write
 UNCALIBRATED_PIXEL_THRESHOLD = 0.5
 """Where a map pixel counts as anomalous without a calibration: the map is a probability."""
 
-ROW_FIELDS = ("name", "pred_score", "pred_score_calibrated", "pred_label", "threshold", "heatmap", "error")
+ROW_FIELDS = ("name", "pred_score", "pred_score_calibrated", "pred_label", "threshold", "seed", "heatmap", "error")
 """The columns of results.csv and the keys of each line of results.jsonl."""
 
 
@@ -211,7 +211,7 @@ class Detection:
         rows = []
         for i, image in enumerate(self):
             row = dict.fromkeys(ROW_FIELDS)
-            row.update((field, getattr(image, field)) for field in ROW_FIELDS[:5])
+            row.update((field, getattr(image, field)) for field in ROW_FIELDS[:6])
             heatmap = heatmaps[i] if heatmaps is not None else None
             row["heatmap"] = Path(heatmap).as_posix() if heatmap is not None else None
             rows.append(row)

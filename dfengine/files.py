@@ -38,6 +38,10 @@ def os_reason(error: OSError) -> str:
     return _REASONS.get(error.errno) or (error.strerror or str(error) or type(error).__name__).lower()
 
 
+OUTPUT_MARKER = ".dfengine-output"
+"""A file of this name marks a folder that dfengine wrote: its pictures are results, never input."""
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Gives the path of an empty temporary file beside `path` (same suffix); renamed to `path` when the block succeeds.

@@ -19,7 +19,7 @@ DEFAULT_RATE = 0.01
 
 def run_calibrate(
     checkpoint: Path,
-    data: Path,
+    data: Path | None,
     false_alarm_rate: float | None,
     alarms_per_km: float | None,
     fasteners_per_km: float,
@@ -34,6 +34,8 @@ def run_calibrate(
     """Calibrates and writes the checkpoint (in place without `out`); returns the exit status."""
     if sum(value is not None for value in (false_alarm_rate, alarms_per_km, threshold)) > 1:
         raise UsageError("give only one of --false-alarm-rate, --alarms-per-km and --threshold")
+    if data is None and threshold is None:
+        raise UsageError("give a folder of normal images, or --threshold")
     loaded = load_checkpoint(checkpoint)
     if half:
         loaded = loaded.half()
@@ -72,9 +74,14 @@ def held_out_normals(data: Path, training: dict) -> list[Sample]:
     record = training.get("data")
     trained = record.get("trained") if isinstance(record, dict) else None
     trained = set(map(str, trained)) if isinstance(trained, list) else set()
-    held_out = [sample for sample in normals if content_digest(sample.path) not in trained]
+    unique = {content_digest(sample.path): sample for sample in reversed(normals)}
+    if len(unique) < len(normals):
+        say(f"{len(normals) - len(unique)} copies of other images are left out")
+    if not dataset.train:
+        say(f"{data} has no training images: test/good sets the threshold, and false alarms there will look too rare")
+    held_out = [sample for digest, sample in reversed(unique.items()) if digest not in trained]
     if not held_out:
         raise DataError(f"{data}: the model was trained on all of these images; give normals that it has not seen")
-    if len(held_out) < len(normals):
-        say(f"{len(normals) - len(held_out)} images that the model was trained on are left out")
+    if len(held_out) < len(unique):
+        say(f"{len(unique) - len(held_out)} images that the model was trained on are left out")
     return held_out

@@ -44,12 +44,13 @@ def run_demo(out: Path, seed: int, device: str) -> int:
     detector = open_detector(checkpoint, device, "auto", 0)
     make_folder(out)
     images = out / "images"
+    results = out / "results"
     console = Console(stderr=True)
     total = TEST_GOOD + 3 * PER_DEFECT
     say(f"rendering {total} fresh test fasteners (seed {seed}) into {images}")
     write_fasteners(images, 0, TEST_GOOD, PER_DEFECT, seed)
     dataset = open_dataset(images)
-    status, result = evaluate_dataset(detector, dataset, out, checkpoint)
+    status, result = evaluate_dataset(detector, dataset, results, checkpoint)
     if not result:
         return status
 
@@ -68,7 +69,7 @@ def run_demo(out: Path, seed: int, device: str) -> int:
         "seed": seed,
         "seconds": round(time.perf_counter() - started, 1),
     }
-    atomic_write(out / "demo.json", json.dumps(measured, indent=2) + "\n")
+    atomic_write(results / "demo.json", json.dumps(measured, indent=2) + "\n")
     say(f"baseline (per-pixel mean and deviation of {BASELINE_IMAGES} training images): image AUROC "
         f"{measured['baseline_image_auroc']:.4f}")  # fmt: skip
     say(f"dfengine: image AUROC {measured['image_auroc']:.4f}, pixel AUROC {measured['pixel_auroc']:.4f}")
@@ -79,5 +80,5 @@ def run_demo(out: Path, seed: int, device: str) -> int:
     ):
         if missed:
             say(f"the demo misses its goal: {what}")
-    say(f"demo finished in {measured['seconds']:.0f} s; open {(out / 'report.html').resolve()}")
+    say(f"demo finished in {measured['seconds']:.0f} s; open {(results / 'report.html').resolve()}")
     return status

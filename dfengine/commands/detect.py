@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from dfengine.commands.scoring import Outputs, Scoring, open_detector, report_items, say, warn
-from dfengine.data.inputs import InputImage, collect_inputs
-from dfengine.errors import DataError
+from dfengine.commands.scoring import Outputs, Scoring, open_detector, report_items, say
+from dfengine.data.inputs import collect_inputs
 from dfengine.report.report import ReportItem, write_report
 
 
@@ -25,8 +24,8 @@ def run_detect(
 ) -> int:
     """Scores `inputs` (files and folders) and returns the exit status: 0, 3 (some refused) or 1 (nothing scored)."""
     detector = open_detector(checkpoint, device, precision, seed, threshold)
-    images = _outside(out, collect_inputs(inputs[0] if len(inputs) == 1 else list(inputs)))
-    outputs = Outputs(out)
+    images = collect_inputs(inputs[0] if len(inputs) == 1 else list(inputs))
+    outputs = Outputs(out, images)
     scoring = Scoring(detector, batch_size, original_size)
     rows: list[dict] = []
     alarms = 0
@@ -54,14 +53,3 @@ def run_detect(
     if report:
         say(f"report: {report}")
     return outputs.status(scoring)
-
-
-def _outside(out: Path, images: list[InputImage]) -> list[InputImage]:
-    """The images that do not lie in the output folder: heatmaps of an earlier run are no input."""
-    target = out.resolve()
-    kept = [image for image in images if image.path is None or target not in Path(image.path).resolve().parents]
-    if len(kept) < len(images):
-        warn(f"{len(images) - len(kept)} images inside the output folder {out} are left out")
-    if not kept:
-        raise DataError(f"{out}: all images to score lie inside the output folder")
-    return kept

@@ -54,9 +54,9 @@ def evaluate_dataset(
     """
     samples = {str(sample.path): sample for sample in dataset.test}
     groups = _groups(samples.values(), group_by)
-    outputs = Outputs(out)
     scoring = Scoring(detector, batch_size)
     images = collect_inputs([sample.path for sample in dataset.test])
+    outputs = Outputs(out, images)
     with_masks = any(sample.mask for sample in dataset.test)
     size = detector.config.image_size
     budget = MAX_PIXELS / len(images)
@@ -120,6 +120,7 @@ def evaluate_dataset(
         )
     )
     outputs.rows(rows)
+    result.update({"seed": detector.seed, "inference_precision": detector.precision} if result else {})
     if not result:
         return outputs.status(scoring), {}
     outputs.attempt(lambda: write_metrics(out, result))

@@ -8,10 +8,14 @@ from rich.console import Console
 from rich.progress import Progress
 
 from dfengine.data.fasteners import write_fasteners
+from dfengine.errors import UsageError
 
 
 def run_fasteners(out: Path, train: int, test_good: int, per_defect: int, size: int, seed: int, variety: float) -> None:
     """Writes the data set with a progress bar. Raises `DfengineError` where `out` cannot be written."""
+    for split in ("train", "test"):
+        if (out / split).exists():
+            raise UsageError(f"{out}: holds a data set already ({split}/); choose another folder, or remove it first")
     console = Console()
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("rendering fasteners", total=None)

@@ -16,9 +16,9 @@ from dfengine import __version__
 from dfengine.data.inputs import InputImage
 from dfengine.detection import Detection, write_rows
 from dfengine.detector import Detector, load
-from dfengine.errors import DfengineError
+from dfengine.errors import DfengineError, UsageError
 from dfengine.evaluation.calibration import Calibration
-from dfengine.files import os_reason
+from dfengine.files import OUTPUT_MARKER, atomic_write, os_reason
 from dfengine.report.report import ReportItem
 
 UNCALIBRATED = "the checkpoint is not calibrated: a threshold of 0.5 is used; set one with `dfengine calibrate`"
@@ -54,6 +54,8 @@ def open_detector(checkpoint: Path, device: str, precision: str, seed: int, thre
         set_with = getattr(detector.calibration, name)
         if set_with is not None and set_with != used:
             warn(f"the threshold was set with {name} {set_with}, but {name} {used} is used: it may not hold")
+    if detector.calibration.n_normals and not detector.calibration.estimated:
+        warn(f"{detector.calibration.message} Calibrate with more normal images (`dfengine calibrate`)")
     return detector
 
 
@@ -138,13 +140,36 @@ def report_items(detection: Detection, truth: Callable[[str], tuple[str | None, 
         )
 
 
+RESULTS = (
+    "results.csv", "results.jsonl", "report.html", "heatmaps/[0-9]*_*.png", "metrics.json", "per_defect.csv", "roc.png",
+    "pr.png", "demo.json",
+)  # fmt: skip
+"""What commands write into their output folder, and remove from it when they write there again."""
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink()
+    except OSError as error:
+        raise DfengineError(f"{path}: cannot be removed: {os_reason(error)}") from None
+
+
 class Outputs:
     """Writes results one by one: a file that cannot be written is reported once, and the rest of the run goes on."""
 
-    def __init__(self, out: Path):
+    def __init__(self, out: Path, images: Sequence[InputImage]):
+        target = out.resolve()
+        if any(image.path is not None and target in Path(image.path).resolve().parents for image in images):
+            raise UsageError(f"{out}: holds images to score; choose another folder for the results")
         self.out = out
         self.failed = 0
         make_folder(out)
+        if (out / OUTPUT_MARKER).exists():
+            # Results of an earlier run must not pass for those of this one.
+            for pattern in RESULTS:
+                for leftover in out.glob(pattern):
+                    self.attempt(lambda leftover=leftover: _remove(leftover))
+        self.attempt(lambda: atomic_write(out / OUTPUT_MARKER, ""))
 
     def attempt(self, write: Callable[[], Any]) -> Any:
         """The result of `write()`; None where it raised `DfengineError`, which is reported (the first three times)."""

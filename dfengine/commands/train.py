@@ -34,8 +34,9 @@ def run_train(
     augment: bool,
     resume: bool,
     **training: Any,
-) -> None:
-    """Builds the configurations and trains; the options are those of `dfengine.cli.train`."""
+) -> int:
+    """Builds the configurations and trains; the options are those of `dfengine.cli.train`. Returns the exit status: 0,
+    or 3 where some images were refused."""
     changes = {k: v for k, v in dict(image_size=image_size, pixel_range=pixel_range).items() if v is not None}
     model = model_preset(preset, **changes)
     if all(training[name] is None for name in ("minutes", "steps", "epochs")):
@@ -56,4 +57,5 @@ def run_train(
         config = config.replace(augment=AugmentConfig.off())
     elif flip is not None:
         config = config.replace(augment=dataclasses.replace(filled.augment, flip="" if flip == "none" else flip))
-    run_training(config, model, data, out, resume=resume, console=Console())
+    result = run_training(config, model, data, out, resume=resume, console=Console())
+    return 3 if result.record.get("data", {}).get("skipped") else 0

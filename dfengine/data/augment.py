@@ -46,7 +46,7 @@ class AugmentConfig:
             if getattr(self, name) >= 1:
                 raise ConfigError(f"augmentation {name} is a fraction below 1, not {getattr(self, name)!r}")
         if self.flip not in FLIPS:
-            raise ConfigError(f"augmentation flip must be one of {', '.join(map(repr, FLIPS))}, not {self.flip!r}")
+            raise ConfigError(f"augmentation flip must be h, v, hv or none, not {self.flip!r}")
 
     @classmethod
     def off(cls) -> AugmentConfig:

@@ -21,7 +21,7 @@ import numpy as np
 
 from dfengine.data.decode import FORMATS, MAX_PIXELS, MIN_SIDE, STRIP_VALUES, check_dtype, check_range, decode_file
 from dfengine.errors import DataError, ImageError
-from dfengine.files import os_reason
+from dfengine.files import OUTPUT_MARKER, os_reason
 
 __all__ = [
     "FORMATS", "IMAGE_SUFFIXES", "MAX_PIXELS", "MIN_SIDE", "list_images", "load_uint8", "load_unit", "natural_key",
@@ -130,7 +130,8 @@ def load_uint8(path: str | os.PathLike, size: int) -> np.ndarray:
 def list_images(folder: str | os.PathLike, recursive: bool = True) -> list[Path]:
     """The image files of a folder (by suffix), in natural order: frame2 before frame10.
 
-    Hidden names are passed over, linked folders followed once. Whether a file is readable shows when it is read.
+    Hidden names and subfolders that dfengine wrote are passed over, linked folders followed once. Whether a file is
+    readable shows when it is read.
     Raises DataError when the folder is missing, unreadable or holds no image.
     """
     folder = Path(folder)
@@ -143,8 +144,9 @@ def list_images(folder: str | os.PathLike, recursive: bool = True) -> list[Path]
     images, seen = [], set()
     for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         identity = os.path.realpath(parent)
-        folders[:] = [] if identity in seen or not recursive else sorted(f for f in folders if not f.startswith("."))
+        folders[:] = sorted(f for f in folders if recursive and _is_input(Path(parent, f)))
         if identity in seen:
+            folders[:] = []
             continue
         seen.add(identity)
         suffixes = IMAGE_SUFFIXES | UNREADABLE_SUFFIXES
@@ -152,6 +154,10 @@ def list_images(folder: str | os.PathLike, recursive: bool = True) -> list[Path]
     if not images:
         raise DataError(f"{folder}: no image in this folder ({FORMATS})")
     return sorted(images, key=natural_key)
+
+
+def _is_input(folder: Path) -> bool:
+    return not folder.name.startswith(".") and not (folder / OUTPUT_MARKER).exists()
 
 
 def natural_key(path: str | os.PathLike) -> tuple:

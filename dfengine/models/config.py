@@ -72,7 +72,8 @@ class ModelConfig:
     def __post_init__(self):
         if not self.multipliers:
             if self.image_size not in _MULTIPLIERS:
-                raise ConfigError(f"image_size {self.image_size} has no default multipliers; give `multipliers`")
+                sizes = ", ".join(map(str, _MULTIPLIERS))
+                raise ConfigError(f"image_size must be one of {sizes}, not {self.image_size}, or with `multipliers`")
             object.__setattr__(self, "multipliers", _MULTIPLIERS[self.image_size])
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
         object.__setattr__(self, "attention_factors", tuple(self.attention_factors))

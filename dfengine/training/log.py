@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from dfengine.errors import DfengineError
-from dfengine.files import atomic_path, atomic_write
+from dfengine.files import OUTPUT_MARKER, atomic_path, atomic_write
 
 COLUMNS = (
     "step stage progress seconds images noise_loss mask_loss grad_norm rate segmentation_rate "
@@ -44,6 +44,7 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         purge = None if self._resume_step is None else self._resume_step + 1
+        self._guard(lambda: atomic_write(self.folder / OUTPUT_MARKER, ""))
         self._guard(lambda: self._open_writer(SummaryWriter, purge))
         if self.console.is_terminal:
             columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>5.1f}%")

@@ -83,7 +83,7 @@ def train(
     if config.workers is None:
         cpus = os.cpu_count() or 1
         config = config.replace(workers=min(8, cpus // 2))
-    check_outputs(Path(out), Path(data), *([Path(config.textures)] if config.textures else []))
+    check_outputs(Path(out), Path(data), *([Path(config.textures)] if config.textures else []), resume=resume)
     threads = torch.get_num_threads()
     if config.threads:
         torch.set_num_threads(config.threads)

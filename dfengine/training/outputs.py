@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from dfengine.checkpoint import check_target
 from dfengine.errors import UsageError
 from dfengine.files import atomic_path
 
@@ -17,12 +18,16 @@ def run_folder_of(out: Path) -> Path:
     return out.with_name(out.name.removesuffix(SUFFIX) + RUN_SUFFIX)
 
 
-def check_outputs(out: Path, *sources: Path) -> None:
+def check_outputs(out: Path, *sources: Path, resume: bool = False) -> None:
     """Refuses an `out` that training would fail to write hours later, or that would change what is read from `sources`.
 
     Missing folders above `out` are made; `out` itself is left as it is. Raises `UsageError` for a name that cannot
-    be, and `DfengineError` for a folder in its place or one that cannot be written.
+    be, or a checkpoint that is there already (unless the run is to `resume`), and `DfengineError` for another file or a
+    folder in its place, or one that cannot be written.
     """
+    check_target(out)
+    if out.is_file() and not resume:
+        raise UsageError(f"{out}: is there already; choose another --out, or remove it first")
     if out.name.lower().endswith(RUN_SUFFIX):
         raise UsageError(f"{out}: is the name of a run folder; name the checkpoint {out.with_suffix(SUFFIX).name}")
     for source in sources:

@@ -91,8 +91,14 @@ def test_heatmaps_of_an_earlier_run_are_not_scored(checkpoint, data, capsys):
     folder = data / "test" / "good"
     arguments = ["detect", str(checkpoint), str(folder), "--out", str(folder / "results")]
     assert main(arguments) == 0 and main(arguments) == 0
-    printed = capsys.readouterr()
-    assert printed.out.count("4 images scored") == 2 and "4 images inside the output folder" in printed.err
+    assert capsys.readouterr().out.count("4 images scored") == 2
+    # Fewer images the next time: nothing of the run before is left.
+    (folder / "0_d.png").unlink()
+    assert main(arguments) == 0
+    results = folder / "results"
+    assert len(rows_of(results / "results.csv")) == len(list((results / "heatmaps").iterdir())) == 3
+    assert main(["detect", str(checkpoint), str(folder), "--out", str(folder)]) == 2
+    assert "choose another folder" in capsys.readouterr().err
 
 
 def test_an_uncalibrated_checkpoint_is_used_with_a_warning(checkpoint, data, tmp_path, capsys):
@@ -120,6 +126,7 @@ def test_evaluate_agrees_with_the_scores(checkpoint, data, tmp_path, capsys):
     assert "3 anomalous image(s) without a mask" in " ".join(metrics["notes"])
     assert {path.name for path in out.iterdir()} == {
         "metrics.json", "per_defect.csv", "roc.png", "pr.png", "report.html", "results.csv", "results.jsonl",
+        ".dfengine-output",
     }  # fmt: skip
     assert f"image AUROC {metrics['image_auroc']:.4f}" in capsys.readouterr().out
 

@@ -25,12 +25,12 @@ def test_the_shipped_checkpoint_is_small_calibrated_and_recorded():
 @pytest.mark.timeout(600)
 def test_the_demo_reaches_its_goal(tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 0
-    measured = json.loads((tmp_path / "demo" / "demo.json").read_text())
+    measured = json.loads((tmp_path / "demo" / "results" / "demo.json").read_text())
     assert measured["image_auroc"] >= 0.98 and measured["pixel_auroc"] >= 0.95
     assert measured["baseline_image_auroc"] <= 0.90
-    metrics = json.loads((tmp_path / "demo" / "metrics.json").read_text())
+    metrics = json.loads((tmp_path / "demo" / "results" / "metrics.json").read_text())
     assert metrics["n_images"] == 220 and metrics["image_auroc"] == measured["image_auroc"]
-    assert (tmp_path / "demo" / "report.html").is_file()
+    assert (tmp_path / "demo" / "results" / "report.html").is_file()
     printed = capsys.readouterr().out
     assert f"image AUROC {measured['image_auroc']:.4f}" in printed and "report.html" in printed
     assert "misses its goal" not in printed
