@@ -25,13 +25,19 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-@app.callback()
-def options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(asked: bool) -> None:
+    if asked:
         typer.echo(f"dfengine {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """The options before a command."""
 
 
 CheckpointArgument = Annotated[Path, typer.Argument(metavar="CKPT", help="A dfengine checkpoint (.safetensors).")]

@@ -138,6 +138,17 @@ def test_a_file_that_cannot_grow_is_refused_and_the_old_one_stays(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"] and path.read_bytes() == before
 
 
+def test_only_a_checkpoint_is_overwritten(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, a_checkpoint())
+    save_checkpoint(path, a_checkpoint().with_calibration(None))
+    assert load_checkpoint(path).calibration is None
+    path.write_bytes(b"a photo")
+    with pytest.raises(CheckpointError, match="is not a dfengine checkpoint; choose another name"):
+        save_checkpoint(path, a_checkpoint())
+    assert path.read_bytes() == b"a photo"
+
+
 def test_a_folder_in_the_way_is_named(tmp_path):
     (tmp_path / "a.safetensors").mkdir()
     with pytest.raises(DfengineError, match="is a folder"):

@@ -178,8 +178,41 @@ def test_info_describes_a_checkpoint_and_the_installation(checkpoint, capsys):
     assert "diff-fastener-tiny" in printed and "ingest" in printed and "dfengine._native" in printed
 
 
+def test_a_folder_that_dfengine_wrote_is_no_input(checkpoint, data, tmp_path, capsys):
+    out = data / "test" / "good" / "results"
+    assert main(["detect", str(checkpoint), str(data / "test" / "good"), "--out", str(out)]) == 0
+    other = tmp_path / "other"
+    assert main(["detect", str(checkpoint), str(data / "test" / "good"), "--out", str(other)]) == 0
+    assert len(rows_of(other / "results.csv")) == 4
+    assert {row["seed"] for row in rows_of(other / "results.csv")} == {"0"}
+
+
+def test_calibrate_drops_copies_and_says_when_it_uses_test_images(checkpoint, data, capsys):
+    (data / "test/good/copy.png").write_bytes((data / "test/good/0_d.png").read_bytes())
+    for path in (data / "train").rglob("*.png"):
+        path.unlink()
+    assert main(["calibrate", str(checkpoint), str(data), "--false-alarm-rate", "0.3"]) == 0
+    printed = capsys.readouterr().out
+    assert "1 copies of other images are left out" in printed and "test/good sets the threshold" in printed
+    assert load_checkpoint(checkpoint).calibration.n_normals == 4
+    # So few normals are worth a warning at every use.
+    assert main(["calibrate", str(checkpoint), str(data), "--false-alarm-rate", "0.01"]) == 0
+    assert main(["detect", str(checkpoint), str(data / "test/good"), "--out", str(data.parent / "out")]) == 0
+    assert "cannot be estimated from 4 normal images" in capsys.readouterr().err
+    assert main(["calibrate", str(checkpoint)]) == 2
+
+
+def test_fasteners_are_not_mixed_with_others(tmp_path, capsys):
+    counts = ["--train", "1", "--test-good", "0", "--per-defect", "0", "--size", "32"]
+    arguments = ["fasteners", str(tmp_path / "f"), *counts]
+    assert main(arguments) == 0 and main(arguments) == 2
+    assert "holds a data set already" in capsys.readouterr().err
+
+
 def test_help_and_wrong_usage(capsys):
     assert main(["--help"]) == 0
+    assert main(["--version"]) == 0
+    assert dfengine.__version__ in capsys.readouterr().out
     assert main(["detect", "--help"]) == 0
     assert main(["nonsense"]) == 2
     assert main(["detect"]) == 2

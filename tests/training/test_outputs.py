@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from dfengine.errors import DfengineError, UsageError
+from dfengine.checkpoint import Checkpoint, save_checkpoint
+from dfengine.errors import CheckpointError, DfengineError, UsageError
 from dfengine.training import train
 from dfengine.training.outputs import check_outputs, run_folder_of
-from tests.helpers import tiny_config
+from tests.helpers import tiny_config, tiny_model
 from tests.training.test_train import CONFIG
 
 
@@ -21,11 +22,19 @@ def test_each_checkpoint_has_its_own_run_folder(out, folder):
 
 def test_the_check_leaves_what_is_there(tmp_path):
     out = tmp_path / "net.safetensors"
-    out.write_text("old")
+    model = tiny_model()
+    save_checkpoint(out, Checkpoint(model.config, model.state_dict()))
+    before = out.read_bytes()
     (tmp_path / "net.run").mkdir()
-    check_outputs(out, tmp_path / "images")
-    assert out.read_text() == "old"
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["net.run", "net.safetensors"]
+    check_outputs(out, tmp_path / "images", resume=True)
+    with pytest.raises(UsageError, match="is there already"):
+        check_outputs(out, tmp_path / "images")
+    (tmp_path / "photo.png").write_bytes(b"precious")
+    for resume in (False, True):
+        with pytest.raises(CheckpointError, match="photo.png: is there already and is not a dfengine checkpoint"):
+            check_outputs(tmp_path / "photo.png", resume=resume)
+    assert out.read_bytes() == before and (tmp_path / "photo.png").read_bytes() == b"precious"
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["net.run", "net.safetensors", "photo.png"]
 
 
 @pytest.mark.parametrize("out, reason", [("folder", "is a folder"), ("file/net", "is a file"), ("taken", "is a file")])
