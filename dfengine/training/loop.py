@@ -272,6 +272,7 @@ class _Run:
         self._save(log)
         log.say(calibration.message)
         log.say(f"checkpoint written to {self.out}; log, panels and state are in {self.folder}")
+        log.say("next: look at the last panel; `dfengine calibrate` on more normal images; `dfengine detect`")
         return checkpoint.training
 
     def _record(self, metrics: dict[str, float]) -> dict[str, Any]:

@@ -97,12 +97,15 @@ def load_state(path: Path, device: torch.device) -> tuple[RunState, dict[str, Te
 
 def check_identity(path: Path, saved: dict[str, Any], present: dict[str, Any]) -> None:
     """Raises `UsageError` that names the first difference between the saved run and the present one."""
+    hint = "; repeat the options and images of the run, or remove its folder to start anew"
     for group in present:
         theirs, ours = saved.get(group), present[group]
         if isinstance(ours, dict) and isinstance(theirs, dict):
             for key in sorted(ours.keys() | theirs.keys()):
                 if theirs.get(key) != ours.get(key):
                     what = f"{group} {key} was {theirs.get(key)!r} and is now {ours.get(key)!r}"
-                    raise UsageError(f"{path}: cannot resume: {what}")
+                    raise UsageError(f"{path}: cannot resume: {what}{hint}")
+        elif theirs != ours and group == "data fingerprint":
+            raise UsageError(f"{path}: cannot resume: the training images are not those of the run{hint}")
         elif theirs != ours:
-            raise UsageError(f"{path}: cannot resume: the {group} was {theirs!r} and is now {ours!r}")
+            raise UsageError(f"{path}: cannot resume: the {group} was {theirs!r} and is now {ours!r}{hint}")

@@ -198,7 +198,7 @@ def test_another_configuration_or_data_is_not_resumed(normals, tmp_path):
     with pytest.raises(UsageError, match="type of device was 'cuda' and is now 'cpu'"):
         train(CONFIG, tiny_config(), folder, out, resume=True)
     Image.new("RGB", (40, 40)).save(folder / "00.png")
-    with pytest.raises(UsageError, match="data fingerprint"):
+    with pytest.raises(UsageError, match="the training images are not those of the run"):
         train(CONFIG, tiny_config(), folder, out, resume=True)
 
 
