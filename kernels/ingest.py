@@ -47,9 +47,6 @@ KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
 
 
-# ---- reference
-
-
 def philox(counter: Sequence[torch.Tensor | int], key: Sequence[int]) -> list[torch.Tensor]:
     """Philox4x32-10 of four counter words (int64 tensors or ints below 2^32, broadcast together) under two key words.
 
@@ -117,9 +114,6 @@ def reference(
         for scale, (a_s, b_s) in enumerate(zip(a, b, strict=True))
     ]
     return x_0.to(dtype).contiguous(), torch.stack(x_t).to(dtype)
-
-
-# ---- the op
 
 
 def ingest(
@@ -217,9 +211,6 @@ def _run_reference(images, x_0, x_t, gain, offset, a, b, seed, draw, step) -> No
     result = reference(images, gain=gain, offset=offset, a=a, b=b, seed=seed, draw=draw, step=step, dtype=x_0.dtype)
     x_0.copy_(result[0])
     x_t.copy_(result[1])
-
-
-# ---- Triton
 
 
 @triton.jit
@@ -363,9 +354,6 @@ def _can_run_triton(images, *args) -> None:
     can_run(images, *args)
     if images.shape[1] * images.shape[2] >= 2**31 - 2**16:
         raise CannotRunError("more than 2^31 - 2^16 pixels an image")
-
-
-# ---- CPU
 
 
 PIXEL_CODES = {torch.uint8: 0, torch.uint16: 1, torch.float32: 2}

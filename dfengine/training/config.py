@@ -35,7 +35,7 @@ class TrainConfig:
     constant 1e-4, no EMA, no augmentation, the papers' synthesis; DF 4.2, DAD 3.3).
     `denoiser_share`: share of the budget for stage 1, the denoiser alone on normal images.
     `joint_scale`: factor on the denoiser's rate in stage 2, after a stage 1.
-    `denoiser_every`: in stage 2, only every so many steps train the denoiser too; the others, about three times as
+    `denoiser_every`: in stage 2, only every so many steps train the denoiser too; the others, about four times as
     fast, train the segmentation network on its reconstructions.
     `inference_t_share`: share of the joint stage's samples drawn at the time steps used at inference (t_s, t_b).
     `anomaly_share`: "half" of each batch exactly, or a "coin" for each sample.

@@ -39,7 +39,7 @@ class Objective:
         """`batch`: image uint8 (B, S, S, 3), mask uint8 (B, S, S), label (B,), position (B,), on any device.
 
         Without `train_denoiser`, stage 2 takes the reconstruction as given: only the mask loss has a gradient, and a
-        step costs about a third.
+        step costs about a quarter.
         """
         device, model = self.precision.device, self.model_config
         indices = batch["position"].tolist()

@@ -124,9 +124,6 @@ def run_into_nan(
     return x_0.cpu(), x_t.cpu()
 
 
-# ---- the noise
-
-
 @pytest.mark.parametrize(
     "counter, key, words",
     [
@@ -186,9 +183,6 @@ def test_float32_noise_is_float64_noise_rounded(seed, draw, step, scale):
     single = ingest.philox_normal(seed, draw, step, scale, (3, 5, 3))
     double = ingest.philox_normal(seed, draw, step, scale, (3, 5, 3), torch.float64)
     assert (single - double).abs().max() < 5e-6
-
-
-# ---- the op, every implementation
 
 
 CASES = [
@@ -275,9 +269,6 @@ def test_cpu_rounds_to_half_as_torch_does(dtype):
     x_0, x_t = torch.empty(images.shape, dtype=dtype), torch.empty((1, *images.shape), dtype=dtype)
     ingest._run_cpu(images, x_0, x_t, 1.0, 0.0, [1.0], [0.0], 0, 0, 0)
     torch.testing.assert_close(x_0, images.to(dtype), rtol=0, atol=0, equal_nan=True)
-
-
-# ---- calling it
 
 
 def call(images, **changes):
