@@ -159,6 +159,9 @@ def evaluate(
     group_by: Annotated[
         str | None, typer.Option(help="Regular expression; its first group in a file name is the bootstrap unit.")
     ] = None,
+    robustness: Annotated[
+        bool, typer.Option("--robustness", help="Score mildly changed good images too: do false alarms rise?")
+    ] = False,
     batch_size: BatchOption = 16,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",

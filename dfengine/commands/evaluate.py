@@ -10,15 +10,18 @@ from typing import Any
 
 import cv2
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 from dfengine.commands.scoring import Outputs, Scoring, open_detector, report_items, say, warn
 from dfengine.data.folders import Dataset, Sample, open_dataset
 from dfengine.data.images import read_mask
-from dfengine.data.inputs import collect_inputs
+from dfengine.data.inputs import InputImage, collect_inputs
 from dfengine.detection import resize_map
 from dfengine.detector import Detector
 from dfengine.errors import DataError, ImageError, UsageError
 from dfengine.evaluation.evaluate import evaluate, write_metrics
+from dfengine.evaluation.robustness import perturbed_scores, robustness_table
 from dfengine.report.report import ReportItem, write_report
 
 MAX_PIXELS = 40_000_000
@@ -30,6 +33,7 @@ def run_evaluate(
     data: Path,
     out: Path,
     group_by: str | None,
+    robustness: bool,
     batch_size: int,
     device: str,
     precision: str,
@@ -39,18 +43,27 @@ def run_evaluate(
     dataset = open_dataset(data)
     if not dataset.test:
         raise DataError(f"{data}: no test images (expected test/good and test/<defect>)")
+    if robustness and all(sample.label for sample in dataset.test):
+        raise DataError(f"{data}: no good test images, which --robustness needs (expected test/good)")
     detector = open_detector(checkpoint, device, precision, seed)
-    status, _ = evaluate_dataset(detector, dataset, out, checkpoint, group_by, batch_size)
+    status, _ = evaluate_dataset(detector, dataset, out, checkpoint, group_by, batch_size, robustness)
     return status
 
 
 def evaluate_dataset(
-    detector: Detector, dataset: Dataset, out: Path, checkpoint: Path, group_by: str | None = None, batch_size: int = 16
+    detector: Detector,
+    dataset: Dataset,
+    out: Path,
+    checkpoint: Path,
+    group_by: str | None = None,
+    batch_size: int = 16,
+    robustness: bool = False,
 ) -> tuple[int, dict[str, Any]]:
     """Scores the test images and writes results.csv, results.jsonl, metrics.json, per_defect.csv, roc.png, pr.png and
     report.html into `out`; returns the exit status and the metrics ({} when nothing could be scored).
 
     `group_by`: regular expression whose first group, searched in the file name, names the bootstrap unit.
+    `robustness`: score the good images under mild changes too; adds robustness.csv and "robustness" to the metrics.
     """
     samples = {str(sample.path): sample for sample in dataset.test}
     groups = _groups(samples.values(), group_by)
@@ -107,6 +120,8 @@ def evaluate_dataset(
                 result["notes"].append("No mask for " + ", ".join(s.path.name for s in dataset.missing_masks[:5]) + ".")
             if reduced:
                 result["notes"].append(f"{reduced} images are reduced for the pixel metrics, to bound memory.")
+            if robustness:
+                result.update(_robustness(scoring, images, dict(zip(names, scores, strict=True)), samples))
 
     report = outputs.attempt(
         lambda: write_report(
@@ -126,6 +141,8 @@ def evaluate_dataset(
     outputs.attempt(lambda: write_metrics(out, result))
     say(scoring.summary())
     print_metrics(result)
+    if "robustness" in result:
+        print_robustness(result["robustness"])
     if report:
         say(f"metrics: {out / 'metrics.json'}, report: {report}")
     return outputs.status(scoring), result
@@ -159,6 +176,59 @@ def print_metrics(result: dict[str, Any]) -> None:
         say(f"not computed: {', '.join(metrics)} ({reason})")
     for note in result["notes"]:
         say(f"note: {note}")
+
+
+def print_robustness(table: dict[str, Any]) -> None:
+    """Prints what `robustness_table` returned, in 80 columns."""
+
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    shown.add_column("change", no_wrap=True)
+    headings = ("alarms at\nclean 90%", "95%", "ratio", "goal", "alarms at\nthreshold", "ratio", "mean\nshift", "AUROC")
+    for heading in headings:
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for row in table["rows"]:
+        n, low, high = row["n"], row["rate_low"], row["rate_high"]
+        at_threshold = row["alarms_at_threshold"]
+        shown.add_row(
+            row["change"],
+            f"{row['alarms']}/{n}" if n else "-",
+            f"{100 * low:.0f}-{100 * high:.0f}%" if n else "-",
+            number(row["ratio"], ".2f"),
+            {True: "pass", False: "FAIL", None: "-"}[row["passes"]],
+            "-" if at_threshold is None else f"{at_threshold}/{n}",
+            number(row["ratio_at_threshold"], ".2f"),
+            number(row["mean_shift"], "+.4f"),
+            number(row["image_auroc"], ".4f"),
+        )
+    say(
+        f"robustness of the {table['n_good']} good images (clean 90% quantile {table['quantile_threshold']:.4f}, "
+        f"threshold {number(table['threshold'], '.4f')}):"
+    )
+    Console(highlight=False).print(shown)
+    failed = [row["change"] for row in table["rows"] if not row["passes"]]
+    goal = f"false alarms at most {table['goal_ratio']:g} times those of the unchanged images"
+    say(f"{goal}: " + (f"not under {', '.join(failed)}" if failed else "under every change"))
+
+
+def _robustness(
+    scoring: Scoring, images: list[InputImage], scores: dict[str, float], samples: dict[str, Sample]
+) -> dict[str, Any]:
+    """{"robustness": the table} of the images that have `scores` (name -> raw), {} where none of them is good."""
+    good = [image for image in images if image.name in scores and not samples[image.name].label]
+    if not good:
+        warn("no good image could be scored: robustness is not measured")
+        return {}
+    # Counted apart: the summary speaks of the test images.
+    changed = Scoring(scoring.detector, scoring.batch_size)
+    changed_scores = perturbed_scores(changed.batches, good)
+    scoring.refused += changed.refused
+    scoring.stopped |= changed.stopped
+    clean = [scores[image.name] for image in good]
+    anomalous = [score for name, score in scores.items() if samples[name].label]
+    return {"robustness": robustness_table(clean, changed_scores, scoring.detector.threshold, anomalous)}
 
 
 def _groups(samples, pattern: str | None) -> dict[str, str] | None:

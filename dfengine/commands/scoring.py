@@ -142,7 +142,7 @@ def report_items(detection: Detection, truth: Callable[[str], tuple[str | None, 
 
 RESULTS = (
     "results.csv", "results.jsonl", "report.html", "heatmaps/[0-9]*_*.png", "metrics.json", "per_defect.csv", "roc.png",
-    "pr.png", "demo.json",
+    "pr.png", "robustness.csv", "demo.json",
 )  # fmt: skip
 """What commands write into their output folder, and remove from it when they write there again."""
 

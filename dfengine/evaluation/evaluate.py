@@ -114,15 +114,19 @@ def per_defect_table(scores: np.ndarray, labels: np.ndarray, defects: Sequence[s
 def write_metrics(out_dir: str | Path, result: dict) -> dict[str, Path]:
     """Writes what `evaluate` returned; returns name -> path of the files written.
 
-    metrics.json (all but the curves), per_defect.csv, and roc.png and pr.png where both classes are there.
+    metrics.json (all but the curves), per_defect.csv, roc.png and pr.png where both classes are there, and
+    robustness.csv where `result` also holds a `robustness_table` as "robustness".
     Raises DfengineError where a file cannot be written.
     """
     out_dir = Path(out_dir)
     numbers = {name: value for name, value in result.items() if name != "curves"}
     contents: dict[str, bytes | str] = {
         "metrics.json": json.dumps(numbers, indent=2, allow_nan=False) + "\n",
-        "per_defect.csv": _csv(result["per_defect"]),
+        "per_defect.csv": _csv(("defect", "n", "image_auroc", "alarms", "recall"), result["per_defect"]),
     }
+    if "robustness" in result:
+        rows = result["robustness"]["rows"]
+        contents["robustness.csv"] = _csv(list(rows[0]), rows)
     if roc := result["curves"]["roc"]:
         contents["roc.png"] = roc_plot(roc["fpr"], roc["tpr"], _title("Image AUROC", result, "image_auroc"))
     if pr := result["curves"]["pr"]:
@@ -166,9 +170,9 @@ def _title(name: str, result: dict, key: str) -> str:
     return title + (f"  (95%: {interval[0]:.4f} to {interval[1]:.4f})" if interval else "")
 
 
-def _csv(rows: list[dict]) -> str:
+def _csv(fields: Sequence[str], rows: list[dict]) -> str:
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, ["defect", "n", "image_auroc", "alarms", "recall"], lineterminator="\n")
+    writer = csv.DictWriter(buffer, fields, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue()

@@ -13,9 +13,12 @@ from PIL import Image
 import dfengine
 from dfengine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from dfengine.cli import main
+from dfengine.commands.demo import shipped_checkpoint
+from dfengine.data.fasteners import write_fasteners
 from dfengine.data.folders import content_digest, open_dataset
 from dfengine.evaluation.calibration import Calibration, calibrate
 from dfengine.evaluation.metrics import auroc
+from dfengine.evaluation.robustness import PERTURBATIONS, measure_robustness
 from tests.helpers import tiny_model
 
 
@@ -129,6 +132,54 @@ def test_evaluate_agrees_with_the_scores(checkpoint, data, tmp_path, capsys):
         ".dfengine-output",
     }  # fmt: skip
     assert f"image AUROC {metrics['image_auroc']:.4f}" in capsys.readouterr().out
+
+
+def test_evaluate_measures_robustness(tmp_path, capsys):
+    data, out, shipped = tmp_path / "data", tmp_path / "out", shipped_checkpoint()
+    write_fasteners(data, train=0, test_good=4, per_defect=1, seed=11, size=96)
+    broken = data / "test" / "good" / "broken.png"
+    broken.write_bytes(b"no image")
+    arguments = ["evaluate", str(shipped), str(data), "--out", str(out), "--batch-size", "5"]
+    assert main([*arguments, "--robustness"]) == 3
+    printed = capsys.readouterr()
+    assert printed.err.count("broken.png") == 1 and "7 images scored, 1 refused" in printed.out
+    table = json.loads((out / "metrics.json").read_text())["robustness"]
+    assert [row["change"] for row in table["rows"]] == ["none", *(change.name for change in PERTURBATIONS)]
+    assert {row["n"] for row in table["rows"]} == {4} and table["n_anomalous"] == 3
+    assert [float(row["rate"]) for row in rows_of(out / "robustness.csv")] == [row["rate"] for row in table["rows"]]
+    for row in table["rows"]:
+        assert f"{row['change']} " in printed.out and f"{row['alarms']}/4" in printed.out
+    assert "<h2>Robustness</h2>" in (out / "report.html").read_text()
+    # From Python the same, and the unchanged images are those of the results.
+    anomalous = [sample.path for sample in open_dataset(data).test if sample.label]
+    from_python = measure_robustness(dfengine.load(shipped), data / "test" / "good", anomalous)
+    for row, other in zip(table["rows"], from_python["rows"], strict=True):
+        assert other["mean_shift"] == pytest.approx(row["mean_shift"], abs=2e-5)
+        assert other["image_auroc"] == row["image_auroc"] and other["n"] == 4
+    assert len({row["mean_shift"] for row in table["rows"]}) > len(PERTURBATIONS) / 2
+    assert table["rows"][0]["alarms"] == 1 and table["threshold"] == from_python["threshold"]
+    # A later run without it leaves no table that could pass for its own.
+    broken.unlink()
+    assert main(arguments) == 0
+    assert not (out / "robustness.csv").exists() and "robustness" not in capsys.readouterr().out
+    assert "robustness" not in json.loads((out / "metrics.json").read_text())
+
+
+def test_robustness_needs_good_test_images(checkpoint, data, tmp_path, capsys):
+    arguments = ["evaluate", str(checkpoint), str(data), "--out", str(tmp_path / "out"), "--robustness"]
+    good = sorted((data / "test/good").iterdir())
+    for path in good:
+        path.write_bytes(b"no image")
+    assert main(arguments) == 3
+    printed = capsys.readouterr()
+    assert "no good image could be scored: robustness is not measured" in printed.err
+    assert "no good image" in printed.out and not (tmp_path / "out" / "robustness.csv").exists()
+    for path in good:
+        path.unlink()
+    assert main(arguments) == 1
+    assert capsys.readouterr().err == (
+        f"dfengine: {data}: no good test images, which --robustness needs (expected test/good)\n"
+    )
 
 
 def test_calibrate_leaves_out_what_was_trained_on(checkpoint, data, tmp_path, capsys):

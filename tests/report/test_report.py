@@ -12,6 +12,7 @@ from PIL import Image
 from dfengine.errors import DfengineError
 from dfengine.evaluation.calibration import calibrate
 from dfengine.evaluation.evaluate import evaluate
+from dfengine.evaluation.robustness import robustness_table
 from dfengine.report import ReportItem, report, write_report
 
 META = {"checkpoint": "model.safetensors", "seed": 7}
@@ -144,6 +145,19 @@ def test_metrics_and_calibration_are_shown(tmp_path):
     assert "1.000 image AUROC" in result.text and "no ground-truth masks" in result.text
     assert "cannot be estimated from 2 normal images" in result.text
     assert "missing 1 1.0000 1 (100.0%)" in result.text
+
+
+def test_robustness_is_shown_where_it_was_measured(tmp_path):
+    items = [item("b", 0.3, "good"), item("c", 0.2, "good")]
+    metrics = evaluate([0.3, 0.2], [0, 0], ["good", "good"], None, None, 0.5)
+    assert "Robustness" not in page(tmp_path, items, metrics=metrics).text
+    changed = {"dim": [0.28, 0.1, 0.06], "blur": [0.9, 0.9, 0.6], "gone": [np.nan] * 3}
+    metrics["robustness"] = robustness_table([0.3, 0.2, 0.1], changed, 0.7)
+    text = page(tmp_path, items, metrics=metrics).text
+    assert "none 1 of 3 (33.3%) 0.8% to 90.6% 1 – 0 (0.0%) – +0.0000 –" in text
+    assert "dim 1 of 3 (33.3%) 0.8% to 90.6% 1 pass 0 (0.0%) – -0.0533 –" in text
+    assert "blur 3 of 3 (100.0%) 29.2% to 100.0% 3 fail 2 (66.7%) – +0.6000 –" in text
+    assert "gone – – – – – – – –" in text
 
 
 def test_metrics_of_one_class(tmp_path):
