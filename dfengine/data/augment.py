@@ -22,6 +22,8 @@ class AugmentConfig:
     gamma: log2 of the exponent. contrast: relative, about the image mean. white_balance: relative gain of each channel.
     blur: largest Gaussian sigma in thousandths of the side. noise: largest sigma of the added noise, in 8-bit levels.
     flip: which mirrorings a normal object allows ("h" left-right, "v" up-down), each taken with chance 1/2.
+    camera_last: light, blur and noise come after a synthetic defect, as a camera sees one, and cover the traces of its
+    making; else before it.
     """
 
     shift: float = 0.04
@@ -34,10 +36,11 @@ class AugmentConfig:
     blur: float = 3.0
     noise: float = 2.0
     flip: str = ""
+    camera_last: bool = True
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if field.name == "flip":
+            if field.name in ("flip", "camera_last"):
                 continue
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
@@ -45,13 +48,15 @@ class AugmentConfig:
         for name in ("shift", "scale", "contrast", "white_balance"):
             if getattr(self, name) >= 1:
                 raise ConfigError(f"augmentation {name} is a fraction below 1, not {getattr(self, name)!r}")
+        if not isinstance(self.camera_last, bool):
+            raise ConfigError(f"augmentation camera_last must be true or false, not {self.camera_last!r}")
         if self.flip not in FLIPS:
             raise ConfigError(f"augmentation flip must be h, v, hv or none, not {self.flip!r}")
 
     @classmethod
     def off(cls) -> AugmentConfig:
         """No augmentation at all."""
-        return cls(**{field.name: 0.0 for field in dataclasses.fields(cls) if field.name != "flip"})
+        return cls(**{field.name: 0.0 for field in dataclasses.fields(cls) if field.type == "float"})
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -65,7 +70,7 @@ class AugmentConfig:
 
 
 class Augmentation:
-    """One drawn augmentation, to be applied to an image and, its geometry alone, to the image's foreground mask."""
+    """One drawn augmentation: `pose` moves an image, `mask` its foreground in the same way, `camera` does the rest."""
 
     def __init__(self, size: int, rng: np.random.Generator, config: AugmentConfig):
         def around(width: float) -> float:
@@ -93,12 +98,14 @@ class Augmentation:
         sigma = config.noise * float(rng.random()) ** 2
         self.noise = sigma * rng.standard_normal((size, size, 3), dtype=np.float32) if config.noise else None
 
-    def image(self, image: np.ndarray) -> np.ndarray:
-        """`image` uint8 (S, S, 3) augmented, a new array of the same form. A gray picture stays gray."""
+    def pose(self, image: np.ndarray) -> np.ndarray:
+        """`image` uint8 (S, S, 3) flipped, turned, zoomed and shifted."""
+        return self._warp(image, cv2.INTER_LINEAR) if self.moves else image
+
+    def camera(self, image: np.ndarray) -> np.ndarray:
+        """`image` uint8 (S, S, 3) under another light and camera: a new array. A gray picture stays gray."""
         gray = np.array_equal(image[..., 0], image[..., 1]) and np.array_equal(image[..., 0], image[..., 2])
         balance = 1.0 if gray else self.balance
-        if self.moves:
-            image = self._warp(image, cv2.INTER_LINEAR)
         if self.blur > 0.2:  # below this the kernel is a single pixel
             image = cv2.GaussianBlur(image, (0, 0), self.blur, borderType=cv2.BORDER_REFLECT_101)
         # A tone curve for each channel: gain, gamma, then contrast about the mean of the picture.
@@ -126,4 +133,5 @@ class Augmentation:
 
 def augment_normal(image: np.ndarray, rng: np.random.Generator, config: AugmentConfig) -> np.ndarray:
     """A lightly augmented copy of a normal image, uint8 (S, S, 3)."""
-    return Augmentation(image.shape[0], rng, config).image(image)
+    augmentation = Augmentation(image.shape[0], rng, config)
+    return augmentation.camera(augmentation.pose(image))

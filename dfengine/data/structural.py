@@ -34,6 +34,7 @@ _WORK = 32  # side of the small pictures on which donors of background are compa
 _CANDIDATES = 24  # donors compared for one fill
 _UNFIT = 22.0  # cost, roughly in 8-bit levels, from which a bare texture is better than the best donor
 _REFLECT = cv2.BORDER_REFLECT_101
+_ALIKE = 0.6  # mean overlap (intersection over union) of the objects with their common place
 
 
 class Structural:
@@ -48,6 +49,10 @@ class Structural:
         self.area = area
         self._small = np.stack([_shrink(image) for image in images])
         self._small_foreground = np.stack([_shrink(mask.astype(np.float32)) for mask in foregrounds])
+        # Whether one image's object fits into the place of another's.
+        common = foregrounds.mean(axis=0) > 0.5
+        union = (foregrounds | common).sum(axis=(1, 2))
+        self.aligned = len(images) > 1 and bool(np.mean((foregrounds & common).sum(axis=(1, 2)) / union) > _ALIKE)
 
     def draw(self, scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, str]:
         """One edit of the scene: (float32 (S, S, 3), kind). Whether it changed anything is for the caller to see."""
@@ -72,22 +77,63 @@ class Structural:
         copy = copy + np.float32(rng.uniform(0, 2)) * rng.standard_normal(copy.shape, dtype=np.float32)
         return _mix(scene.image, copy, region, rng)
 
+    def transplant(self, scene: Scene, rng: np.random.Generator) -> np.ndarray:
+        """The object of another normal image, or a part of it, in its place: normal still, float32 (S, S, 3)."""
+        other = int(rng.integers(len(self.images)))
+        source = self.images[other].astype(np.float32)
+        region = grow(scene.foreground | self.foregrounds[other], 1 + scene.size // 48)
+        if rng.random() < 0.5:
+            region = region & grow(shape_region(scene, rng, self._draw_area(rng)), 1)
+        if not region.any():
+            return scene.image
+        rim = grow(region, 2 + scene.size // 32) & ~region
+        if rng.random() < 0.5 and rim.any():
+            source = source + membrane(scene.image - source, rim)
+        elif rim.any():
+            source = source + (scene.image[rim].mean(axis=0) - source[rim].mean(axis=0))
+        return _mix(scene.image, source, region, rng)
+
     # ---- the edits -------------------------------------------------------------------------------------------------
 
-    def _missing(self, scene: Scene, rng: np.random.Generator) -> np.ndarray:
-        """The object erased, wholly or but for its middle: a clip is gone, what it was wound around stays."""
+    def _object_region(self, scene: Scene, rng: np.random.Generator) -> np.ndarray:
+        """The object, wholly or but for its middle; a large part of it where it covers too much of the image."""
         size, region = scene.size, scene.foreground
         choice = rng.random()
         if compactness(region) > COMPACT and choice < 0.3:
-            region = ring_region(scene, rng)
-        elif region.mean() > self.area[1] or (compactness(region) <= COMPACT and choice < 0.5):
-            region = any_region(scene, rng, self.area[1])
-        else:
-            if compactness(region) > COMPACT and choice < 0.6:
-                core = cv2.distanceTransform(region.astype(np.uint8), cv2.DIST_L2, 3)
-                region = region & (core < rng.uniform(0.4, 0.8) * core.max())
-            region = grow(region, int(rng.integers(1, 3 + size // 32)))
+            return ring_region(scene, rng)
+        if region.mean() > self.area[1] or (compactness(region) <= COMPACT and choice < 0.5):
+            return any_region(scene, rng, self.area[1])
+        if compactness(region) > COMPACT and choice < 0.6:
+            core = cv2.distanceTransform(region.astype(np.uint8), cv2.DIST_L2, 3)
+            region = region & (core < rng.uniform(0.4, 0.8) * core.max())
+        return grow(region, int(rng.integers(1, 3 + size // 32)))
+
+    def _missing(self, scene: Scene, rng: np.random.Generator) -> np.ndarray:
+        """The object erased, wholly or but for its middle: a clip is gone, what it was wound around stays."""
+        region = self._object_region(scene, rng)
         return _mix(scene.image, self._fill(scene, region, rng), region, rng)
+
+    def _replaced(self, scene: Scene, rng: np.random.Generator) -> np.ndarray:
+        """Anything but the object in its place: another normal image, or this one, turned, mirrored and moved.
+
+        What shows where a part is missing need not be smooth: a plate, a hole, stones.
+        """
+        region, size = self._object_region(scene, rng), scene.size
+        other = int(rng.integers(len(self.images)))
+        picture = scene.image if rng.random() < 0.3 else self.images[other].astype(np.float32)
+        if rng.random() < 0.5:
+            picture = picture[:, ::-1]
+        middle, reach = ((size - 1) / 2, (size - 1) / 2), size * rng.uniform(0.25, 0.5)
+        direction = rng.uniform(0, 2 * np.pi)
+        shift = (reach * np.cos(direction), reach * np.sin(direction))
+        matrix = _about(middle, rng.uniform(-180, 180), rng.uniform(0.8, 1.6), shift)
+        source = cv2.warpAffine(picture, matrix, (size, size), flags=cv2.INTER_LINEAR, borderMode=_REFLECT)
+        rim = grow(region, 2 + size // 32) & ~region
+        if rim.any():
+            step = scene.image - source
+            whole = rng.random() < 0.5
+            source = source + (membrane(step, rim) if whole else np.float32(rng.random()) * step[rim].mean(axis=0))
+        return _mix(scene.image, source, region, rng)
 
     def _erased(self, scene: Scene, rng: np.random.Generator) -> np.ndarray:
         """A part filled from its surroundings or with background from elsewhere."""
@@ -206,11 +252,12 @@ class Structural:
 
 
 _EDITS: dict[str, tuple[float, Callable[[Structural, Scene, np.random.Generator], np.ndarray]]] = {
-    "missing": (0.25, Structural._missing),
-    "erased": (0.30, Structural._erased),
-    "displaced": (0.20, Structural._displaced),
+    "missing": (0.30, Structural._missing),
+    "replaced": (0.15, Structural._replaced),
+    "erased": (0.20, Structural._erased),
+    "displaced": (0.15, Structural._displaced),
     "bent": (0.10, Structural._bent),
-    "pasted": (0.15, Structural._pasted),
+    "pasted": (0.10, Structural._pasted),
 }
 STRUCTURAL_KINDS = tuple(_EDITS)
 
@@ -282,11 +329,25 @@ def _texture_layer(scene: Scene, hole: np.ndarray, rng: np.random.Generator) -> 
     spot = np.zeros_like(scene.image)
     spot[:side, :side] = np.clip(patch, -limit, limit) / side
     noise = np.fft.rfft2(rng.standard_normal((size, size), dtype=np.float32))[..., None]
-    fine = np.fft.irfft2(noise * np.fft.rfft2(spot, axes=(0, 1)), s=(size, size), axes=(0, 1)).astype(np.float32)
+    spectrum = np.fft.rfft2(spot, axes=(0, 1))
+    if rng.random() < 0.7:  # the patch's grain, not its direction, which few surfaces have
+        spectrum = _isotropic(spectrum)
+    fine = np.fft.irfft2(noise * spectrum, s=(size, size), axes=(0, 1)).astype(np.float32)
     if rim.sum() > size // 4:  # as rough as the background around the hole, edges not counted
         around = (scene.image - cv2.GaussianBlur(scene.image, (0, 0), sigma))[rim]
         fine *= np.clip(1.5 * float(np.median(np.abs(around))) / max(float(fine.std()), 1e-3), 0.0, 1.5)
-    return fine
+    return fine * np.float32(rng.random())  # from smooth to fully rough: neither is evidence
+
+
+def _isotropic(spectrum: np.ndarray) -> np.ndarray:
+    """The root mean square of a half spectrum (S, S // 2 + 1, C) over each ring of equal frequency, in its place."""
+    size = spectrum.shape[0]
+    fy, fx = np.fft.fftfreq(size)[:, None] * size, np.arange(spectrum.shape[1])[None, :]
+    ring = np.rint(np.hypot(fy, fx)).astype(int).ravel()
+    power = np.abs(spectrum).reshape(-1, spectrum.shape[2]) ** 2
+    counts = np.maximum(np.bincount(ring), 1)
+    mean = np.stack([np.bincount(ring, channel) / counts for channel in power.T], axis=1)
+    return np.sqrt(mean)[ring].reshape(spectrum.shape)
 
 
 def _about(centre: tuple[float, float], angle: float, zoom: float, shift: tuple[float, float]) -> np.ndarray:

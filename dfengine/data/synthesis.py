@@ -43,6 +43,8 @@ class SynthesisConfig:
     Perlin shape is empty when it has no pixel).
     decoy: chance that a *normal* training sample is processed like an anomaly without becoming one
     (`Synthesizer.decoy`), so that traces of blending are no evidence.
+    transplant: chance that a decoy carries the object, or a part of it, of another normal image in its place; only
+    where the objects stand alike in all images.
     """
 
     recipe: str = "mixed"
@@ -54,6 +56,7 @@ class SynthesisConfig:
     change_threshold: float = 10.0
     min_changed: float = 0.003
     decoy: float = 0.1
+    transplant: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("beta_range", "area"):
@@ -68,7 +71,7 @@ class SynthesisConfig:
         if self.foreground not in FOREGROUND_KINDS:
             known = ", ".join(FOREGROUND_KINDS)
             raise ConfigError(f"synthesis foreground must be one of {known}, not {self.foreground!r}")
-        for name in ("structural_share", "min_changed", "decoy"):
+        for name in ("structural_share", "min_changed", "decoy", "transplant"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"synthesis {name} must be within [0, 1], not {getattr(self, name)!r}")
         if self.max_draws < 1:
@@ -140,7 +143,9 @@ class Synthesizer:
 
     def decoy(self, image: np.ndarray, foreground: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """A normal image processed as the structural anomalies are, and still normal. uint8 (S, S, 3)."""
-        return _to_uint8(self._structural.decoy(Scene(image.astype(np.float32), foreground), rng))
+        scene, structural = Scene(image.astype(np.float32), foreground), self._structural
+        transplant = structural.aligned and rng.random() < self.config.transplant
+        return _to_uint8((structural.transplant if transplant else structural.decoy)(scene, rng))
 
     def _draw_structural(
         self, image: np.ndarray, foreground: np.ndarray, rng: np.random.Generator

@@ -63,7 +63,9 @@ class TrainingSet(Dataset):
         rng = stream(self.seed, Stream.SAMPLE, global_index)
         index = self._image_index(global_index)
         augmentation = Augmentation(self.images.shape[1], rng, self.augment)
-        image = augmentation.image(self.images[index])
+        image = augmentation.pose(self.images[index])
+        if not self.augment.camera_last:
+            image = augmentation.camera(image)
         mask = np.zeros(image.shape[:2], np.uint8)
         label = 0
         if self.anomaly_share != "none":
@@ -73,6 +75,8 @@ class TrainingSet(Dataset):
                 image, mask, label = result.image, result.mask.astype(np.uint8), int(result.kind != "normal")
             elif rng.random() < self.synthesizer.config.decoy:
                 image = self.synthesizer.decoy(image, foreground, rng)
+        if self.augment.camera_last:
+            image = augmentation.camera(image)
         return {
             "image": torch.from_numpy(np.ascontiguousarray(image)),
             "mask": torch.from_numpy(mask),

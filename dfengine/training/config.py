@@ -39,6 +39,7 @@ class TrainConfig:
     fast, train the segmentation network on its reconstructions.
     `inference_t_share`: share of the joint stage's samples drawn at the time steps used at inference (t_s, t_b).
     `anomaly_share`: "half" of each batch exactly, or a "coin" for each sample.
+    `focal_gamma`: exponent of the focal part of the mask loss (4 in the papers; 0 is cross-entropy).
     `scale_loss`: the noise losses of the two scales enter as their "mean" (DF) or "sum" (DAD).
     Rates are peaks; `schedule` "cosine" warms up over `warmup` (share of a stage) and decays to 1%, per stage.
     `segmentation_period`: the segmentation rate follows a cosine of so many steps instead; 0 for none.
@@ -66,6 +67,7 @@ class TrainConfig:
     inference_t_share: float | None = None
     anomaly_share: str | None = None
     scale_loss: str | None = None
+    focal_gamma: float | None = None
     learning_rate: float | None = None
     segmentation_rate: float | None = None
     schedule: str | None = None
@@ -123,6 +125,7 @@ class TrainConfig:
             need(value is None or _positive(value), f"{name} must be positive, not {value!r}")
         need(self.ema_decay is None or 0 <= self.ema_decay < 1, "ema_decay must be in [0, 1)")
         need(self.clip is None or self.clip >= 0, "clip must not be negative")
+        need(self.focal_gamma is None or 0 <= self.focal_gamma <= 10, "focal_gamma must be between 0 and 10")
         need((self.segmentation_period or 0) >= 0, "segmentation_period must not be negative")
         need(self.weight_decay >= 0, "weight_decay must not be negative")
         need(0 <= self.warmup <= 1, "warmup must be between 0 and 1")
@@ -149,6 +152,7 @@ class TrainConfig:
             inference_t_share=0.0 if paper else 0.5,
             anomaly_share="coin" if paper and diffusionad else "half",
             scale_loss="sum" if diffusionad else "mean",
+            focal_gamma=4.0,
             learning_rate=rate,
             segmentation_rate=seg_rate,
             schedule="constant" if paper else "cosine",

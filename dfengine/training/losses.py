@@ -29,7 +29,7 @@ def focal_loss(logits: Tensor, target: Tensor, alpha: float = FOCAL_ALPHA, gamma
     return (alpha * (1 - torch.exp(-cross_entropy)).pow(gamma) * cross_entropy).mean()
 
 
-def mask_loss(logits: Tensor, target: Tensor) -> Tensor:
+def mask_loss(logits: Tensor, target: Tensor, gamma: float = FOCAL_GAMMA) -> Tensor:
     """SmoothL1 between probabilities and mask, plus 5 times the focal loss. `logits`, `target`: (B, 1, H, W)."""
     logits, target = logits.float(), target.float()
-    return F.smooth_l1_loss(torch.sigmoid(logits), target) + FOCAL_WEIGHT * focal_loss(logits, target)
+    return F.smooth_l1_loss(torch.sigmoid(logits), target) + FOCAL_WEIGHT * focal_loss(logits, target, gamma=gamma)

@@ -68,7 +68,7 @@ class Objective:
         with self.precision.autocast():
             logits = self.model.segmentation(pair)
         mask = (batch["mask"] > 0).to(device, non_blocking=True)[:, None]
-        segmentation = mask_loss(logits, mask)
+        segmentation = mask_loss(logits, mask, self.config.focal_gamma)
         return Losses(denoising + segmentation, denoising.detach(), segmentation.detach())
 
     def _eps(self, x_t: Tensor, t: Tensor) -> Tensor:

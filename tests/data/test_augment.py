@@ -36,7 +36,7 @@ def test_shift_moves_whole_pixels_and_the_mask_with_them():
         assert abs(x) <= 3 and abs(y) <= 3
         rows, columns = slice(max(0, y), 32 + min(0, y)), slice(max(0, x), 32 + min(0, x))
         back_rows, back_columns = slice(max(0, -y), 32 + min(0, -y)), slice(max(0, -x), 32 + min(0, -x))
-        np.testing.assert_array_equal(augmentation.image(IMAGE)[rows, columns], IMAGE[back_rows, back_columns])
+        np.testing.assert_array_equal(augmentation.pose(IMAGE)[rows, columns], IMAGE[back_rows, back_columns])
         np.testing.assert_array_equal(augmentation.mask(MASK)[rows, columns], MASK[back_rows, back_columns])
         moved += (x, y) != (0, 0)
     assert moved >= 8
@@ -55,7 +55,7 @@ def test_exposure_is_a_gain():
     for seed in range(10):
         augmentation = Augmentation(32, np.random.default_rng(seed), only(exposure=0.3))
         expected = np.clip(np.rint(IMAGE * augmentation.gain), 0, 255)
-        assert np.abs(augmentation.image(IMAGE) - expected).max() <= 1
+        assert np.abs(augmentation.camera(IMAGE) - expected).max() <= 1
         assert 2**-0.3 <= augmentation.gain <= 2**0.3
 
 
@@ -63,7 +63,7 @@ def test_contrast_keeps_the_mean():
     gray = np.clip(IMAGE, 60, 190)
     for seed in range(10):
         augmentation = Augmentation(32, np.random.default_rng(seed), only(contrast=0.2))
-        image = augmentation.image(gray).astype(float)
+        image = augmentation.camera(gray).astype(float)
         assert abs(image.mean() - gray.mean()) < 1
         assert image.std() == pytest.approx(augmentation.contrast * gray.std(), rel=0.02)
 
@@ -87,7 +87,7 @@ def test_gray_stays_gray():
 
 def test_mask_follows_rotation():
     augmentation = Augmentation(32, np.random.default_rng(3), only(rotation=20.0, scale=0.1, shift=0.1))
-    image, mask = augmentation.image(IMAGE), augmentation.mask(MASK)
+    image, mask = augmentation.pose(IMAGE), augmentation.mask(MASK)
     dark = image.mean(axis=-1) < 125
     assert (dark & mask).sum() / (dark | mask).sum() > 0.8
 

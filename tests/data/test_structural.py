@@ -73,6 +73,32 @@ def test_every_kind_is_drawn_and_changes_the_picture():
         assert np.max(areas) < 0.6, kind
 
 
+def test_transplants_bring_the_object_of_another_image():
+    images, foregrounds = bars(6, 64)
+    images = images // 8 * 8
+    for image, foreground, level in zip(images, foregrounds, range(100, 220, 20), strict=True):
+        image[foreground] = level
+    structural = Structural(images, foregrounds)
+    brought = 0
+    for seed in range(20):
+        before = Scene(images[0].astype(np.float32), foregrounds[0])
+        after = structural.transplant(before, np.random.default_rng(seed))
+        assert after.shape == (64, 64, 3) and after.dtype == np.float32 and np.isfinite(after).all()
+        far = ~cv2.dilate(foregrounds.any(axis=0).astype(np.uint8), np.ones((15, 15), np.uint8)).astype(bool)
+        assert np.abs(after - before.image)[far].max(initial=0) < 1
+        brought += np.abs(after - before.image)[foregrounds[0]].mean() > 5
+    assert brought >= 8
+
+
+def test_objects_are_aligned_where_they_stand_alike():
+    assert Structural(IMAGES, np.repeat(FOREGROUNDS[:1], len(IMAGES), axis=0)).aligned
+    scattered = np.zeros_like(FOREGROUNDS)
+    for index, mask in enumerate(scattered):
+        mask[10 * index : 10 * index + 8, 10 * index : 10 * index + 8] = True
+    assert not Structural(IMAGES, scattered).aligned
+    assert not Structural(IMAGES[:1], FOREGROUNDS[:1]).aligned  # nothing to bring
+
+
 @pytest.mark.parametrize("area", [0.01, 0.05, 0.2])
 def test_regions_have_about_the_area_and_lie_on_the_object(area):
     images, foregrounds = bars(1, 64, clutter=True)

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from dfengine.data.augment import AugmentConfig
+from dfengine.data.augment import Augmentation, AugmentConfig
 from dfengine.data.streams import Stream, stream
 from dfengine.data.structural import STRUCTURAL_KINDS
 from dfengine.data.synthesis import SynthesisConfig, Synthesizer
@@ -107,19 +109,41 @@ def test_every_epoch_passes_through_all_images_in_its_own_order():
     assert len({tuple(epoch) for epoch in epochs}) > 2
 
 
-def test_augmentation_comes_before_the_synthesis():
+def outside_of(sample) -> np.ndarray:
+    return cv2.dilate(sample["mask"].numpy(), np.ones((5, 5), np.uint8)) == 0
+
+
+def test_camera_first_leaves_the_normal_image_outside_the_anomaly():
     """Outside its mask (and soft rim) an anomalous sample is exactly the augmented normal image."""
-    import cv2
-
-    from dfengine.data.augment import Augmentation
-
-    data = training_set(config=SynthesisConfig(decoy=0.0))
+    data = training_set(augment=AugmentConfig(camera_last=False), config=SynthesisConfig(decoy=0.0))
     for position in range(16):
         sample = data[position]
         augmentation = Augmentation(32, stream(11, Stream.SAMPLE, position), data.augment)
-        normal = augmentation.image(IMAGES[sample["index"]])
-        outside = cv2.dilate(sample["mask"].numpy(), np.ones((5, 5), np.uint8)) == 0
+        normal = augmentation.camera(augmentation.pose(IMAGES[sample["index"]]))
+        outside = outside_of(sample)
         np.testing.assert_array_equal(sample["image"].numpy()[outside], normal[outside])
+
+
+def test_camera_last_acts_on_the_anomaly_too():
+    """Noise covers an anomaly as it covers the rest; the pose comes before the anomaly all the same."""
+    off = AugmentConfig.off()
+    clean, grainy = (
+        training_set(augment=replace(off, shift=0.1, noise=noise), config=SynthesisConfig(decoy=0.0))
+        for noise in (1e-6, 20.0)
+    )
+    inside, outside = [], []
+    for position in range(24):
+        sample = clean[position]
+        if not sample["label"]:
+            continue
+        other = grainy[position]
+        np.testing.assert_array_equal(other["mask"], sample["mask"])
+        difference = other["image"].numpy().astype(float) - sample["image"].numpy()
+        inside.append(difference[sample["mask"].numpy() > 0].std())
+        outside.append(difference[outside_of(sample)].std())
+    assert len(inside) >= 8
+    np.testing.assert_allclose(np.mean(inside), np.mean(outside), rtol=0.35)
+    assert np.mean(inside) > 2
 
 
 def test_decoys_are_normals_that_were_processed():
