@@ -46,9 +46,10 @@ class BuildNative(build_ext):
             built = Path(self.build_lib, self.get_ext_filename(self.get_ext_fullname(extension.name)))
             package = Path(self.get_finalized_command("build_py").get_package_dir("dfengine"))
             for path, name in ((built, built.name), (built.with_name(NOTE), NOTE)):
-                (package / name).unlink(missing_ok=True)
-                if path.exists():
-                    shutil.copy2(path, package / name)
+                if path.exists():  # moved into place whole: another process may be importing it
+                    os.replace(shutil.copy2(path, package / f"{name}.new"), package / name)
+                else:
+                    (package / name).unlink(missing_ok=True)
 
 
 def build_native(target: Path, work: Path) -> None:

@@ -6,10 +6,12 @@
 #include <algorithm>
 #include <array>
 #include <map>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "cpu/group_norm.h"
 #include "cpu/ingest.h"
 #include "cpu/parallel.h"
 
@@ -21,17 +23,19 @@ struct Level {
     const char* name;
     bool usable;
     dfe::IngestTiles ingest;
+    dfe::GroupNormPasses (*group_norm_forward)(const dfe::GroupNormArguments&);
+    dfe::GroupNormPasses (*group_norm_backward)(const dfe::GroupNormArguments&);
 };
 
 std::vector<Level> find_levels() {
-    std::vector<Level> levels{{"base", true, dfe::base::ingest_tiles}};
+    std::vector<Level> levels{{"base", true, dfe::base::ingest_tiles, dfe::base::group_norm_forward, dfe::base::group_norm_backward}};
 #if defined(DFE_X86_LEVELS)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    levels.push_back({"avx2", avx2, dfe::avx2::ingest_tiles});
-    levels.push_back({"avx512", avx512, dfe::avx512::ingest_tiles});
+    levels.push_back({"avx2", avx2, dfe::avx2::ingest_tiles, dfe::avx2::group_norm_forward, dfe::avx2::group_norm_backward});
+    levels.push_back({"avx512", avx512, dfe::avx512::ingest_tiles, dfe::avx512::group_norm_forward, dfe::avx512::group_norm_backward});
 #endif
     return levels;
 }
@@ -67,7 +71,7 @@ void ingest(uintptr_t images, int pixel_type, std::array<int64_t, 4> shape, std:
     p.stride_n = strides[0], p.stride_y = strides[1], p.stride_x = strides[2], p.stride_c = strides[3];
     p.x_0 = reinterpret_cast<void*>(x_0);
     p.x_t = reinterpret_cast<void*>(x_t);
-    p.output_type = static_cast<dfe::OutputType>(output_type);
+    p.output_type = static_cast<dfe::FloatType>(output_type);
     p.gain = gain, p.offset = offset;
     p.scales = static_cast<int>(a.size());
     if (p.scales < 1 || p.scales > 2 || b.size() != a.size()) throw std::invalid_argument("one or two scales, with a and b alike");
@@ -86,7 +90,97 @@ void ingest(uintptr_t images, int pixel_type, std::array<int64_t, 4> shape, std:
     });
 }
 
+template <typename T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+dfe::GroupNormArguments group_norm_arguments(std::array<int64_t, 4> shape, int type, int activation, float eps, uintptr_t x, uintptr_t weight,
+                                             uintptr_t bias, uintptr_t shift, uintptr_t mean, uintptr_t rstd) {
+    dfe::GroupNormArguments p{};
+    p.batch = shape[0], p.pixels = shape[1], p.channels = shape[2], p.groups = shape[3];
+    p.type = static_cast<dfe::FloatType>(type);
+    p.activation = static_cast<dfe::Activation>(activation);
+    p.eps = eps;
+    p.x = pointer<const void>(x);
+    p.weight = pointer<const float>(weight), p.bias = pointer<const float>(bias), p.shift = pointer<const float>(shift);
+    p.mean = pointer<float>(mean), p.rstd = pointer<float>(rstd);
+    return p;
+}
+
+// Whole samples to the threads where there are enough of them, so that each stays in one thread's cache; else the tiles of one sample.
+// The results are the same.
+void run_passes(const dfe::GroupNormArguments& p, const dfe::GroupNormPasses& passes, int threads) {
+    const auto scratch = [&p](int64_t more) {
+        static thread_local std::vector<float> held;
+        held.resize(std::max(held.size(), static_cast<size_t>(p.scratch_floats + more)));
+        return held.data();
+    };
+    if (p.batch >= threads) {
+        dfe::parallel_for(p.batch, threads, [&](int64_t begin, int64_t end) {
+            float* const shared = scratch(p.shared_floats);
+            for (int64_t n = begin; n < end; ++n) {
+                passes.sums(p, n, 0, p.tiles, shared, shared + p.shared_floats);
+                passes.join(p, n, shared);
+                passes.apply(p, n, 0, p.tiles, shared, shared + p.shared_floats);
+            }
+        });
+        return;
+    }
+    std::vector<float> shared(static_cast<size_t>(p.shared_floats));
+    for (int64_t n = 0; n < p.batch; ++n) {
+        dfe::parallel_for(p.tiles, threads, [&](int64_t begin, int64_t end) { passes.sums(p, n, begin, end, shared.data(), scratch(0)); });
+        passes.join(p, n, shared.data());
+        dfe::parallel_for(p.tiles, threads, [&](int64_t begin, int64_t end) { passes.apply(p, n, begin, end, shared.data(), scratch(0)); });
+    }
+}
+
+void group_norm(std::array<int64_t, 4> shape, int type, int activation, float eps, uintptr_t x, uintptr_t weight, uintptr_t bias,
+                uintptr_t shift, uintptr_t mean, uintptr_t rstd, uintptr_t y, int threads, const std::string& level) {
+    dfe::GroupNormArguments p = group_norm_arguments(shape, type, activation, eps, x, weight, bias, shift, mean, rstd);
+    p.y = pointer<void>(y);
+    dfe::plan_group_norm(p);
+    const auto passes = level_named(level).group_norm_forward(p);
+    py::gil_scoped_release unlocked;
+    run_passes(p, passes, threads);
+}
+
+void group_norm_backward(std::array<int64_t, 4> shape, int type, int activation, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t shift,
+                         uintptr_t mean, uintptr_t rstd, uintptr_t dy, uintptr_t dx, uintptr_t dweight, uintptr_t dbias, uintptr_t dshift,
+                         int threads, const std::string& level) {
+    dfe::GroupNormArguments p = group_norm_arguments(shape, type, activation, 0.0f, x, weight, bias, shift, mean, rstd);
+    p.dy = pointer<const void>(dy);
+    p.dx = pointer<void>(dx);
+    p.dshift = pointer<float>(dshift);
+    dfe::plan_group_norm(p);
+    const auto passes = level_named(level).group_norm_backward(p);
+    py::gil_scoped_release unlocked;
+    std::vector<double> parts(static_cast<size_t>(2 * p.batch * p.channels));
+    p.dweight = parts.data();
+    p.dbias = parts.data() + p.batch * p.channels;
+    run_passes(p, passes, threads);
+    for (int64_t c = 0; c < p.channels; ++c) {
+        double weight_sum = 0.0, bias_sum = 0.0;
+        for (int64_t n = 0; n < p.batch; ++n) {
+            weight_sum += p.dweight[n * p.channels + c];
+            bias_sum += p.dbias[n * p.channels + c];
+        }
+        pointer<float>(dweight)[c] = static_cast<float>(weight_sum);
+        pointer<float>(dbias)[c] = static_cast<float>(bias_sum);
+    }
+}
+
 }  // namespace
+
+void dfe::plan_group_norm(GroupNormArguments& p) {
+    p.row_pixels = 128 / std::gcd<int64_t>(p.channels, 128);
+    p.lanes = p.row_pixels * p.channels;
+    p.tile_pixels = std::max<int64_t>(4, 8192 / p.lanes) * p.row_pixels;
+    p.tiles = (p.pixels + p.tile_pixels - 1) / p.tile_pixels;
+    p.keep = p.dy != nullptr && p.activation != Activation::none && p.pixels * p.channels <= 1 << 18;
+    p.shared_floats = (6 + 3 * p.tiles) * p.channels + 3 * p.lanes + (p.keep ? p.pixels * p.channels : 0);
+    p.scratch_floats = 8 * p.lanes;
+}
 
 int64_t dfe::plan_tiles(IngestArguments& p) {
     const bool flat = p.stride_y == p.width * p.stride_x;
@@ -108,4 +202,12 @@ PYBIND11_MODULE(_native, module) {
                py::arg("output_type"), py::arg("gain"), py::arg("offset"), py::arg("a"), py::arg("b"), py::arg("seed"), py::arg("draw"),
                py::arg("step"), py::arg("threads"), py::arg("stream") = false, py::arg("level") = "",
                "The op `ingest` over raw pointers; see kernels/ingest.py. Strides are in elements.");
+    module.def("group_norm", &group_norm, py::arg("shape"), py::arg("type"), py::arg("activation"), py::arg("eps"), py::arg("x"),
+               py::arg("weight"), py::arg("bias"), py::arg("shift"), py::arg("mean"), py::arg("rstd"), py::arg("y"), py::arg("threads"),
+               py::arg("level") = "",
+               "The op `group_norm` over raw pointers; see kernels/group_norm.py. shape: (batch, pixels, channels, groups); shift may be 0.");
+    module.def("group_norm_backward", &group_norm_backward, py::arg("shape"), py::arg("type"), py::arg("activation"), py::arg("x"),
+               py::arg("weight"), py::arg("bias"), py::arg("shift"), py::arg("mean"), py::arg("rstd"), py::arg("dy"), py::arg("dx"),
+               py::arg("dweight"), py::arg("dbias"), py::arg("dshift"), py::arg("threads"), py::arg("level") = "",
+               "Its gradient over raw pointers; shift and dshift may be 0.");
 }

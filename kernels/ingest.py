@@ -371,14 +371,7 @@ def _run_cpu(images, x_0, x_t, gain, offset, a, b, seed, draw, step, level="") -
     )  # fmt: skip
 
 
-def _cpu_available(device: str) -> None:
-    if device != "cpu":
-        raise CannotRunError(f"the cpu backend does not run on {device}")
-    if not native.available():
-        raise CannotRunError(native.status())
-
-
 OP = Op("ingest")
 OP.register("triton", _run_triton, triton_import.available, _can_run_triton)
-OP.register("cpu", _run_cpu, _cpu_available, can_run)
+OP.register("cpu", _run_cpu, registry.cpu_available, can_run)
 OP.register("reference", _run_reference, registry.always, registry.always)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from dfengine import native
 from dfengine.errors import DfengineError, UsageError
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")
@@ -114,3 +115,11 @@ def forced_backend(backend: str | None) -> str | None:
 
 def always(*_args, **_kwargs) -> None:
     """The `available` and `can_run` of an implementation that runs everywhere."""
+
+
+def cpu_available(device: str) -> None:
+    """The `available` of the compiled CPU kernels."""
+    if device != "cpu":
+        raise CannotRunError(f"the cpu backend does not run on {device}")
+    if not native.available():
+        raise CannotRunError(native.status())

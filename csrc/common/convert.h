@@ -1,10 +1,12 @@
-// float to the two half precisions, rounding to nearest even, without hardware support: branch-free, so that loops over it vectorise.
-// The types below are storage only.
+// float to the two half precisions, rounding to nearest even, and back, without hardware support: branch-free, so that loops over it
+// vectorise. The types below are storage only.
 #pragma once
 
 #include "portable.h"
 
 namespace dfe {
+
+enum class FloatType : int { float32 = 0, float16 = 1, bfloat16 = 2 };
 
 struct half {
     uint16_t bits;
@@ -30,6 +32,16 @@ DFE_HD uint16_t bfloat16_bits(float value) {
     const uint32_t bits = bits_of(value);
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+DFE_HD float load(const float* in) { return *in; }
+DFE_HD float load(const bfloat16* in) { return float_of(static_cast<uint32_t>(in->bits) << 16); }
+DFE_HD float load(const half* in) {
+    const uint32_t magnitude = in->bits & 0x7fffu;
+    // The exponent is rebiased by a multiplication, which is exact for subnormals too.
+    const float finite = float_of(magnitude << 13) * 0x1p112f;
+    const uint32_t bits = magnitude < 0x7c00u ? bits_of(finite) : (magnitude << 13) | 0x7f800000u;
+    return float_of(bits | (static_cast<uint32_t>(in->bits & 0x8000u) << 16));
 }
 
 DFE_HD void store(float* out, float value) { *out = value; }

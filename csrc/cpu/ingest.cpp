@@ -105,9 +105,9 @@ void tiles(const IngestArguments& p, bool stream, int64_t begin, int64_t end, fl
 template <typename Pixel>
 void tiles_of(const IngestArguments& p, bool stream, int64_t begin, int64_t end, float* scratch) {
     switch (p.output_type) {
-        case OutputType::float32: return tiles<Pixel, float>(p, stream, begin, end, scratch);
-        case OutputType::float16: return tiles<Pixel, half>(p, stream, begin, end, scratch);
-        case OutputType::bfloat16: return tiles<Pixel, bfloat16>(p, stream, begin, end, scratch);
+        case FloatType::float32: return tiles<Pixel, float>(p, stream, begin, end, scratch);
+        case FloatType::float16: return tiles<Pixel, half>(p, stream, begin, end, scratch);
+        case FloatType::bfloat16: return tiles<Pixel, bfloat16>(p, stream, begin, end, scratch);
     }
 }
 

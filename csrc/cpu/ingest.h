@@ -3,10 +3,11 @@
 
 #include <cstdint>
 
+#include "../common/convert.h"
+
 namespace dfe {
 
 enum class PixelType : int { uint8 = 0, uint16 = 1, float32 = 2 };
-enum class OutputType : int { float32 = 0, float16 = 1, bfloat16 = 2 };
 
 struct IngestArguments {
     const void* images;  // (batch, height, width, channels), strides in elements
@@ -15,7 +16,7 @@ struct IngestArguments {
     int64_t stride_n, stride_y, stride_x, stride_c;
     void* x_0;  // (batch, height, width, channels), contiguous
     void* x_t;  // (scales, batch, height, width, channels), contiguous
-    OutputType output_type;
+    FloatType output_type;
     float gain, offset;  // x_0 = gain * pixel + offset; gain includes the 1 / 255 or 1 / 65535
     int scales;
     float a[2], b[2];

@@ -147,7 +147,10 @@ class ResBlock(nn.Module):
         norm, act, conv = self.in_layers
         h = conv(self._resampled(act(norm(x))))
         h = h + self.embed_layers(embedding).to(h.dtype)[:, :, None, None]
-        h = self.out_layers(h)
+        return self._joined(x, self.out_layers(h))
+
+    def _joined(self, x: Tensor, h: Tensor) -> Tensor:
+        """The gates on `h`, and the sum with the skip."""
         if self.channel_attention is not None:
             h = h * self.channel_attention(h)
         if self.spatial_attention is not None:
@@ -175,7 +178,10 @@ class AttentionBlock(nn.Module):
         tokens = self.norm(x).permute(0, 2, 3, 1).reshape(b, height * width, c)
         qkv = F.linear(tokens, self.to_qkv.weight[:, :, 0], self.to_qkv.bias)
         q, k, v = qkv.view(b, height * width, self.heads, 3, c // self.heads).transpose(1, 2).unbind(dim=3)
-        attended = F.scaled_dot_product_attention(q, k, v)
-        attended = attended.transpose(1, 2).reshape(b, height * width, c)
+        attended = self._attend(q, k, v).transpose(1, 2).reshape(b, height * width, c)
         projected = F.linear(attended, self.proj_out.weight[:, :, 0], self.proj_out.bias)
         return x + projected.view(b, height, width, c).permute(0, 3, 1, 2)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, heads, pixels, channels of a head), of each and of the result."""
+        return F.scaled_dot_product_attention(q, k, v)

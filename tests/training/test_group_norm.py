@@ -1,65 +1,111 @@
+"""The fast training modules against the plain ones, in float64 and as installed in a model."""
+
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
+from torch import nn
 
-from dfengine.models.blocks import GroupNorm
-from dfengine.training.group_norm import FastGroupNorm, speed_up
+from dfengine.models.blocks import AttentionBlock, GroupNorm, ResBlock
+from dfengine.training.group_norm import FastAttentionBlock, FastBatchNorm, FastGroupNorm, FastResBlock, speed_up
 from tests.helpers import tiny_model
 
 
-def norms(channels: int) -> tuple[GroupNorm, FastGroupNorm]:
+def redrawn(module: nn.Module) -> nn.Module:
+    """With random parameters: several start at zero and would hide an error."""
     torch.manual_seed(0)
-    plain, fast = GroupNorm(channels), FastGroupNorm(channels)
-    torch.nn.init.normal_(plain.weight)
-    torch.nn.init.normal_(plain.bias)
-    fast.load_state_dict(plain.state_dict())
-    return plain, fast
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return module
 
 
-@pytest.mark.parametrize("shape", [(2, 8, 5, 7), (3, 16, 8, 8), (1, 48, 1, 1)])
-@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_gradients_against_float64(shape, layout):
-    plain, fast = norms(shape[1])
-    x = (torch.randn(shape) - 2.3).contiguous(memory_format=layout).requires_grad_()
-    dy = torch.randn(shape)
-    dx, dweight, dbias = torch.autograd.grad(fast(x), (x, fast.weight, fast.bias), dy)
-    exact, x64 = plain.double(), x.detach().double().requires_grad_()
-    expected = torch.autograd.grad(exact(x64), (x64, exact.weight, exact.bias), dy.double())
-    assert torch.equal(fast(x), GroupNorm.forward(fast, x))
-    for have, want in zip((dx, dweight, dbias), expected, strict=True):
-        torch.testing.assert_close(have.double(), want, rtol=1e-4, atol=1e-4)
+def pair(module: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """`module` in float64, and its fast form."""
+    fast = copy.deepcopy(redrawn(module))
+    speed_up(fast)
+    return module.double(), fast
 
 
-def test_bfloat16_gradients_stay_as_close_as_rounding_allows():
-    plain, fast = norms(16)
-    x = (torch.randn(2, 16, 8, 8) - 2.3).bfloat16().requires_grad_()
-    dy = torch.randn(x.shape).bfloat16()
-    (dx,) = torch.autograd.grad(fast(x), x, dy)
-    exact, x64 = plain.double(), x.detach().double().requires_grad_()
-    (expected,) = torch.autograd.grad(exact(x64), x64, dy.double())
-    assert dx.dtype == torch.bfloat16
-    assert (dx.double() - expected).abs().max() < 8e-3 * expected.abs().max()
+def assert_alike(plain: nn.Module, fast: nn.Module, *inputs: torch.Tensor, tolerance: float = 1e-4) -> None:
+    """Outputs and the gradients of inputs and parameters agree."""
+    doubles = [t.detach().double().requires_grad_() for t in inputs]
+    singles = [t.detach().clone().requires_grad_() for t in inputs]
+    expected, have = plain(*doubles), fast(*singles)
+    dy = torch.randn(expected.shape)
+    parameters = dict(plain.named_parameters())
+    assert list(parameters) == [name for name, _ in fast.named_parameters()]
+    want = torch.autograd.grad(expected, [*doubles, *parameters.values()], dy.double())
+    got = torch.autograd.grad(have, [*singles, *fast.parameters()], dy)
+    names = ["output", *(f"input {i}" for i in range(len(inputs))), *parameters]
+    for name, a, b in zip(names, [have, *got], [expected, *want], strict=True):
+        error = (a.double() - b).abs().max().item()
+        assert error <= tolerance * max(1.0, b.abs().max().item()), (name, error)
 
 
-def test_gradients_keep_their_digits_where_the_mean_is_large():
-    """Contiguous: torch's own statistics of a channels-last tensor are not exact there."""
-    plain, fast = norms(16)
-    x = (100 + 0.1 * torch.randn(4, 16, 32, 32)).requires_grad_()
-    dy = torch.randn(x.shape)
-    dx, dweight, _ = torch.autograd.grad(fast(x), (x, fast.weight, fast.bias), dy)
-    exact, x64 = plain.double(), x.detach().double().requires_grad_()
-    expected_dx, expected_dweight = torch.autograd.grad(exact(x64), (x64, exact.weight), dy.double())
-    assert (dx - expected_dx).abs().max() < 1e-5 * expected_dx.abs().max()
-    assert (dweight - expected_dweight).abs().max() < 1e-4 * expected_dweight.abs().max()
+@pytest.mark.parametrize("act", [nn.GELU, nn.SiLU, nn.ReLU])
+@pytest.mark.parametrize("norm", [GroupNorm, nn.BatchNorm2d])
+def test_a_norm_takes_in_its_activation(norm, act):
+    plain, fast = pair(nn.Sequential(nn.Conv2d(3, 16, 3), norm(16), act()))
+    assert isinstance(fast[1], FastGroupNorm | FastBatchNorm) and isinstance(fast[2], nn.Identity)
+    assert_alike(plain, fast, torch.randn(3, 3, 9, 7).contiguous(memory_format=torch.channels_last))
 
 
-def test_speed_up_changes_every_norm_and_no_output():
-    model = tiny_model()
+@pytest.mark.parametrize("options", [{}, {"resample": "down"}, {"channel_attention": True, "spatial_attention": True}])
+@pytest.mark.parametrize("channels", [(8, 8), (8, 16)])
+def test_residual_block(options, channels):
+    plain, fast = pair(ResBlock(*channels, 12, "gelu", **options))
+    assert type(fast) is FastResBlock
+    assert_alike(plain, fast, torch.randn(2, 8, 6, 10) - 2.3, torch.randn(2, 12))
+
+
+def test_attention_block():
+    plain, fast = pair(AttentionBlock(16, 4))
+    assert type(fast) is FastAttentionBlock
+    x = torch.randn(2, 16, 4, 6) - 2.3
+    assert_alike(plain, fast, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        have = fast(x.bfloat16())
+    assert have.dtype == torch.bfloat16
+    torch.testing.assert_close(have.double(), plain(x.double()), rtol=0.05, atol=0.05)
+
+
+def test_batch_norm_keeps_the_running_statistics():
+    plain, fast = pair(nn.Sequential(nn.BatchNorm2d(6), nn.GELU()))
+    for step in range(3):
+        x = torch.randn(2, 6, 5, 4) * (1 + step) - 2.3
+        plain(x.double()), fast(x)
+    for name, value in plain[0].named_buffers():
+        torch.testing.assert_close(dict(fast[0].named_buffers())[name].double(), value.double(), rtol=1e-5, atol=1e-5)
+    x = torch.randn(2, 6, 5, 4)
+    torch.testing.assert_close(fast.eval()(x).double(), plain.eval()(x.double()), rtol=1e-4, atol=1e-4)
+
+
+def test_speed_up_keeps_names_and_outputs_of_a_model():
+    model = redrawn(tiny_model().train())
+    fast = copy.deepcopy(model)
+    speed_up(fast)
+    assert list(fast.state_dict()) == list(model.state_dict())
+    assert {type(m) for m in fast.modules() if isinstance(m, GroupNorm)} == {FastGroupNorm}
+    assert {type(m) for m in fast.modules() if isinstance(m, nn.BatchNorm2d)} == {FastBatchNorm}
     pixels, t = torch.randn(2, 3, 32, 32), torch.tensor([3, 700])
-    before, names = model.reconstruction(pixels, t), list(model.state_dict())
-    speed_up(model)
-    kinds = {type(m) for m in model.modules() if isinstance(m, GroupNorm)}
-    assert kinds == {FastGroupNorm}
-    assert torch.equal(model.reconstruction(pixels, t), before)
-    assert list(model.state_dict()) == names
+    for have, want in (
+        (fast.reconstruction(pixels, t), model.reconstruction(pixels, t)),
+        (fast.segmentation(torch.cat((pixels, pixels), 1)), model.segmentation(torch.cat((pixels, pixels), 1))),
+    ):
+        torch.testing.assert_close(have, want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["reconstruction", "segmentation"])
+def test_a_model_without_the_compiled_kernels(name, monkeypatch):
+    monkeypatch.setenv("DFENGINE_BACKEND", "reference")
+    plain = redrawn(getattr(tiny_model().train(), name))
+    fast = copy.deepcopy(plain)
+    speed_up(fast)
+    denoiser = name == "reconstruction"
+    inputs = [torch.randn(2, 3, 32, 32), torch.tensor([3, 700])] if denoiser else [torch.randn(2, 6, 32, 32)]
+    have, want = fast(*inputs), plain(*inputs)
+    torch.testing.assert_close(have, want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
+    have.sum().backward()
+    assert all(parameter.grad is not None for parameter in fast.parameters())

@@ -1,0 +1,60 @@
+// Activations and their derivatives in float32: straight-line code without library calls, so that a loop over it vectorises.
+// Errors against float64 are below 4e-7 (derivatives) and 3e-7 max(1, |z|) (values).
+#pragma once
+
+#include "portable.h"
+
+namespace dfe {
+
+enum class Activation : int { none = 0, gelu = 1, silu = 2, relu = 3 };
+
+// e^x for x <= 0, as 2^n times a polynomial of degree 5 interpolating 2^f at the Chebyshev points of [-1/2, 1/2]; e^-87 for smaller x.
+DFE_HD float exp_of_negative(float x) {
+    x = x > -87.0f ? x : -87.0f;
+    const int32_t n = static_cast<int32_t>(x * 1.44269504f - 0.5f);
+    const float f = x * 1.44269504f - static_cast<float>(n);
+    const float power = 1.00000008f + f * (0.693147188f + f * (0.240221075f + f * (0.0555035711f + f * (0.00967603192f + f * 0.00133908634f))));
+    return power * float_of(static_cast<uint32_t>(n + 127) << 23);
+}
+
+// Phi(-|z|) of the standard normal: half of erfc(|z| / sqrt 2) by Abramowitz and Stegun 7.1.26; `bell` is exp(-z^2 / 2).
+DFE_HD float normal_tail(float magnitude, float bell) {
+    const float t = 1.0f / (1.0f + 0.231641888f * magnitude);
+    return bell * t * (0.127414796f + t * (-0.142248368f + t * (0.710706871f + t * (-0.726576014f + t * 0.530702714f))));
+}
+
+DFE_HD float magnitude_of(float z) {
+    return float_of(bits_of(z) & 0x7fffffffu);
+}
+
+template <Activation A>
+DFE_HD float activated(float z) {
+    if (A == Activation::gelu) {
+        const float magnitude = magnitude_of(z);
+        return (z > 0.0f ? z : 0.0f) - magnitude * normal_tail(magnitude, exp_of_negative(-0.5f * z * z));
+    }
+    if (A == Activation::silu) {
+        const float e = exp_of_negative(-magnitude_of(z));
+        return z * (z > 0.0f ? 1.0f : e) / (1.0f + e);
+    }
+    if (A == Activation::relu) return z < 0.0f ? 0.0f : z;
+    return z;
+}
+
+// The derivative; of relu at 0 it is 0.
+template <Activation A>
+DFE_HD float activation_slope(float z) {
+    if (A == Activation::gelu) {
+        const float magnitude = magnitude_of(z), bell = exp_of_negative(-0.5f * z * z), tail = normal_tail(magnitude, bell);
+        return (z > 0.0f ? 1.0f - tail : tail) + z * bell * 0.398942280f;
+    }
+    if (A == Activation::silu) {
+        const float e = exp_of_negative(-magnitude_of(z));
+        const float share = 1.0f / (1.0f + e), sigmoid = z > 0.0f ? share : e * share, rest = z > 0.0f ? e * share : share;
+        return sigmoid * (1.0f + z * rest);
+    }
+    if (A == Activation::relu) return z > 0.0f ? 1.0f : 0.0f;
+    return 1.0f;
+}
+
+}  // namespace dfe

@@ -1,0 +1,314 @@
+// The op `group_norm` and its gradient (formulas: kernels/group_norm.py), a sample at a time: its activation stays in the second-level cache
+// between the two passes. Every loop runs along a row of `lanes` values, in which lane l belongs to channel l % channels.
+#include "group_norm.h"
+
+#include "isa.h"
+
+namespace dfe {
+namespace DFE_ISA {
+namespace {
+
+constexpr int64_t SUMS = 3;  // that a tile leaves for each channel
+
+struct Tile {
+    int64_t offset, pixels;  // first value, in elements from the start of the activation; number of pixels
+};
+
+Tile tile_of(const GroupNormArguments& p, int64_t n, int64_t tile) {
+    const int64_t first = tile * p.tile_pixels, left = p.pixels - first;
+    return {(n * p.pixels + first) * p.channels, left < p.tile_pixels ? left : p.tile_pixels};
+}
+
+// The parts of `shared`: totals of the channels, sums of each tile, lanes for the last pass.
+double* totals_of(const GroupNormArguments& p, float* shared, int64_t which) {
+    return reinterpret_cast<double*>(shared) + which * p.channels;
+}
+
+float* sums_of(const GroupNormArguments& p, float* shared, int64_t tile) { return shared + (2 + tile) * SUMS * p.channels; }
+
+float* lanes_of(const GroupNormArguments& p, float* shared, int64_t which) {
+    return shared + (2 + p.tiles) * SUMS * p.channels + which * p.lanes;
+}
+
+// dz of the whole sample.
+float* kept_of(const GroupNormArguments& p, float* shared) { return lanes_of(p, shared, 3); }
+
+void clear(float* DFE_RESTRICT values, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) values[i] = 0.0f;
+}
+
+// Add up the lanes of each channel.
+void fold(const float* DFE_RESTRICT lanes, int64_t count, int64_t channels, float* DFE_RESTRICT sums) {
+    for (int64_t c = 0; c < channels; ++c) sums[c] = lanes[c];
+    for (int64_t l = channels; l < count; l += channels) {
+        for (int64_t c = 0; c < channels; ++c) sums[c] += lanes[l + c];
+    }
+}
+
+// Repeat the values of the channels along the lanes after them.
+void spread(float* DFE_RESTRICT lanes, int64_t count, int64_t channels) {
+    for (int64_t l = channels; l < count; ++l) lanes[l] = lanes[l - channels];
+}
+
+template <typename T>
+void add_row(const T* DFE_RESTRICT x, int64_t count, float* DFE_RESTRICT sum) {
+    for (int64_t l = 0; l < count; ++l) sum[l] += load(x + l);
+}
+
+template <typename T>
+void add_row_centred(const T* DFE_RESTRICT x, int64_t count, const float* DFE_RESTRICT centre, float* DFE_RESTRICT sum,
+                     float* DFE_RESTRICT squares) {
+    for (int64_t l = 0; l < count; ++l) {
+        const float d = load(x + l) - centre[l];
+        sum[l] += d;
+        squares[l] += d * d;
+    }
+}
+
+// Leaves per channel: a centre close to the tile's mean, and the sums of (x - centre) and (x - centre)^2.
+template <typename T>
+void forward_sums(const GroupNormArguments& p, int64_t n, int64_t begin, int64_t end, float* shared, float* scratch) {
+    const int64_t channels = p.channels, lanes = p.lanes;
+    float *const centre = scratch, *const sum = scratch + lanes, *const squares = scratch + 2 * lanes;
+    for (int64_t tile = begin; tile < end; ++tile) {
+        const Tile at = tile_of(p, n, tile);
+        const T* const x = static_cast<const T*>(p.x) + at.offset;
+        const int64_t size = at.pixels * channels;
+        float* const out = sums_of(p, shared, tile);
+        clear(sum, 2 * lanes);
+        for (int64_t i = 0; i < size; i += lanes) add_row(x + i, size - i < lanes ? size - i : lanes, sum);
+        fold(sum, lanes, channels, centre);
+        const float share = 1.0f / static_cast<float>(at.pixels);
+        for (int64_t c = 0; c < channels; ++c) centre[c] *= share;
+        spread(centre, lanes, channels);
+        clear(sum, lanes);
+        for (int64_t i = 0; i < size; i += lanes) add_row_centred(x + i, size - i < lanes ? size - i : lanes, centre, sum, squares);
+        for (int64_t c = 0; c < channels; ++c) out[c] = centre[c];
+        fold(sum, lanes, channels, out + channels);
+        fold(squares, lanes, channels, out + 2 * channels);
+    }
+}
+
+// Merge the moments of `more` values, given by a centre and sums around it, into mean and m2, the sum of squared differences from the mean,
+// of the `count` values before (Chan, Golub and LeVeque 1979).
+void merge(const float* DFE_RESTRICT sums, int64_t channels, double more, double count, double* DFE_RESTRICT mean, double* DFE_RESTRICT m2) {
+    const double each = 1.0 / more, share = more / (count + more), spread = count * share;
+    for (int64_t c = 0; c < channels; ++c) {
+        const double sum = sums[channels + c], d = sums[c] + sum * each - mean[c];
+        mean[c] += d * share;
+        m2[c] += sums[2 * channels + c] - sum * sum * each + d * d * spread;
+    }
+}
+
+void forward_join(const GroupNormArguments& p, int64_t n, float* shared) {
+    const int64_t channels = p.channels, size = channels / p.groups;
+    double *const mean = totals_of(p, shared, 0), *const m2 = totals_of(p, shared, 1);
+    for (int64_t c = 0; c < 2 * channels; ++c) mean[c] = 0.0;
+    for (int64_t tile = 0; tile < p.tiles; ++tile) {
+        const double count = static_cast<double>(tile * p.tile_pixels), more = static_cast<double>(tile_of(p, n, tile).pixels);
+        merge(sums_of(p, shared, tile), channels, more, count, mean, m2);
+    }
+
+    float *const centre = lanes_of(p, shared, 0), *const scale = lanes_of(p, shared, 1), *const offset = lanes_of(p, shared, 2);
+    const float* const shift = p.shift == nullptr ? nullptr : p.shift + n * channels;
+    for (int64_t g = 0; g < p.groups; ++g) {
+        const int64_t first = g * size, last = first + size;
+        double group_mean = 0.0, group_m2 = 0.0;
+        for (int64_t c = first; shift != nullptr && c < last; ++c) mean[c] += shift[c];
+        for (int64_t c = first; c < last; ++c) group_mean += mean[c] / static_cast<double>(size);
+        for (int64_t c = first; c < last; ++c) group_m2 += m2[c] + static_cast<double>(p.pixels) * (mean[c] - group_mean) * (mean[c] - group_mean);
+        const double rstd = 1.0 / sqrt(group_m2 / static_cast<double>(size * p.pixels) + p.eps);
+        p.mean[n * p.groups + g] = static_cast<float>(group_mean);
+        p.rstd[n * p.groups + g] = static_cast<float>(rstd);
+        for (int64_t c = first; c < last; ++c) {
+            const double exact = shift == nullptr ? group_mean : group_mean - shift[c];
+            centre[c] = static_cast<float>(exact);
+            scale[c] = static_cast<float>(rstd * p.weight[c]);
+            offset[c] = static_cast<float>(p.bias[c] - (exact - centre[c]) * rstd * p.weight[c]);
+        }
+    }
+    spread(centre, p.lanes, channels);
+    spread(scale, p.lanes, channels);
+    spread(offset, p.lanes, channels);
+}
+
+template <typename T, Activation A>
+void write_row(const T* DFE_RESTRICT x, int64_t count, const float* DFE_RESTRICT centre, const float* DFE_RESTRICT scale,
+               const float* DFE_RESTRICT offset, T* DFE_RESTRICT y) {
+    for (int64_t l = 0; l < count; ++l) store(y + l, activated<A>((load(x + l) - centre[l]) * scale[l] + offset[l]));
+}
+
+template <typename T, Activation A>
+void forward_apply(const GroupNormArguments& p, int64_t n, int64_t begin, int64_t end, float* shared, float*) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+        const Tile at = tile_of(p, n, tile);
+        const int64_t size = at.pixels * p.channels;
+        const T* const x = static_cast<const T*>(p.x) + at.offset;
+        T* const y = static_cast<T*>(p.y) + at.offset;
+        for (int64_t i = 0; i < size; i += p.lanes) {
+            const int64_t count = size - i < p.lanes ? size - i : p.lanes;
+            write_row<T, A>(x + i, count, lanes_of(p, shared, 0), lanes_of(p, shared, 1), lanes_of(p, shared, 2), y + i);
+        }
+    }
+}
+
+// The lanes of the gradient's first pass: x normalised is x * rstd after the centre is taken off, z = weight * that + bias.
+void backward_lanes(const GroupNormArguments& p, int64_t n, float* DFE_RESTRICT centre, float* DFE_RESTRICT rstd, float* DFE_RESTRICT weight,
+                    float* DFE_RESTRICT bias) {
+    const int64_t channels = p.channels, size = channels / p.groups;
+    for (int64_t c = 0; c < channels; ++c) {
+        const int64_t group = n * p.groups + c / size;
+        centre[c] = p.shift == nullptr ? p.mean[group] : p.mean[group] - p.shift[n * channels + c];
+        rstd[c] = p.rstd[group];
+        weight[c] = p.weight[c];
+        bias[c] = p.bias[c];
+    }
+    spread(centre, p.lanes, channels);
+    spread(rstd, p.lanes, channels);
+    spread(weight, p.lanes, channels);
+    spread(bias, p.lanes, channels);
+}
+
+template <typename T, Activation A>
+void add_gradients(const T* DFE_RESTRICT x, const T* DFE_RESTRICT dy, int64_t count, const float* DFE_RESTRICT centre,
+                   const float* DFE_RESTRICT rstd, const float* DFE_RESTRICT weight, const float* DFE_RESTRICT bias, float* DFE_RESTRICT sum,
+                   float* DFE_RESTRICT product, float* DFE_RESTRICT normalised, float* DFE_RESTRICT kept) {
+    for (int64_t l = 0; l < count; ++l) {
+        const float hat = (load(x + l) - centre[l]) * rstd[l];
+        const float dz = load(dy + l) * activation_slope<A>(hat * weight[l] + bias[l]);
+        kept[l] = dz;
+        sum[l] += dz;
+        product[l] += dz * hat;
+        normalised[l] += hat;
+    }
+}
+
+// Leaves per channel the sums of dz, dz * xhat and xhat, with dz = dy * act'(z), and dz itself where p.keep says so.
+template <typename T, Activation A>
+void backward_sums(const GroupNormArguments& p, int64_t n, int64_t begin, int64_t end, float* shared, float* scratch) {
+    const int64_t channels = p.channels, lanes = p.lanes;
+    float *const sum = scratch, *const product = scratch + lanes, *const normalised = scratch + 2 * lanes;
+    float *const centre = scratch + 3 * lanes, *const rstd = scratch + 4 * lanes;
+    float *const weight = scratch + 5 * lanes, *const bias = scratch + 6 * lanes, *const unused = scratch + 7 * lanes;
+    backward_lanes(p, n, centre, rstd, weight, bias);
+    for (int64_t tile = begin; tile < end; ++tile) {
+        const Tile at = tile_of(p, n, tile);
+        const int64_t size = at.pixels * channels;
+        const T* const x = static_cast<const T*>(p.x) + at.offset;
+        const T* const dy = static_cast<const T*>(p.dy) + at.offset;
+        clear(sum, SUMS * lanes);
+        for (int64_t i = 0; i < size; i += lanes) {
+            const int64_t count = size - i < lanes ? size - i : lanes;
+            float* const to = p.keep ? kept_of(p, shared) + tile * p.tile_pixels * channels + i : unused;
+            add_gradients<T, A>(x + i, dy + i, count, centre, rstd, weight, bias, sum, product, normalised, to);
+        }
+        float* const out = sums_of(p, shared, tile);
+        for (int64_t k = 0; k < SUMS; ++k) fold(sum + k * lanes, lanes, channels, out + k * channels);
+    }
+}
+
+// dx = rstd (weight dz - (A + xhat B) / count), A and B the group's sums of weight dz and weight dz xhat.
+void backward_join(const GroupNormArguments& p, int64_t n, float* shared) {
+    const int64_t channels = p.channels, size = channels / p.groups;
+    double *const sum = p.dbias + n * channels, *const product = p.dweight + n * channels, *const normalised = totals_of(p, shared, 0);
+    for (int64_t c = 0; c < channels; ++c) sum[c] = product[c] = normalised[c] = 0.0;
+    for (int64_t tile = 0; tile < p.tiles; ++tile) {
+        const float* const sums = sums_of(p, shared, tile);
+        for (int64_t c = 0; c < channels; ++c) {
+            sum[c] += sums[c];
+            product[c] += sums[channels + c];
+            normalised[c] += sums[2 * channels + c];
+        }
+    }
+
+    float *const constant = lanes_of(p, shared, 0), *const of_hat = lanes_of(p, shared, 1);
+    for (int64_t g = 0; g < p.groups; ++g) {
+        const int64_t first = g * size;
+        const double rstd = p.rstd[n * p.groups + g], count = static_cast<double>(size * p.pixels);
+        // The rounding of the saved mean moves every xhat of the group by what their mean now is.
+        double moved = 0.0, group_sum = 0.0, group_product = 0.0;
+        for (int64_t c = first; c < first + size; ++c) moved += normalised[c] / count;
+        for (int64_t c = first; c < first + size; ++c) {
+            normalised[c] -= moved * static_cast<double>(p.pixels);
+            product[c] -= moved * sum[c];
+            group_sum += p.weight[c] * sum[c];
+            group_product += p.weight[c] * product[c];
+        }
+        for (int64_t c = first; c < first + size; ++c) {
+            constant[c] = static_cast<float>(-rstd * (group_sum - moved * group_product) / count);
+            of_hat[c] = static_cast<float>(-rstd * group_product / count);
+            if (p.dshift == nullptr) continue;  // it is the sum of dx over the pixels
+            const double common = (group_sum * static_cast<double>(p.pixels) + group_product * normalised[c]) / count;
+            p.dshift[n * channels + c] = static_cast<float>(rstd * (p.weight[c] * sum[c] - common));
+        }
+    }
+    spread(constant, p.lanes, channels);
+    spread(of_hat, p.lanes, channels);
+}
+
+template <typename T, typename G, Activation A>
+void write_gradients(const T* DFE_RESTRICT x, const G* DFE_RESTRICT dy, int64_t count, const float* DFE_RESTRICT centre,
+                     const float* DFE_RESTRICT rstd, const float* DFE_RESTRICT weight, const float* DFE_RESTRICT bias,
+                     const float* DFE_RESTRICT constant, const float* DFE_RESTRICT of_hat, T* DFE_RESTRICT dx) {
+    for (int64_t l = 0; l < count; ++l) {
+        const float hat = (load(x + l) - centre[l]) * rstd[l];
+        const float dz = load(dy + l) * activation_slope<A>(hat * weight[l] + bias[l]);
+        store(dx + l, dz * (weight[l] * rstd[l]) + (hat * of_hat[l] + constant[l]));
+    }
+}
+
+template <typename T, Activation A>
+void backward_apply(const GroupNormArguments& p, int64_t n, int64_t begin, int64_t end, float* shared, float* scratch) {
+    const int64_t lanes = p.lanes;
+    float *const centre = scratch, *const rstd = scratch + lanes, *const weight = scratch + 2 * lanes, *const bias = scratch + 3 * lanes;
+    const float *const constant = lanes_of(p, shared, 0), *const of_hat = lanes_of(p, shared, 1);
+    backward_lanes(p, n, centre, rstd, weight, bias);
+    for (int64_t tile = begin; tile < end; ++tile) {
+        const Tile at = tile_of(p, n, tile);
+        const int64_t size = at.pixels * p.channels;
+        const T* const x = static_cast<const T*>(p.x) + at.offset;
+        const T* const dy = static_cast<const T*>(p.dy) + at.offset;
+        T* const dx = static_cast<T*>(p.dx) + at.offset;
+        for (int64_t i = 0; i < size; i += lanes) {
+            const int64_t count = size - i < lanes ? size - i : lanes;
+            if (p.keep) {
+                const float* const dz = kept_of(p, shared) + tile * p.tile_pixels * p.channels + i;
+                write_gradients<T, float, Activation::none>(x + i, dz, count, centre, rstd, weight, bias, constant, of_hat, dx + i);
+            } else {
+                write_gradients<T, T, A>(x + i, dy + i, count, centre, rstd, weight, bias, constant, of_hat, dx + i);
+            }
+        }
+    }
+}
+
+template <typename T, Activation A>
+GroupNormPasses passes(bool backward) {
+    if (backward) return {backward_sums<T, A>, backward_apply<T, A>, backward_join};
+    return {forward_sums<T>, forward_apply<T, A>, forward_join};
+}
+
+template <typename T>
+GroupNormPasses passes_of(const GroupNormArguments& p, bool backward) {
+    switch (p.activation) {
+        case Activation::gelu: return passes<T, Activation::gelu>(backward);
+        case Activation::silu: return passes<T, Activation::silu>(backward);
+        case Activation::relu: return passes<T, Activation::relu>(backward);
+        default: return passes<T, Activation::none>(backward);
+    }
+}
+
+GroupNormPasses passes_for(const GroupNormArguments& p, bool backward) {
+    switch (p.type) {
+        case FloatType::float16: return passes_of<half>(p, backward);
+        case FloatType::bfloat16: return passes_of<bfloat16>(p, backward);
+        default: return passes_of<float>(p, backward);
+    }
+}
+
+}  // namespace
+
+GroupNormPasses group_norm_forward(const GroupNormArguments& p) { return passes_for(p, false); }
+GroupNormPasses group_norm_backward(const GroupNormArguments& p) { return passes_for(p, true); }
+
+}  // namespace DFE_ISA
+}  // namespace dfe
