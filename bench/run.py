@@ -1,6 +1,6 @@
 """Time the kernels on this machine and write bench/results/<device name>/<op>.json.
 
-    python bench/run.py [OP ...] [--device cpu|cuda] [--seconds 2] [--out FOLDER]
+    python bench/run.py [OP ...] [--device cpu|cuda] [--seconds 2] [--cpu-time] [--out FOLDER]
 
 For every case of bench/kernels/<op>.py the op runs interleaved with its rivals on rotating inputs that together exceed
 the last-level cache; a row holds median and p99 in microseconds, GB/s of the bytes that must move, and the share of the
@@ -32,6 +32,7 @@ from dfengine.kernels import OPS  # noqa: E402
 
 ROTATED_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
 """Inputs and outputs of the rotation together: beyond the last-level cache."""
+CLOCKS = {"elapsed": time.perf_counter, "cpu": time.process_time}
 
 
 def device_name(device: str) -> str:
@@ -77,8 +78,8 @@ def environment(device: str) -> dict:
     return result
 
 
-def time_once(function, arguments, device: str) -> float:
-    """Seconds of one call, to its end on the device."""
+def time_once(function, arguments, device: str, clock: str) -> float:
+    """Seconds of one call, to its end on the device; on a CPU by `clock`."""
     if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -86,12 +87,12 @@ def time_once(function, arguments, device: str) -> float:
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3
-    start = time.perf_counter()
+    start = CLOCKS[clock]()
     function(*arguments)
-    return time.perf_counter() - start
+    return CLOCKS[clock]() - start
 
 
-def measure(functions: dict, sets: list, device: str, seconds: float) -> dict[str, list[float]]:
+def measure(functions: dict, sets: list, device: str, seconds: float, clock: str) -> dict[str, list[float]]:
     """Times of every function, called in turn on rotating sets, for about `seconds` seconds after a warm-up."""
     times = {name: [] for name in functions}
     for function in functions.values():
@@ -101,7 +102,7 @@ def measure(functions: dict, sets: list, device: str, seconds: float) -> dict[st
     turn = 0
     while time.perf_counter() < end or turn < 8:
         for name, function in functions.items():
-            times[name].append(time_once(function, sets[turn % len(sets)], device))
+            times[name].append(time_once(function, sets[turn % len(sets)], device, clock))
             turn += 1
     return times
 
@@ -120,12 +121,12 @@ def copy_function(moved: int, count: int, device: str):
     return copy
 
 
-def bench_op(op: str, device: str, seconds: float) -> list[dict]:
+def bench_op(op: str, device: str, seconds: float, clock: str) -> list[dict]:
     rows = []
     for shape, dtype, moved, make, rivals in importlib.import_module(f"bench.kernels.{op}").cases(device):
         count = max(2, ROTATED_BYTES[device] // moved)
         sets = [make() for _ in range(count)]
-        times = measure({**rivals, "copy": copy_function(moved, count, device)}, sets, device, seconds)
+        times = measure({**rivals, "copy": copy_function(moved, count, device)}, sets, device, seconds, clock)
         medians = {name: statistics.median(values) for name, values in times.items()}
         ceiling = moved / medians["copy"]
         row = {
@@ -155,18 +156,24 @@ def main() -> None:
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(OPS)}; all by default")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each case")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="measure the CPU time of the process, for one thread (OMP_NUM_THREADS=1) on a busy machine",
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--note", default="", help="what else ran on the machine")
     arguments = parser.parse_args()
+    clock = "cpu" if arguments.cpu_time else "elapsed"
     unknown = set(arguments.ops) - set(OPS)
     if unknown:
         parser.error(f"unknown op {', '.join(sorted(unknown))}")
     for op in arguments.ops or OPS:
         head = environment(arguments.device)
-        rows = bench_op(op, arguments.device, arguments.seconds)
+        rows = bench_op(op, arguments.device, arguments.seconds, clock)
         folder = arguments.out / re.sub(r"[^A-Za-z0-9.]+", "-", head["device"]).strip("-").lower()
         folder.mkdir(parents=True, exist_ok=True)
-        result = {**head, "note": arguments.note, "rows": rows}
+        result = {**head, "clock": clock, "note": arguments.note, "rows": rows}
         (folder / f"{op}.json").write_text(json.dumps(result, indent=1) + "\n")
         print(f"wrote {folder / f'{op}.json'}")
 

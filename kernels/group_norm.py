@@ -45,8 +45,8 @@ def group_norm(
 ) -> Tensor:
     """act(GroupNorm(x + shift)), differentiable once in all tensors: x (N, C, H, W), weight, bias (C,), shift (N, C).
 
-    Returns a channels-last tensor of x's dtype; an x of another layout is copied first. Not a torch custom op: at the
-    sizes of training, the dispatcher's share of a call would be about as long as the kernel.
+    Returns a channels-last tensor of x's dtype; an x of another layout is copied first. Not a torch custom op, whose
+    dispatch would add about 45 us to a forward and backward pass (Intel Xeon with AMX).
     Raises ValueError for arguments that no backend accepts.
     """
     return group_norm_with_statistics(x, weight, bias, groups, eps, act, shift)[0]
