@@ -4,7 +4,7 @@
 
 The grid names image sets (`bench/study_sets.py`), seeds, a budget in core-seconds and variants; a variant changes
 fields of `ModelConfig`, `TrainConfig`, `SynthesisConfig` or `AugmentConfig` ("model", "train", "synthesis", "augment"
-tables), or of the trained model's `ModelConfig` ("inference"). Its number of steps follows from the budget and from what
+tables), or of the trained model's `ModelConfig` ("inference"). Its steps follow from the budget and from what
 its three kinds of step cost on this machine, measured once before the runs and kept in costs.json: so a run's result
 does not depend on what else the machine does. Interrupted runs go on; finished ones are kept by the hash of their
 settings and code. One row a run goes to results.csv; `bench/study_report.py` makes tables of it.

@@ -33,8 +33,8 @@ class AugmentConfig:
     gamma: float = 0.15
     contrast: float = 0.1
     white_balance: float = 0.03
-    blur: float = 3.0
-    noise: float = 2.0
+    blur: float = 8.0
+    noise: float = 4.0
     flip: str = ""
     camera_last: bool = True
 

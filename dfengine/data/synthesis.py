@@ -55,8 +55,8 @@ class SynthesisConfig:
     area: tuple[float, float] = (0.008, 0.35)
     change_threshold: float = 10.0
     min_changed: float = 0.003
-    decoy: float = 0.1
-    transplant: float = 0.0
+    decoy: float = 0.5
+    transplant: float = 0.5
 
     def __post_init__(self) -> None:
         for name in ("beta_range", "area"):

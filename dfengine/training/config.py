@@ -146,20 +146,20 @@ class TrainConfig:
         rate = 1e-4 if paper else 1e-3 * min(1.0, 32 / model.base)
         seg_rate = (1e-5 if diffusionad else 1e-4) if paper else 1e-3 * min(1.0, 32 / model.seg_base)
         filled = dict(
-            denoiser_share=0.0 if paper else 0.5,
+            denoiser_share=0.0 if paper else 0.1,
             joint_scale=1.0 if paper else 0.5,
-            denoiser_every=1 if paper else 4,
-            inference_t_share=0.0 if paper else 0.5,
+            denoiser_every=1 if paper else 16,
+            inference_t_share=0.0 if paper else 1.0,
             anomaly_share="coin" if paper and diffusionad else "half",
             scale_loss="sum" if diffusionad else "mean",
-            focal_gamma=4.0,
+            focal_gamma=4.0 if paper else 0.0,
             learning_rate=rate,
             segmentation_rate=seg_rate,
             schedule="constant" if paper else "cosine",
             segmentation_period=10 if paper and diffusionad else 0,
             ema_decay=0.0 if paper else 0.999,
             clip=0.0 if paper else 1.0,
-            synthesis=SynthesisConfig(recipe="paper") if paper else SynthesisConfig(),
+            synthesis=SynthesisConfig(recipe="paper", decoy=0.0) if paper else SynthesisConfig(),
             augment=AugmentConfig.off() if paper else AugmentConfig(),
         )
         return dataclasses.replace(self, **{k: v for k, v in filled.items() if getattr(self, k) is None})
