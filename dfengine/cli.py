@@ -66,8 +66,12 @@ class Recipe(str, Enum):
 def train(
     data: Annotated[Path, typer.Argument(help="A folder of normal images, or a data set (MVTec, VisA, DAGM layout).")],
     out: Annotated[Path, typer.Option(help="The checkpoint to write; logs go to a folder beside it.")],
-    preset: Annotated[str, typer.Option(help="Model preset; see `dfengine info`.")] = "diff-fastener-tiny",
-    image_size: Annotated[int | None, typer.Option(help="Model size in pixels: 32, 64, 128, 256 or 512.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Model preset; by default chosen from the images and the time.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Model size in pixels: 32, 64, 128, 256 or 512; by default chosen likewise.")
+    ] = None,
     pixel_range: Annotated[str | None, typer.Option(help="unit ([0, 1]) or signed ([-1, 1]).")] = None,
     minutes: Annotated[float | None, typer.Option(help="Budget in minutes (default: 30).")] = None,
     steps: Annotated[int | None, typer.Option(help="Budget in optimiser steps.")] = None,

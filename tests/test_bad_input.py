@@ -239,6 +239,8 @@ ROWS = [
     Row("train: empty folder", lambda f: f, prints="no image", command=TRAIN + " --steps 1", exit_status=1),
     Row("train: one image", tree("a.png"), prints="at least 2 normal images", command=TRAIN + " --steps 1",
         exit_status=1),
+    Row("train: one image, to choose a model by", tree("a.png"), prints="at least 2 normal images",
+        command=TRAIN + " --minutes 1", exit_status=1),
     Row("train: two budgets", tree("a.png"), prints="exactly one of", command=TRAIN + " --steps 1 --minutes 1",
         exit_status=2),
     Row("train: unknown preset", tree("a.png"), prints="unknown preset 'nope'", command=TRAIN + " --preset nope",

@@ -12,7 +12,7 @@ from dfengine.data.augment import AugmentConfig
 from dfengine.data.synthesis import SynthesisConfig
 from dfengine.errors import UsageError
 from dfengine.models import preset as model_preset
-from dfengine.training import TrainConfig
+from dfengine.training import Automatic, TrainConfig
 from dfengine.training import train as run_training
 
 DEFAULT_MINUTES = 30.0
@@ -21,7 +21,7 @@ DEFAULT_MINUTES = 30.0
 def run_train(
     data: Path,
     out: Path,
-    preset: str,
+    preset: str | None,
     image_size: int | None,
     pixel_range: str | None,
     recipe: Any,
@@ -37,15 +37,17 @@ def run_train(
 ) -> int:
     """Builds the configurations and trains; the options are those of `dfengine.cli.train`. Returns the exit status: 0,
     or 3 where some images were refused."""
-    changes = {k: v for k, v in dict(image_size=image_size, pixel_range=pixel_range).items() if v is not None}
-    model = model_preset(preset, **changes)
+    model = automatic = Automatic(image_size, pixel_range)
+    if preset is not None:
+        model = automatic.applied(model_preset(preset))
     if all(training[name] is None for name in ("minutes", "steps", "epochs")):
         training["minutes"] = DEFAULT_MINUTES
     training["recipe"] = getattr(recipe, "value", recipe)
     training["textures"] = None if textures is None else str(textures)
     training["init"] = None if init is None else str(init)
     config = TrainConfig(**training)
-    filled = config.resolve(model)
+    # The synthesis and the augmentation follow from the recipe, whatever the model.
+    filled = config.resolve(automatic.candidates()[0].model)
     wanted = dict(recipe=getattr(synthesis, "value", synthesis), foreground=foreground, decoy=decoy)
     wanted = {name: value for name, value in wanted.items() if value is not None}
     if wanted:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,16 +15,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from dfengine.data.folders import content_digest, fingerprint, open_dataset
-from dfengine.data.images import load_uint8
+from dfengine.data.images import load_uint8, read_image
 from dfengine.data.streams import Stream, stream
 from dfengine.data.training_set import TrainingSet, worker_init
 from dfengine.errors import DataError, ImageError
 
 MIN_IMAGES = 2
 MIN_HELD_OUT = 2
+SIDES_READ, IMAGES_READ = 64, 8  # of a survey
 PREFETCH = 4  # batches each worker keeps ready
 
 
@@ -88,6 +91,40 @@ def read_normals(data: Path, size: int, holdout: float, seed: int, before: dict[
     return Normals(
         np.stack(images), names, train, held_out, whole, tuple(skipped), tuple(sorted(trained)), overlap
     )
+
+
+def survey(data: Path, size: int) -> tuple[float, np.ndarray]:
+    """A look at some of the normal images of the folder `data`, spread over it: the median of their shorter sides in
+    pixels (NaN where none can be read), and up to 8 of them, uint8 (N, size, size, 3). Raises `DataError`."""
+    paths = [sample.path for sample in open_dataset(data).train]
+    paths = [paths[int(i)] for i in np.linspace(0, len(paths) - 1, min(SIDES_READ, len(paths)))]
+    sides = [side for path in paths if (side := native_side(path)) is not None]
+    images = []
+    for path in paths[:: max(1, len(paths) // (2 * IMAGES_READ))]:
+        try:
+            images.append(load_uint8(path, size))
+        except ImageError:
+            continue
+        if len(images) == IMAGES_READ:
+            break
+    shape = (len(images), size, size, 3)
+    return float(np.median(sides)) if sides else float("nan"), np.array(images, np.uint8).reshape(shape)
+
+
+def native_side(path: Path) -> int | None:
+    """The shorter side of an image in pixels, from its header where Pillow knows it; None where it cannot be read."""
+    if not path.is_file():  # to open a pipe may take for ever
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return min(image.size)
+    except Exception:  # of any type for damaged files; the deep TIFFs that Pillow does not know can be read
+        try:
+            return min(read_image(path).shape[:2])
+        except ImageError:
+            return None
 
 
 def batches(

@@ -67,6 +67,14 @@ class RunLog:
         """One line for the user."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def begin(self, progress: float, seconds_left: float | None, steps_left: int | None) -> None:
+        """Shows how much is left before the first step: time, or steps where their pace is not known yet."""
+        left = f"{steps_left} steps left" if seconds_left is None else f"{_duration(seconds_left)} left"
+        if self._bar:
+            self._bar.update(self._task, completed=progress, losses=left)
+        else:
+            self.say(f"{100 * progress:5.1f}% training: {left}")
+
     def row(self, row: dict[str, float], seconds_left: float) -> None:
         """Records the losses of the last steps (keys among `COLUMNS`) and shows them."""
         self.rows.append(row)

@@ -22,7 +22,7 @@ from dfengine.data.synthesis import Synthesizer
 from dfengine.data.textures import TextureSource
 from dfengine.data.training_set import validation_set
 from dfengine.engine.modules import ModuleRunner
-from dfengine.errors import ConfigError, DfengineError, UsageError
+from dfengine.errors import DfengineError, UsageError
 from dfengine.evaluation.calibration import calibrate
 from dfengine.models import ModelConfig
 from dfengine.training.config import TrainConfig
@@ -30,12 +30,13 @@ from dfengine.training.data import read_normals
 from dfengine.training.distributed import World
 from dfengine.training.log import RunLog
 from dfengine.training.outputs import check_outputs, run_folder_of
+from dfengine.training.plan import Automatic, settle
 from dfengine.training.probe import agreed_precision
 from dfengine.training.record import training_record
 from dfengine.training.schedule import Budget, Clock, stage_of
-from dfengine.training.state import RunState, TrainingInterrupted, check_identity, load_state
+from dfengine.training.state import RunState, TrainingInterrupted, check_identity, load_state, read_state
 from dfengine.training.trainer import Trainer, TrainingDiverged
-from dfengine.training.validation import run, validate
+from dfengine.training.validation import run, validate, verdict
 
 MAX_VALIDATION_NORMALS = 64
 MAX_VALIDATING = 0.05  # share of a budget of minutes
@@ -57,7 +58,7 @@ class TrainResult:
 
 def train(
     config: TrainConfig,
-    model_config: ModelConfig,
+    model_config: ModelConfig | Automatic,
     data: Path,
     out: Path,
     *,
@@ -67,6 +68,7 @@ def train(
 ) -> TrainResult:
     """Trains a detector on the normal images of the folder `data` and writes the checkpoint `out`.
 
+    An `Automatic` model is chosen from the images and the budget (`training/plan.py`), which is said and recorded.
     Log, panels and state go to `run_folder_of(out)`; both are checked before the images are read.
     `resume` continues the state in the run folder, exactly as if it had never stopped (bit for bit on CPU with a budget
     in steps or epochs and the same number of threads); a finished run is left as it is. `stop(step)`, asked after each
@@ -77,9 +79,6 @@ def train(
     saved state, `DfengineError` for an `out` that cannot be written, `TrainingDiverged` when a loss is not finite,
     `TrainingInterrupted` (exit code 130) after Ctrl-C, SIGTERM, `stop` or `leg_minutes`, when the state has been saved.
     """
-    if model_config.channels != 3:
-        raise ConfigError(f"training reads colour images: channels must be 3, not {model_config.channels}")
-    config = config.resolve(model_config)
     if config.workers is None:
         cpus = os.cpu_count() or 1
         config = config.replace(workers=min(8, cpus // 2))
@@ -100,19 +99,24 @@ class _Run:
     def __init__(
         self,
         config: TrainConfig,
-        model_config: ModelConfig,
+        wanted: ModelConfig | Automatic,
         data: Path,
         out: Path,
         world: World,
         resume: bool,
         console: Console | None,
     ):
-        self.config, self.model_config, self.data, self.out, self.world = config, model_config, data, out, world
+        self.data, self.out, self.world = data, out, world
         self.folder = run_folder_of(out)
         self.state_path = self.folder / "state.safetensors"
         self.best_path = self.folder / "best.safetensors"
         self.console = (console or Console(stderr=True)) if world.is_main else Console(quiet=True)
         self.resumed = resume
+        self.plan = settle(wanted, config, data, self.state_path if resume else None, world)
+        if self.plan.reason:
+            self._say(self.plan.reason)
+        self.model_config = model_config = self.plan.model
+        self.config = config = config.resolve(model_config)
 
         size = model_config.image_size
         before = load_checkpoint(config.init).training if config.init else None
@@ -157,6 +161,8 @@ class _Run:
             if self.world.is_main:
                 resume_step = self.state.step if self.resumed else None
                 log = stack.enter_context(RunLog(self.folder, self.console, resume_step))
+                if not self.state.finished:
+                    self._begin(log)
             try:
                 self._loop(log, stop)
             except TrainingDiverged as error:
@@ -202,6 +208,12 @@ class _Run:
             self.trainer.step(stage_of(config, progress), progress)
             asked = stop is not None and stop(state.step)
             before = progress
+
+    def _begin(self, log: RunLog) -> None:
+        budget, state = self.budget, self.state
+        seconds = None if budget.seconds is None else budget.seconds_left(state.step, state.elapsed, 0.0)
+        steps = None if budget.steps is None else budget.steps - state.step
+        log.begin(budget.progress(state.step, state.elapsed), seconds, steps)
 
     def _affordable(self) -> bool:
         """Whether another validation leaves a budget of minutes to training. A budget of steps validates when due."""
@@ -270,6 +282,8 @@ class _Run:
         save_checkpoint(self.out, checkpoint.with_calibration(calibration))
         self.state.finished = True
         self._save(log)
+        for line in verdict(metrics, self.normals.overlap):
+            log.say(line)
         log.say(calibration.message)
         log.say(f"checkpoint written to {self.out}; log, panels and state are in {self.folder}")
         log.say("next: look at the last panel; `dfengine calibrate` on more normal images; `dfengine detect`")
@@ -317,7 +331,7 @@ class _Run:
 
     def _fresh_state(self) -> RunState:
         """A new state, in a run folder cleared of an earlier, finished run. An unfinished one is not thrown away."""
-        if self.state_path.exists() and not (old := load_state(self.state_path, torch.device("cpu"))[0]).finished:
+        if self.state_path.exists() and not (old := read_state(self.state_path)).finished:
             raise UsageError(
                 f"{self.folder}: holds an unfinished run at step {old.step}; resume it, or remove that folder"
             )
@@ -327,7 +341,7 @@ class _Run:
                 leftover.unlink(missing_ok=True)
             for leftover in ("panels", "tensorboard"):
                 shutil.rmtree(self.folder / leftover, ignore_errors=True)
-        return RunState(self._identity(), precision=self.config.precision)
+        return RunState(self._identity(), precision=self.config.precision, plan=self.plan.record())
 
     @contextmanager
     def _catching_signals(self) -> Iterator[None]:

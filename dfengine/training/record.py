@@ -27,6 +27,7 @@ def training_record(
 ) -> dict[str, Any]:
     """JSON values. `seconds` have been trained, validation included; `metrics` is the validation of these weights.
 
+    "plan": why this model was picked and how many images it was expected to see; empty where the user named it.
     "data": "trained" lists the digests (`content_digest`) of all images that the weights were trained on, those of the
     `init` checkpoint included; "held_out_also_trained" counts the held-out images among them.
     """
@@ -43,6 +44,7 @@ def training_record(
             "held_out_also_trained": normals.overlap,
             "skipped": [name for name, _ in normals.skipped],
         },
+        "plan": state.plan,
         "steps": state.step,
         "stage_steps": list(state.stage_steps),
         "images_seen": state.images_seen,

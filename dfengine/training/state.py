@@ -31,7 +31,7 @@ class RunState:
 
     `identity` is everything that must be equal for a resumed run to continue the same computation (model and training
     configuration, data fingerprint, held-out images, number of processes, type of device). `threads` is torch's
-    intra-op thread count of the last process.
+    intra-op thread count of the last process. `plan` is how the model was chosen (`Plan.record`).
     """
 
     identity: dict[str, Any]
@@ -45,6 +45,7 @@ class RunState:
     best: dict[str, Any] = field(default_factory=dict)
     finished: bool = False
     threads: int = 0
+    plan: dict[str, Any] = field(default_factory=dict)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Tensor]:
@@ -76,8 +77,16 @@ def save_state(path: Path, state: RunState, tensors: dict[str, Tensor]) -> None:
         save_file(flat, str(temporary), metadata=header)
 
 
-def load_state(path: Path, device: torch.device) -> tuple[RunState, dict[str, Tensor]]:
-    """Reads what `save_state` wrote. Raises `CheckpointError` for a file that is missing, damaged or foreign."""
+def read_state(path: Path) -> RunState:
+    """What `save_state` wrote besides tensors, which are not read. Raises `CheckpointError` as `load_state` does."""
+    return load_state(path, torch.device("cpu"), tensors=False)[0]
+
+
+def load_state(path: Path, device: torch.device, tensors: bool = True) -> tuple[RunState, dict[str, Tensor]]:
+    """Reads what `save_state` wrote; without `tensors`, none of them.
+
+    Raises `CheckpointError` for a file that is missing, damaged or foreign.
+    """
     if not path.exists():
         raise CheckpointError(f"{path}: no training state to resume; start without resume")
     try:
@@ -88,7 +97,8 @@ def load_state(path: Path, device: torch.device) -> tuple[RunState, dict[str, Te
             if header.get("version") != str(VERSION):
                 raise CheckpointError(f"{path}: training state version {header.get('version')}, expected {VERSION}")
             state = RunState(**json.loads(header["state"]))
-            return state, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            names = file.keys() if tensors else ()
+            return state, {name: file.get_tensor(name) for name in names}
     except CheckpointError:
         raise
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:

@@ -19,6 +19,7 @@ TIMES = 4  # time steps at which the validation noise loss is taken, spread over
 BATCH = 32
 PANEL_NORMALS, PANEL_ANOMALIES = 3, 7
 GAP = 2  # pixels between the panel's tiles
+DOUBTFUL = 0.85  # image AUROC on synthetic anomalies below which a detector comes with a warning
 
 
 def validate(runner: ModuleRunner, data: ValidationSet, stage: int, seed: int) -> tuple[dict[str, float], np.ndarray]:
@@ -40,6 +41,27 @@ def validate(runner: ModuleRunner, data: ValidationSet, stage: int, seed: int) -
     metrics["val_pixel_ap"] = average_precision(truth, values)
     metrics["val_score"] = 0.5 * (metrics["val_image_auroc"] + metrics["val_pixel_ap"])
     return metrics, panel(data.images[shown], reconstructions[shown], maps[shown], data.masks[shown])
+
+
+def verdict(metrics: dict[str, float], trained: int = 0) -> list[str]:
+    """Lines that tell a layman how good the detector is, from the `metrics` of `validate`.
+
+    `trained` held-out images were also trained on, which is said.
+    """
+    share = metrics.get("val_image_auroc")
+    if share is None:
+        return ["no verdict on quality: these weights were never tried on synthetic defects"]
+    cases = int(100 * share + 1e-9)  # rounded down: 100 of 100 is said of no detector that ever fails
+    lines = [
+        "on held-out images with synthetic defects the detector ranks a defective above a sound image in "
+        f"{cases} of 100 cases" + (f" (optimistic: {trained} of them were also trained on)" if trained else "")
+    ]
+    if share < DOUBTFUL:
+        lines.append(
+            "warning: that is not reliable; more minutes or more images would help; look at the last panel before "
+            "trusting it"
+        )
+    return lines
 
 
 def run(runner: ModuleRunner, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

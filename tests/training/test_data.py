@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dfengine.data.folders import content_digest
-from dfengine.training.data import read_normals
+from dfengine.training.data import native_side, read_normals, survey
+from tests.odd_files import SIDE, content, pipe, png_header, rotated, saved, tiff
 
 
 def record(normals) -> dict:
@@ -64,3 +67,36 @@ def test_held_out_images_trained_on_before_are_counted(normals, tmp_path):
 @pytest.mark.parametrize("before", [{}, {"data": None}, {"data": {"name": "x"}}])
 def test_a_record_that_says_nothing_changes_nothing(normals, before):
     assert read_normals(normals, 32, 0.25, 0, before).trained == read_normals(normals, 32, 0.25, 0).trained
+
+
+def test_a_survey_looks_at_some_images_all_over_the_folder(tmp_path):
+    """100 images of 20 + k pixels: the median is that of 64 spread ones, and 8 of 16 are read."""
+    for k in range(100):
+        Image.new("L", (200, 20 + k), k).save(tmp_path / f"{k}.png")
+    side, images = survey(tmp_path, 32)
+    assert side == pytest.approx(69.5, abs=1)
+    assert images.shape == (8, 32, 32, 3) and images.dtype == np.uint8
+    for k in range(0, 100, 2):
+        (tmp_path / f"{k}.png").write_text("no image")
+    assert len(survey(tmp_path, 32)[1]) >= 2
+    for k in range(100):
+        (tmp_path / f"{k}.png").write_text("no image")
+    side, images = survey(tmp_path, 32)
+    assert np.isnan(side) and images.shape == (0, 32, 32, 3)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "make, side",
+    [
+        (saved("L", 3, "a.png"), SIDE),
+        (rotated, SIDE),
+        (tiff(np.zeros((SIDE, 2 * SIDE, 3), np.uint16), photometric="rgb"), SIDE),  # Pillow does not know it
+        (content(png_header(12_000, 9_000)), 9_000),  # more pixels than Pillow likes
+        (content(b"text"), None),
+        (pipe, None),
+    ],
+    ids=["png", "rotated", "deep tiff", "large", "text", "pipe"],
+)
+def test_the_side_of_an_image_comes_from_its_header(tmp_path, make, side):
+    assert native_side(Path(make(tmp_path))) == side

@@ -62,6 +62,12 @@ def test_two_processes_are_one_with_twice_the_batch(folder, normals, tmp_path):
     assert max(one[name].abs().max() for name in moments) > 1e-3
 
 
+def test_two_processes_take_the_choice_of_the_main_one(folder):
+    state, _ = state_of(folder, "picked")
+    assert state.identity["model"]["base"] == 16 and state.step == 1
+    assert state.plan["expected_images"] == 60e9 and "2 processes" in state.plan["picked"]
+
+
 def test_one_process_needs_no_group():
     with World("cpu") as world:
         assert (world.rank, world.size, world.is_main) == (0, 1, True)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from dfengine.training import TrainConfig, TrainingInterrupted, train  # noqa: E402
+from dfengine.training import Automatic, TrainConfig, TrainingInterrupted, plan, train  # noqa: E402
 from tests.helpers import tiny_config  # noqa: E402
 
 CONFIG = TrainConfig(
@@ -31,7 +31,15 @@ def main(folder: Path, data: Path) -> None:
     except TrainingInterrupted:
         train(CONFIG, model, data, folder / "parts.safetensors", resume=True)
     train(ONE_STEP.replace(batch_size=2), model, data, folder / "one.safetensors")
-    dist.barrier()
+    # Each process measures something else: the main one finds the larger model worth the time, the other does not.
+    models = model, tiny_config(base=16)
+    plan.CANDIDATES = tuple(plan.Candidate(candidate, 1000) for candidate in models)
+    plan.images_per_second = lambda config, *others: 1e9 if rank == 0 else 0.0
+    config = CONFIG.replace(steps=None, minutes=1.0)
+    try:
+        train(config, Automatic(), data, folder / "picked.safetensors", stop=lambda step: True)
+    except TrainingInterrupted:
+        dist.barrier()
     dist.destroy_process_group()
 
 

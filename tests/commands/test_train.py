@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dfengine.checkpoint import load_checkpoint
+from dfengine.cli import main
+from dfengine.models import preset
+from dfengine.training import plan
+from dfengine.training.plan import Candidate
+from tests.helpers import tiny_config
+
+QUICK = "--workers 0 --threads 1 --batch-size 2 --precision float32".split()
+MODELS = tiny_config(preset="one"), tiny_config(preset="two", base=16)
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(6):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def two_models(monkeypatch):
+    """The choice is between two small models, of which this machine trains 100 and 5 images a second."""
+    rates = dict(zip(MODELS, (100.0, 5.0), strict=True))
+    monkeypatch.setattr(plan, "CANDIDATES", tuple(Candidate(model, 10) for model in MODELS))
+    monkeypatch.setattr(plan, "images_per_second", lambda config, model, images, precision, world: rates[model])
+
+
+def train(photos: Path, *options: str) -> int:
+    return main(["train", str(photos), "--out", str(photos.parent / "net.safetensors"), *QUICK, *options])
+
+
+def test_a_run_of_minutes_says_what_it_picked_and_how_good_it_is(photos, capsys):
+    assert train(photos, "--minutes", "0.03") == 0
+    printed = capsys.readouterr().out
+    reason = (
+        "picked one at 32 pixels: about 180 images in 0.03 minutes on this CPU (1 thread); two at 32 pixels would see "
+        "only 9 of the 10 it needs"
+    )
+    assert printed.splitlines()[0] == reason
+    assert "0.0% training: 0:02 left" in printed
+    assert "the detector ranks a defective above a sound image in" in printed and "of 100 cases" in printed
+    checkpoint = load_checkpoint(photos.parent / "net.safetensors")
+    assert checkpoint.config == MODELS[0]
+    assert checkpoint.training["plan"] == {"picked": reason, "expected_images": 180}
+
+
+def test_a_budget_of_steps_takes_the_smallest_and_says_so(photos, capsys):
+    assert train(photos, "--steps", "2") == 0
+    printed = capsys.readouterr().out
+    assert "picked one at 32 pixels, the smallest: a budget of steps says nothing about the time" in printed
+    assert "0.0% training: 2 steps left" in printed
+    assert load_checkpoint(photos.parent / "net.safetensors").config == MODELS[0]
+
+
+def test_a_resumed_run_needs_no_preset_and_refuses_another(photos, capsys):
+    named = preset("diff-fastener-tiny", image_size=32)
+    options = ["--preset", "diff-fastener-tiny", "--image-size", "32"]
+    assert train(photos, "--steps", "2", *options, "--leg-minutes", "1e-9") == 130
+    assert train(photos, "--steps", "2", "--resume", "--image-size", "64") == 2
+    assert "model image_size was 32 and is now 64" in capsys.readouterr().err
+    assert train(photos, "--steps", "2", "--resume", "--preset", "diff-fastener-small") == 2
+    assert train(photos, "--steps", "2", "--resume") == 0
+    assert "picked" not in capsys.readouterr().out
+    checkpoint = load_checkpoint(photos.parent / "net.safetensors")
+    assert checkpoint.config == named and checkpoint.training["plan"] == {}
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--pixel-range", "odd"], "pixel_range must be one of"),
+        (["--image-size", "100", "--minutes", "1"], "image_size must be"),
+        (["--image-size", "100", "--resume"], "image_size must be"),
+        (["--minutes", "0"], "minutes must be a positive number"),
+    ],
+)
+def test_wrong_usage_is_one_line(photos, capsys, options, message):
+    assert train(photos, *options) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and len(printed.err.splitlines()) == 1 and not printed.out
