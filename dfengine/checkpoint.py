@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,14 @@ class Checkpoint:
     def with_calibration(self, calibration: Calibration | None) -> Checkpoint:
         """A copy with another calibration."""
         return replace(self, calibration=calibration)
+
+
+def shipped_checkpoint(name: str = "fastener-tiny.safetensors") -> Path:
+    """A checkpoint inside the package, by default the demo's. Raises `CheckpointError` where it is missing."""
+    path = Path(str(resources.files("dfengine") / "assets" / name))
+    if not path.is_file():
+        raise CheckpointError(f"{path}: the shipped checkpoint is missing from this installation")
+    return path
 
 
 def check_state(config: ModelConfig, state: dict[str, Tensor], name: str) -> None:

@@ -81,7 +81,10 @@ def train(
     recipe: Annotated[Recipe, typer.Option(help="default (small budgets) or paper (the papers' recipe).")] = "default",
     synthesis: Annotated[Synthesis | None, typer.Option(help="Which synthetic anomalies to train on.")] = None,
     textures: Annotated[Path | None, typer.Option(help="Folder of texture images; procedural ones without it.")] = None,
-    init: Annotated[Path | None, typer.Option(help="Start from the weights of this checkpoint.")] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint to start from, fasteners (shipped weights; the default where they fit) or none."),
+    ] = None,
     decoy: Annotated[float | None, typer.Option(help="Share of normals processed like anomalies, without one.")] = None,
     foreground: Annotated[str | None, typer.Option(help="auto, none (whole image) or texture.")] = None,
     denoiser_share: Annotated[float | None, typer.Option(help="Share of the budget for the denoiser alone.")] = None,
@@ -93,6 +96,9 @@ def train(
     segmentation_rate: Annotated[float | None, typer.Option(help="Peak rate of the segmentation network.")] = None,
     ema_decay: Annotated[float | None, typer.Option(help="Decay of the weights' average; 0 switches it off.")] = None,
     flip: Annotated[str | None, typer.Option(help="Flips that keep a normal image normal: none, h, v or hv.")] = None,
+    rotation: Annotated[
+        float | None, typer.Option(help="Largest rotation of normals in degrees; 180 where objects lie anyhow.")
+    ] = None,
     augment: Annotated[bool, typer.Option(help="Light augmentation of the normals.")] = True,
     holdout: Annotated[float, typer.Option(help="Share of the normals held out for validation.")] = 0.1,
     keep: Annotated[str, typer.Option(help="Weights to keep: best (by validation) or last.")] = "best",

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from dfengine.checkpoint import shipped_checkpoint
 from dfengine.cli import main
-from dfengine.commands.demo import shipped_checkpoint
 from dfengine.data.folders import open_dataset
 
 

@@ -4,37 +4,27 @@ from __future__ import annotations
 
 import json
 import time
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from dfengine.checkpoint import shipped_checkpoint
 from dfengine.commands.evaluate import evaluate_dataset
 from dfengine.commands.scoring import make_folder, open_detector, say
 from dfengine.data.fasteners import render_fastener, write_fasteners
 from dfengine.data.folders import open_dataset
 from dfengine.data.images import load_unit, resize_unit
-from dfengine.errors import CheckpointError
 from dfengine.evaluation.baseline import MeanStdBaseline
 from dfengine.evaluation.metrics import auroc
 from dfengine.files import atomic_write
 
-CHECKPOINT = "fastener-tiny.safetensors"
 TEST_GOOD, PER_DEFECT = 100, 40
 GOAL_IMAGE_AUROC, GOAL_PIXEL_AUROC, BASELINE_LIMIT = 0.98, 0.95, 0.90
 BASELINE_IMAGES = 176
 TRAINING_SEED = 0
 """Seed of the fasteners that the shipped checkpoint was trained on; the baseline is made from the first of them."""
-
-
-def shipped_checkpoint(name: str | None = None) -> Path:
-    """A checkpoint inside the package, by default the demo's. Raises `CheckpointError` where it is missing."""
-    path = Path(str(resources.files("dfengine") / "assets" / (name or CHECKPOINT)))
-    if not path.is_file():
-        raise CheckpointError(f"{path}: the shipped checkpoint is missing from this installation")
-    return path
 
 
 def run_demo(out: Path, seed: int, device: str) -> int:

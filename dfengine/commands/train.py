@@ -27,10 +27,11 @@ def run_train(
     recipe: Any,
     synthesis: Any,
     textures: Path | None,
-    init: Path | None,
+    init: str | None,
     foreground: str | None,
     decoy: float | None,
     flip: str | None,
+    rotation: float | None,
     augment: bool,
     resume: bool,
     **training: Any,
@@ -44,7 +45,7 @@ def run_train(
         training["minutes"] = DEFAULT_MINUTES
     training["recipe"] = getattr(recipe, "value", recipe)
     training["textures"] = None if textures is None else str(textures)
-    training["init"] = None if init is None else str(init)
+    training["init"] = init
     config = TrainConfig(**training)
     # The synthesis and the augmentation follow from the recipe, whatever the model.
     filled = config.resolve(automatic.candidates()[0].model)
@@ -53,11 +54,13 @@ def run_train(
     if wanted:
         fields = filled.synthesis.to_dict() | wanted
         config = config.replace(synthesis=SynthesisConfig.from_dict(fields))
+    moves = dict(flip="" if flip == "none" else flip, rotation=rotation)
+    moves = {name: value for name, value in moves.items() if value is not None}
     if not augment:
-        if flip not in (None, "none"):
-            raise UsageError("--flip needs augmentation; leave out --no-augment")
+        if any(moves.values()):
+            raise UsageError(f"--{next(k for k, v in moves.items() if v)} needs augmentation; leave out --no-augment")
         config = config.replace(augment=AugmentConfig.off())
-    elif flip is not None:
-        config = config.replace(augment=dataclasses.replace(filled.augment, flip="" if flip == "none" else flip))
+    elif moves:
+        config = config.replace(augment=dataclasses.replace(filled.augment, **moves))
     result = run_training(config, model, data, out, resume=resume, console=Console())
     return 3 if result.record.get("data", {}).get("skipped") else 0

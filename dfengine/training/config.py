@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from dfengine.checkpoint import shipped_checkpoint
 from dfengine.data.augment import AugmentConfig
 from dfengine.data.synthesis import SynthesisConfig
 from dfengine.errors import ConfigError, UsageError
@@ -18,6 +20,8 @@ ANOMALY_SHARES = ("half", "coin")
 LR_SCHEDULES = ("cosine", "constant")
 SCALE_LOSSES = ("mean", "sum")
 KEEP = ("best", "last")
+FASTENERS = "fasteners"
+NO_INIT = "none"
 
 # Fields that decide where and how fast a run goes: a resumed run may change them. All but two leave every bit as it is.
 # Another number of threads sums in another order, which a resumed run says; of the device the state keeps the type.
@@ -44,7 +48,8 @@ class TrainConfig:
     Rates are peaks; `schedule` "cosine" warms up over `warmup` (share of a stage) and decays to 1%, per stage.
     `segmentation_period`: the segmentation rate follows a cosine of so many steps instead; 0 for none.
     `ema_decay` 0 switches averaging off; `clip` 0 switches gradient clipping (by global norm) off.
-    `init`: a checkpoint of the same networks whose weights the run starts from.
+    `init`: a checkpoint of the same networks whose weights the run starts from, "fasteners" (the weights that come with
+    the package; `start_path`) or "none"; unset, a run whose model is chosen for it takes "fasteners" where they fit.
     `holdout`: share of the normals kept from training for validation and calibration (at least 2 images).
     `validations` over the run, on `validation_samples` fixed synthetic anomalies of the held-out normals.
     `keep`: write the "best" weights by validation score, or the "last". `false_alarm_rate` sets the first threshold.
@@ -192,6 +197,11 @@ class TrainConfig:
     def identity(self) -> dict[str, Any]:
         """The fields that decide what a run computes: a state can only be resumed with the same ones."""
         return {key: value for key, value in self.to_dict().items() if key not in OPERATIONAL}
+
+
+def start_path(init: str) -> Path:
+    """The file of the start weights called `init`. Raises `CheckpointError` where a shipped one is missing."""
+    return shipped_checkpoint() if init == FASTENERS else Path(init)
 
 
 def _positive(value: Any) -> bool:

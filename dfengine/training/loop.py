@@ -25,7 +25,7 @@ from dfengine.engine.modules import ModuleRunner
 from dfengine.errors import DfengineError, UsageError
 from dfengine.evaluation.calibration import calibrate
 from dfengine.models import ModelConfig
-from dfengine.training.config import TrainConfig
+from dfengine.training.config import TrainConfig, start_path
 from dfengine.training.data import read_normals
 from dfengine.training.distributed import World
 from dfengine.training.log import RunLog
@@ -116,10 +116,10 @@ class _Run:
         if self.plan.reason:
             self._say(self.plan.reason)
         self.model_config = model_config = self.plan.model
-        self.config = config = config.resolve(model_config)
+        self.config = config = config.replace(init=self.plan.init).resolve(model_config)
 
         size = model_config.image_size
-        before = load_checkpoint(config.init).training if config.init else None
+        before = load_checkpoint(start_path(config.init)).training if config.init else None
         self.normals = read_normals(data, size, config.holdout, config.seed, before)
         self._report_data()
         folder = config.textures

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from dfengine.checkpoint import load_checkpoint
+from dfengine.checkpoint import load_checkpoint, shipped_checkpoint
 from dfengine.data.images import resize_unit
 from dfengine.models import ModelConfig, preset
-from dfengine.training.config import TrainConfig
+from dfengine.training.config import FASTENERS, NO_INIT, TrainConfig, start_path
 from dfengine.training.data import MIN_IMAGES, survey
 from dfengine.training.distributed import World
 from dfengine.training.probe import agreed_precision, images_per_flop, images_per_second
 from dfengine.training.record import hardware
 from dfengine.training.state import read_state
 
-IMAGES_NEEDED = 60_000  # training images that a candidate must see to be worth its size: docs/method.md, study
+FIRST_NEEDS = 60_000  # training images below which a run with the smallest model is told to take more time
+IMAGES_NEEDED = 210_000  # training images that a larger model must see to be worth its size: what the papers' saw
 SIZE_TOLERANCE = 1.1  # a model may be this much larger than the images: 250 pixels are enough for 256
 # A candidate that FLOPs put below its need by more than this factor is not measured. Small networks leave a GPU mostly
 # idle, so there their time says less about that of larger ones.
@@ -39,7 +40,7 @@ class Candidate:
 
 
 CANDIDATES = (  # from small to large
-    Candidate(preset("diff-fastener-tiny")),
+    Candidate(preset("diff-fastener-tiny"), FIRST_NEEDS),
     Candidate(preset("diff-fastener-tiny", image_size=128)),
     Candidate(preset("diff-fastener-small", image_size=128)),
     Candidate(preset("diff-fastener-small")),
@@ -69,11 +70,12 @@ class Automatic:
 @dataclass(frozen=True)
 class Plan:
     """The `model` of a run. Where the user did not name it, the `reason` in words, and the training `images` that the
-    run is expected to see (None where nothing was measured)."""
+    run is expected to see (None where nothing was measured). `init`: the weights to start from, as in `TrainConfig`."""
 
     model: ModelConfig
     reason: str = ""
     images: float | None = None
+    init: str | None = None
 
     def record(self) -> dict[str, Any]:
         """JSON values for the training record; empty where the user named the model."""
@@ -82,6 +84,25 @@ class Plan:
 
 
 def settle(wanted: ModelConfig | Automatic, config: TrainConfig, data: Path, state: Path | None, world: World) -> Plan:
+    """The model and the start weights of a run on the folder `data`.
+
+    `pick` says what model. A model that was picked in a default recipe starts from the shipped weights where they fit.
+    Raises what `pick` raises.
+    """
+    plan = pick(wanted, config, data, state, world)
+    if config.init == NO_INIT:
+        return replace(plan, init=None)
+    if config.init or plan.init:
+        return replace(plan, init=config.init or plan.init)
+    if isinstance(wanted, ModelConfig) or state is not None or config.recipe != "default":
+        return plan
+    if plan.model != load_checkpoint(shipped_checkpoint()).config:
+        return plan
+    start = "starting from the fastener weights that come with dfengine (--init none: from scratch)"
+    return replace(plan, init=FASTENERS, reason=f"{plan.reason}; {start}" if plan.reason else "")
+
+
+def pick(wanted: ModelConfig | Automatic, config: TrainConfig, data: Path, state: Path | None, world: World) -> Plan:
     """The model of a run on the folder `data`, the same on all processes: `wanted` itself, or, where it is `Automatic`,
     that of the run to resume (`state` is its file), that of the checkpoint to start from, or what `choose` finds.
 
@@ -91,10 +112,13 @@ def settle(wanted: ModelConfig | Automatic, config: TrainConfig, data: Path, sta
     if isinstance(wanted, ModelConfig):
         return Plan(wanted)
     if state is not None:
-        return Plan(wanted.applied(ModelConfig.from_dict(read_state(state).identity.get("model"))))
-    if config.init:
-        model = wanted.applied(load_checkpoint(config.init).config)
-        return Plan(model, f"picked {Candidate(model)}: the model of {Path(config.init).name}")
+        identity = read_state(state).identity
+        model = wanted.applied(ModelConfig.from_dict(identity.get("model")))
+        return Plan(model, init=(identity.get("training") or {}).get("init"))
+    if config.init and config.init != NO_INIT:
+        start = start_path(config.init)
+        model = wanted.applied(load_checkpoint(start).config)
+        return Plan(model, f"picked {Candidate(model)}: the model of {start.name}")
     candidates = wanted.candidates()
     first = candidates[0].model
     if config.minutes is None:

@@ -16,7 +16,7 @@ from dfengine.data.synthesis import Synthesizer
 from dfengine.data.training_set import TrainingSet
 from dfengine.errors import DfengineError
 from dfengine.models import ModelConfig, build_model
-from dfengine.training.config import TrainConfig
+from dfengine.training.config import TrainConfig, start_path
 from dfengine.training.data import batches
 from dfengine.training.distributed import World
 from dfengine.training.ema import Ema
@@ -30,8 +30,8 @@ MAX_OVERFLOWS = 20  # float16 steps in a row that loss scaling may skip
 
 
 def initial_weights(path: str, model_config: ModelConfig) -> dict[str, Tensor]:
-    """The weights of the checkpoint `path`, in float32. Raises `CheckpointError` where they do not fit."""
-    state = load_checkpoint(path).state
+    """Weights of the checkpoint `path` (`start_path`), in float32. Raises `CheckpointError` where they do not fit."""
+    state = load_checkpoint(start_path(path)).state
     check_state(model_config, state, path)
     return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 

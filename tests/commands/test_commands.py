@@ -11,9 +11,8 @@ import pytest
 from PIL import Image
 
 import dfengine
-from dfengine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from dfengine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, shipped_checkpoint
 from dfengine.cli import main
-from dfengine.commands.demo import shipped_checkpoint
 from dfengine.data.fasteners import write_fasteners
 from dfengine.data.folders import content_digest, open_dataset
 from dfengine.evaluation.calibration import Calibration, calibrate

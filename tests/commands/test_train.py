@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dfengine.checkpoint import load_checkpoint
+from dfengine.checkpoint import load_checkpoint, shipped_checkpoint
 from dfengine.cli import main
 from dfengine.models import preset
 from dfengine.training import plan
@@ -75,9 +75,30 @@ def test_a_resumed_run_needs_no_preset_and_refuses_another(photos, capsys):
     assert checkpoint.config == named and checkpoint.training["plan"] == {}
 
 
+def test_a_run_from_the_shipped_weights_stays_near_them_and_resumes(photos, monkeypatch, capsys):
+    shipped = load_checkpoint(shipped_checkpoint())
+    monkeypatch.setattr(plan, "CANDIDATES", (Candidate(shipped.config),))
+    assert train(photos, "--steps", "2", "--leg-minutes", "1e-9") == 130
+    assert "starting from the fastener weights" in capsys.readouterr().out
+    assert train(photos, "--steps", "2", "--resume", "--init", "none") == 2
+    assert "training init was 'fasteners' and is now None" in capsys.readouterr().err
+    assert train(photos, "--steps", "2", "--resume") == 0
+    checkpoint = load_checkpoint(photos.parent / "net.safetensors")
+    assert checkpoint.training["config"]["init"] == "fasteners"
+    name = "reconstruction.down.1.0.in_layers.2.weight"
+    change = (checkpoint.state[name] - shipped.state[name].float()).abs().mean() / shipped.state[name].abs().mean()
+    assert 0 < change < 0.1
+
+
+def test_rotation_is_recorded(photos):
+    assert train(photos, "--steps", "1", "--rotation", "180") == 0
+    assert load_checkpoint(photos.parent / "net.safetensors").training["config"]["augment"]["rotation"] == 180
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
+        (["--no-augment", "--rotation", "10"], "--rotation needs augmentation"),
         (["--pixel-range", "odd"], "pixel_range must be one of"),
         (["--image-size", "100", "--minutes", "1"], "image_size must be"),
         (["--image-size", "100", "--resume"], "image_size must be"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dfengine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from dfengine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, shipped_checkpoint
 from dfengine.errors import ConfigError, DataError, UsageError
 from dfengine.models import build_model, preset
 from dfengine.training import Automatic, TrainConfig, TrainingInterrupted, plan, run_folder_of, train
@@ -207,6 +207,24 @@ def test_weights_to_start_from_bring_their_model(tmp_path):
     picked = settled(Automatic(), TrainConfig(minutes=1, init=str(start)), tmp_path)
     assert picked.model == model and picked.reason.endswith("the model of start.safetensors")
     assert str(tmp_path) not in str(picked.record())
+
+
+@pytest.mark.parametrize(
+    "fits, options, init",
+    [(True, {}, "fasteners"), (False, {}, None), (True, {"recipe": "paper"}, None), (True, {"init": "none"}, None)],
+)
+def test_a_picked_model_starts_from_the_shipped_weights_where_they_fit(tmp_path, monkeypatch, fits, options, init):
+    shipped = load_checkpoint(shipped_checkpoint()).config
+    monkeypatch.setattr(plan, "CANDIDATES", (Candidate(shipped if fits else tiny_config()),))
+    picked = settled(Automatic(), TrainConfig(steps=1, **options), tmp_path)
+    assert picked.init == init
+    assert ("starting from the fastener weights" in picked.reason) == (init is not None)
+
+
+def test_a_named_model_starts_from_scratch_unless_told(tmp_path):
+    shipped = load_checkpoint(shipped_checkpoint()).config
+    assert settled(shipped, TrainConfig(steps=1), tmp_path).init is None
+    assert settled(shipped, TrainConfig(steps=1, init="fasteners"), tmp_path).init == "fasteners"
 
 
 def test_a_resumed_run_keeps_its_model_and_the_record_says_why(normals, tmp_path, monkeypatch, lines):
