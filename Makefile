@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
 	@echo 'make demo           render test images, detect, evaluate, write a report'
-	@echo 'make checkpoint     train the checkpoint of the demo anew (40 minutes)'
+	@echo 'make checkpoint     train the checkpoint of the demo anew (70 minutes)'
 	@echo 'make test           run the tests (TEST_ARGUMENTS="-k ingest" for some)'
 	@echo 'make lint           ruff'
 	@echo 'make bench          time the kernels on this CPU, into bench/results'

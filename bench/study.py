@@ -214,7 +214,8 @@ def main() -> int:
     grid, out = tomllib.loads(arguments.grid.read_text()), arguments.out
     out.mkdir(parents=True, exist_ok=True)
     os.environ[CODE] = code_digest()
-    runs = [r for r in settings(grid) if not arguments.only or r["variant"] in arguments.only]
+    everything = settings(grid)
+    runs = [r for r in everything if not arguments.only or r["variant"] in arguments.only]
     result_of = lambda run: out / "runs" / key_of(run) / (run["variant"] + ".json")  # noqa: E731
     if arguments.one:
         run = next(r for r in runs if f"{r['variant']}-{key_of(r)}" == arguments.one)
@@ -250,7 +251,7 @@ def main() -> int:
             shown = {k: row[k] for k in ("own/seg@50", "foreign/seg@50", "foreign/seg@800", "texture/seg@50",
                      "real/seg@50", "real/seg@800", "traces/seg@800", "pixel_ap") if k in row}  # fmt: skip
             print(f"{name}: {time.monotonic() - start:.0f} s, {row['steps']} steps, {shown}", flush=True)
-            write_csv(out, [json.loads(result_of(r).read_text()) for r in runs if result_of(r).exists()])
+            write_csv(out, [json.loads(result_of(r).read_text()) for r in everything if result_of(r).exists()])
     return 1 if failed else 0
 
 
