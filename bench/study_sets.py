@@ -79,7 +79,9 @@ def build(name: str, size: int, seed: int, work: Path) -> StudySet:
         if foreign.aligned:
             add(foreign.transplant(i, rng), "normal:transplant")
         for kind in ("missing", "ring", "part"):
-            add(*foreign.erase(i, kind, rng))
+            image, title, mask = foreign.erase(i, kind, rng)
+            if mask.any():
+                add(image, title, mask)
         for synthesizer, prefix in ((own, "own:"), (paper, "texture:")):
             result = synthesizer.sample(i, rng)
             if result.kind != "normal":

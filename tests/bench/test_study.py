@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.data.scenes import bars
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
+
+import study  # noqa: E402
+import study_report  # noqa: E402
+import study_scores  # noqa: E402
+import study_sets  # noqa: E402
+
+GRID = {
+    "sets": ["a", "b"],
+    "seeds": [0, 1],
+    "seconds": 60,
+    "base": {"train": {"focal_gamma": 2.0}},
+    "variants": {
+        "base": {},
+        "gamma": {"train": {"focal_gamma": 4.0}},
+        "draws": {"inference": {"noise_draws": 2}},
+        "long": {"seconds": 120, "sets": ["a"]},
+    },
+}
+
+
+def run(variant: str, name: str = "a", seed: int = 0) -> dict:
+    runs = [r for r in study.settings(GRID) if (r["variant"], r["set"], r["seed"]) == (variant, name, seed)]
+    assert len(runs) == 1
+    return runs[0]
+
+
+def test_a_grid_is_every_variant_on_every_set_and_seed():
+    assert len(study.settings(GRID)) == 2 * (3 * 2 + 1)
+    assert run("base")["train"] == {"focal_gamma": 2.0} and run("gamma")["train"] == {"focal_gamma": 4.0}
+    assert run("long")["seconds"] == 120
+
+
+def test_a_trained_model_is_shared_where_only_the_inference_differs():
+    assert study.key_of(run("base")) == study.key_of(run("draws"))
+    others = [run("gamma"), run("long"), run("base", seed=1), run("base", "b")]
+    assert len({study.key_of(r) for r in (run("base"), *others)}) == 5
+
+
+def test_the_grids_of_the_project_are_configurations():
+    import tomllib
+
+    for path in (Path(study.ROOT) / "study.toml", Path(study.ROOT) / "study-start.toml"):
+        runs = study.settings(tomllib.loads(path.read_text()))
+        assert len({study.key_of(r) for r in runs}) > 10
+        for one in runs:
+            model, config = study.configurations(one)
+            model.replace(**one["inference"])
+            assert config.resolve(model).synthesis.decoy <= 1
+
+
+@pytest.mark.parametrize("kind", ["missing", "ring", "part"])
+def test_foreign_edits_change_the_object_and_nothing_far_from_it(kind):
+    images, foregrounds = bars(6, 64)
+    foreign = study_sets.Foreign(images, foregrounds)
+    changed = 0
+    for index in range(6):
+        after, name, mask = foreign.erase(index, kind, np.random.default_rng(index))
+        assert name == f"foreign:{kind}" and after.dtype == np.uint8 and after.shape == (64, 64, 3)
+        changed += mask.any()
+        assert not (mask & ~study_sets.grow(foregrounds[index], 4)).any()
+        change = np.abs(after.astype(int) - images[index]).max(axis=-1)
+        assert change[~study_sets.grow(foregrounds[index], 6)].max() <= 3  # Poisson cloning rounds
+    assert changed >= 4
+
+
+def test_foreign_decoys_leave_the_object():
+    images, foregrounds = bars(6, 64)
+    foreign = study_sets.Foreign(images, foregrounds)
+    for index in range(6):
+        after = foreign.decoy(index, np.random.default_rng(index))
+        np.testing.assert_allclose(after[foregrounds[index]], images[index][foregrounds[index]].astype(int), atol=3)
+
+
+def test_scores_rank_a_worse_reconstruction_and_a_hotter_map_higher():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+    reconstructions = np.repeat(images[:1] / 255.0, 4, axis=0).astype(np.float32)
+    reconstructions[1:] = images[1:] / 255.0
+    reconstructions[3, 20:40, 20:40] = 0
+    maps = np.full((4, 64, 64), 0.01, np.float32)
+    maps[3, 20:40, 20:40] = 0.9
+    found = study_scores.scores(images, maps, reconstructions, np.array([True, True, True, False]))
+    assert set(found) >= {"seg@50", "pixel", "gradient", "ssim", "sum:pixel"}
+    assert all(values.argmax() == 3 for values in found.values())
+    np.testing.assert_allclose(found["seg@50"], [0.01, 0.01, 0.01, 0.9], rtol=1e-6)
+
+
+def test_the_table_gives_the_mean_and_half_the_range_over_seeds(tmp_path):
+    path = tmp_path / "results.csv"
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["set", "variant", "seed", "steps", "own/seg@50", "foreign/seg@50", "pixel_ap"])
+        writer.writerows([["a", "base", 0, 10, 0.8, 0.9, 0.5], ["a", "base", 1, 10, 0.9, 0.9, 0.5]])
+    table = study_report.table(study_report.read([path]))
+    assert table.splitlines()[-1] == "| a | base | 2 | 10 | 0.850 ± 0.050 | 0.900 ± 0.000 |  |  | 0.500 ± 0.000 |"
+    study_report.plot(study_report.read([path]), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
