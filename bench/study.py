@@ -26,7 +26,6 @@ from pathlib import Path
 
 import tomllib
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
@@ -44,6 +43,7 @@ from dfengine.engine.modules import ModuleRunner  # noqa: E402
 from dfengine.evaluation.metrics import auroc, average_precision  # noqa: E402
 from dfengine.models import preset  # noqa: E402
 from dfengine.training import TrainConfig, run_folder_of, train  # noqa: E402
+from dfengine.training.config import start_path  # noqa: E402
 from dfengine.training.distributed import World  # noqa: E402
 from dfengine.training.precision import Precision  # noqa: E402
 from dfengine.training.state import RunState  # noqa: E402
@@ -72,9 +72,12 @@ def settings(grid: dict) -> list[dict]:
 
 
 def key_of(run: dict) -> str:
-    """Names a trained model: its settings and the code that made it. Inference settings share one."""
+    """Names a trained model: its settings, its start weights and the code that made it. Inference settings share one."""
     named = {k: v for k, v in run.items() if k not in ("variant", "inference")}
-    return hashlib.sha256((json.dumps(named, sort_keys=True) + code_digest()).encode()).hexdigest()[:12]
+    digest = hashlib.sha256((json.dumps(named, sort_keys=True) + code_digest()).encode())
+    if init := run["train"].get("init"):
+        digest.update(start_path(init).read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def code_digest() -> str:
@@ -82,9 +85,9 @@ def code_digest() -> str:
     if CODE in os.environ:
         return os.environ[CODE]
     package = ROOT.parent / "dfengine"
-    names = [f"training/{name}.py" for name in ("config", "draws", "ema", "losses", "schedule", "step", "trainer")]
-    files = [*sorted((package / "data").rglob("*.py")), *sorted((package / "models").glob("*.py")),
-             package / "diffusion.py", *(package / name for name in names), ROOT / "study_sets.py"]  # fmt: skip
+    folders = (package / "data", package / "models", package / "training", package.parent / "kernels")
+    files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
+    files += [package / "diffusion.py", *(ROOT / f"{name}.py" for name in ("study", "study_sets", "study_scores"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -214,6 +217,7 @@ def main() -> int:
     grid, out = tomllib.loads(arguments.grid.read_text()), arguments.out
     out.mkdir(parents=True, exist_ok=True)
     os.environ[CODE] = code_digest()
+    torch.set_num_threads(1)
     everything = settings(grid)
     runs = [r for r in everything if not arguments.only or r["variant"] in arguments.only]
     result_of = lambda run: out / "runs" / key_of(run) / (run["variant"] + ".json")  # noqa: E731
@@ -229,13 +233,19 @@ def main() -> int:
     waiting, running, failed = [r for r in runs if not result_of(r).exists()], [], 0
     print(f"{len(runs)} runs, {len(waiting)} to do", flush=True)
     while waiting or running:
-        while waiting and len(running) < arguments.jobs:
-            run = waiting.pop(0)
+        busy = {key_of(entry[0]) for entry in running}
+        ready = [run for run in waiting if key_of(run) not in busy]  # two variants may share a trained model
+        while ready and len(running) < arguments.jobs:
+            run = ready.pop(0)
+            waiting.remove(run)
+            ready = [other for other in ready if key_of(other) != key_of(run)]
             (out / "runs" / key_of(run)).mkdir(parents=True, exist_ok=True)
             command = [sys.executable, __file__, str(arguments.grid), "--out", str(out), "--one",
                        f"{run['variant']}-{key_of(run)}"]  # fmt: skip
             log = open(out / "runs" / key_of(run) / "output.txt", "a")
-            running.append((run, subprocess.Popen(command, stdout=log, stderr=log), time.monotonic()))
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            running.append((run, process, time.monotonic()))
         time.sleep(0.5)
         for entry in list(running):
             run, process, start = entry

@@ -21,7 +21,7 @@ import numpy as np
 from dfengine.data.augment import AugmentConfig, augment_normal
 from dfengine.data.fasteners import DEFECTS, render_fastener
 from dfengine.data.folders import open_dataset
-from dfengine.data.foreground import estimate_foreground
+from dfengine.data.foreground import estimate_foreground, objects_alike
 from dfengine.data.images import load_uint8
 from dfengine.data.regions import Scene, centroid, grow, shape_region
 from dfengine.data.synthesis import SynthesisConfig, Synthesizer
@@ -145,10 +145,7 @@ class Foreign:
 
     def __init__(self, images: np.ndarray, foregrounds: np.ndarray):
         self.images, self.foregrounds = images, foregrounds
-        mean = foregrounds.mean(axis=0)
-        common = mean > 0.5
-        agreement = [(f & common).sum() / max(1, (f | common).sum()) for f in foregrounds]
-        self.aligned = bool(common.any() and np.mean(agreement) > 0.6)
+        self.aligned = objects_alike(images, foregrounds)
 
     def erase(self, index: int, kind: str, rng: np.random.Generator) -> tuple[np.ndarray, str, np.ndarray]:
         """(image, "foreign:<kind>", mask): the object gone ("missing"), gone but for its middle ("ring"), or a part of

@@ -102,9 +102,10 @@ class Augmentation:
         """`image` uint8 (S, S, 3) flipped, turned, zoomed and shifted."""
         return self._warp(image, cv2.INTER_LINEAR) if self.moves else image
 
-    def camera(self, image: np.ndarray) -> np.ndarray:
-        """`image` uint8 (S, S, 3) under another light and camera: a new array. A gray picture stays gray."""
-        gray = np.array_equal(image[..., 0], image[..., 1]) and np.array_equal(image[..., 0], image[..., 2])
+    def camera(self, image: np.ndarray, gray: bool | None = None) -> np.ndarray:
+        """`image` uint8 (S, S, 3) under another light and camera: a new array. A gray picture stays gray; `gray` says
+        whether it is one where a coloured defect may hide it."""
+        gray = is_gray(image) if gray is None else gray
         balance = 1.0 if gray else self.balance
         if self.blur > 0.2:  # below this the kernel is a single pixel
             image = cv2.GaussianBlur(image, (0, 0), self.blur, borderType=cv2.BORDER_REFLECT_101)
@@ -129,6 +130,11 @@ class Augmentation:
     def _warp(self, array: np.ndarray, interpolation: int) -> np.ndarray:
         side = (self.size, self.size)
         return cv2.warpAffine(array, self.matrix, side, flags=interpolation, borderMode=cv2.BORDER_REFLECT_101)
+
+
+def is_gray(image: np.ndarray) -> bool:
+    """Whether the three channels of (S, S, 3) are one."""
+    return np.array_equal(image[..., 0], image[..., 1]) and np.array_equal(image[..., 0], image[..., 2])
 
 
 def augment_normal(image: np.ndarray, rng: np.random.Generator, config: AugmentConfig) -> np.ndarray:

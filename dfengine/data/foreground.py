@@ -9,6 +9,8 @@ KINDS = ("auto", "none", "texture")
 
 _BORDER = 0.05  # width of the frame that is taken for background, as a share of the side
 _OUTSIDE = 0.92  # share of the frame that must fall on the background side of the threshold
+_ALIKE = 0.6  # mean overlap (intersection over union) of the objects with their common place
+_EDGES_ALIKE = 0.25  # mean correlation of edges: noise 0.01, rail clips 0.47, rendered fasteners 0.46
 _PLAUSIBLE = (0.01, 0.8)  # area of an object as a share of the image
 
 
@@ -30,6 +32,32 @@ def estimate_foreground(images: np.ndarray, kind: str = "auto") -> np.ndarray:
     if 2 * sum(mask is not None for mask in plain) > count:
         return np.stack([whole[0] if mask is None else mask for mask in plain])
     return _in_clutter(images)
+
+
+def objects_alike(images: np.ndarray, foregrounds: np.ndarray) -> bool:
+    """Whether one image's object fits into the place of another's: the masks bool (N, S, S) overlap, and in that place
+    the edges of each image uint8 (N, S, S, 3) go with those of the others. Never for whole images (textures)."""
+    common = foregrounds.mean(axis=0) > 0.5
+    if len(images) < 2 or not common.any() or common.all():
+        return False
+    union = (foregrounds | common).sum(axis=(1, 2))
+    if np.mean((foregrounds & common).sum(axis=(1, 2)) / union) < _ALIKE:
+        return False
+    edges = np.stack([_small_edges(image) for image in images])
+    side = edges.shape[1]
+    place = cv2.resize(common.astype(np.uint8), (side, side), interpolation=cv2.INTER_AREA)
+    place = cv2.dilate(place, np.ones((3, 3), np.uint8)) > 0
+    others = (edges.sum(axis=0) - edges) / (len(edges) - 1)
+    own, others = edges[:, place], others[:, place]
+    own, others = (e - e.mean(axis=1, keepdims=True) for e in (own, others))
+    scale = np.sqrt((own**2).sum(axis=1) * (others**2).sum(axis=1))
+    return bool(np.mean((own * others).sum(axis=1) / np.maximum(scale, 1e-9)) > _EDGES_ALIKE)
+
+
+def _small_edges(image: np.ndarray, side: int = 32) -> np.ndarray:
+    gray = cv2.cvtColor(cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2GRAY)
+    gray = gray.astype(np.float32)
+    return cv2.GaussianBlur(np.hypot(cv2.Sobel(gray, cv2.CV_32F, 1, 0), cv2.Sobel(gray, cv2.CV_32F, 0, 1)), (0, 0), 1.5)
 
 
 def random_part(size: int, rng: np.random.Generator) -> np.ndarray:

@@ -16,7 +16,8 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from dfengine.data.foreground import fill_holes
+from dfengine.data.augment import Augmentation, is_gray
+from dfengine.data.foreground import fill_holes, objects_alike
 from dfengine.data.regions import (
     COMPACT,
     LARGEST_PART,
@@ -34,7 +35,6 @@ _WORK = 32  # side of the small pictures on which donors of background are compa
 _CANDIDATES = 24  # donors compared for one fill
 _UNFIT = 22.0  # cost, roughly in 8-bit levels, from which a bare texture is better than the best donor
 _REFLECT = cv2.BORDER_REFLECT_101
-_ALIKE = 0.6  # mean overlap (intersection over union) of the objects with their common place
 
 
 class Structural:
@@ -49,10 +49,7 @@ class Structural:
         self.area = area
         self._small = np.stack([_shrink(image) for image in images])
         self._small_foreground = np.stack([_shrink(mask.astype(np.float32)) for mask in foregrounds])
-        # Whether one image's object fits into the place of another's.
-        common = foregrounds.mean(axis=0) > 0.5
-        union = (foregrounds | common).sum(axis=(1, 2))
-        self.aligned = len(images) > 1 and bool(np.mean((foregrounds & common).sum(axis=(1, 2)) / union) > _ALIKE)
+        self.aligned = objects_alike(images, foregrounds)
 
     def draw(self, scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, str]:
         """One edit of the scene: (float32 (S, S, 3), kind). Whether it changed anything is for the caller to see."""
@@ -74,14 +71,22 @@ class Structural:
         copy = scene.image * np.float32(rng.uniform(0.98, 1.02))
         if rng.random() < 0.5:
             copy = cv2.GaussianBlur(copy, (0, 0), rng.uniform(0.3, 0.6) * max(1.0, scene.size / 128))
-        copy = copy + np.float32(rng.uniform(0, 2)) * rng.standard_normal(copy.shape, dtype=np.float32)
+        channels = 1 if is_gray(scene.image) else 3
+        noise = rng.standard_normal((*copy.shape[:2], channels), dtype=np.float32)
+        copy = copy + np.float32(rng.uniform(0, 2)) * noise
         return _mix(scene.image, copy, region, rng)
 
-    def transplant(self, scene: Scene, rng: np.random.Generator) -> np.ndarray:
-        """The object of another normal image, or a part of it, in its place: normal still, float32 (S, S, 3)."""
+    def transplant(self, scene: Scene, rng: np.random.Generator, pose: Augmentation | None = None) -> np.ndarray:
+        """The object of another normal image, or a part of it, in its place: normal still, float32 (S, S, 3).
+
+        `pose` is what moved the scene: the other image is moved in the same way.
+        """
         other = int(rng.integers(len(self.images)))
-        source = self.images[other].astype(np.float32)
-        region = grow(scene.foreground | self.foregrounds[other], 1 + scene.size // 48)
+        picture, foreground = self.images[other], self.foregrounds[other]
+        if pose is not None:
+            picture, foreground = pose.pose(picture), pose.mask(foreground)
+        source = picture.astype(np.float32)
+        region = grow(scene.foreground | foreground, 1 + scene.size // 48)
         if rng.random() < 0.5:
             region = region & grow(shape_region(scene, rng, self._draw_area(rng)), 1)
         if not region.any():

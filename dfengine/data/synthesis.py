@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
+from dfengine.data.augment import Augmentation
 from dfengine.data.foreground import KINDS as FOREGROUND_KINDS
 from dfengine.data.foreground import estimate_foreground, random_part
 from dfengine.data.perlin import perlin_mask
@@ -141,11 +142,17 @@ class Synthesizer:
                 return result
         return SynthesisResult(image, np.zeros(image.shape[:2], bool), "normal")
 
-    def decoy(self, image: np.ndarray, foreground: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A normal image processed as the structural anomalies are, and still normal. uint8 (S, S, 3)."""
-        scene, structural = Scene(image.astype(np.float32), foreground), self._structural
-        transplant = structural.aligned and rng.random() < self.config.transplant
-        return _to_uint8((structural.transplant if transplant else structural.decoy)(scene, rng))
+    def decoy(
+        self, image: np.ndarray, foreground: np.ndarray, rng: np.random.Generator, pose: Augmentation | None = None
+    ) -> np.ndarray:
+        """A normal image processed as the structural anomalies are, and still normal. uint8 (S, S, 3).
+
+        `pose` is what moved the image and its foreground, for what is brought from other images.
+        """
+        scene = Scene(image.astype(np.float32), foreground)
+        if self._structural.aligned and rng.random() < self.config.transplant:
+            return _to_uint8(self._structural.transplant(scene, rng, pose))
+        return _to_uint8(self._structural.decoy(scene, rng))
 
     def _draw_structural(
         self, image: np.ndarray, foreground: np.ndarray, rng: np.random.Generator

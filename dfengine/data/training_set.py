@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dfengine.data.augment import Augmentation, AugmentConfig
+from dfengine.data.augment import Augmentation, AugmentConfig, is_gray
 from dfengine.data.streams import Stream, stream
 from dfengine.data.synthesis import SynthesisConfig, Synthesizer
 from dfengine.data.textures import TextureSource
@@ -63,9 +63,10 @@ class TrainingSet(Dataset):
         rng = stream(self.seed, Stream.SAMPLE, global_index)
         index = self._image_index(global_index)
         augmentation = Augmentation(self.images.shape[1], rng, self.augment)
+        gray = is_gray(self.images[index])
         image = augmentation.pose(self.images[index])
         if not self.augment.camera_last:
-            image = augmentation.camera(image)
+            image = augmentation.camera(image, gray)
         mask = np.zeros(image.shape[:2], np.uint8)
         label = 0
         if self.anomaly_share != "none":
@@ -74,9 +75,9 @@ class TrainingSet(Dataset):
                 result = self.synthesizer.sample_from(image, foreground, rng)
                 image, mask, label = result.image, result.mask.astype(np.uint8), int(result.kind != "normal")
             elif rng.random() < self.synthesizer.config.decoy:
-                image = self.synthesizer.decoy(image, foreground, rng)
+                image = self.synthesizer.decoy(image, foreground, rng, augmentation)
         if self.augment.camera_last:
-            image = augmentation.camera(image)
+            image = augmentation.camera(image, gray)
         return {
             "image": torch.from_numpy(np.ascontiguousarray(image)),
             "mask": torch.from_numpy(mask),

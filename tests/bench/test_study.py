@@ -11,6 +11,7 @@ from tests.data.scenes import bars
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 
+pytest.importorskip("tomllib")  # of Python 3.11 and later
 import study  # noqa: E402
 import study_report  # noqa: E402
 import study_scores  # noqa: E402

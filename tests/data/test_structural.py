@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
+
 import cv2
 import numpy as np
 import pytest
 
+from dfengine.data.augment import Augmentation, AugmentConfig
+from dfengine.data.foreground import estimate_foreground
 from dfengine.data.regions import Scene, any_region, compactness
 from dfengine.data.structural import STRUCTURAL_KINDS, Structural, changed_mask, membrane
 from tests.data.scenes import bars
@@ -91,12 +95,33 @@ def test_transplants_bring_the_object_of_another_image():
 
 
 def test_objects_are_aligned_where_they_stand_alike():
-    assert Structural(IMAGES, np.repeat(FOREGROUNDS[:1], len(IMAGES), axis=0)).aligned
+    assert Structural(np.repeat(IMAGES[:1], 6, axis=0), np.repeat(FOREGROUNDS[:1], 6, axis=0)).aligned
     scattered = np.zeros_like(FOREGROUNDS)
     for index, mask in enumerate(scattered):
         mask[10 * index : 10 * index + 8, 10 * index : 10 * index + 8] = True
     assert not Structural(IMAGES, scattered).aligned
     assert not Structural(IMAGES[:1], FOREGROUNDS[:1]).aligned  # nothing to bring
+
+
+@pytest.mark.parametrize("kind", ["auto", "none", "texture"])
+def test_textures_are_not_aligned(kind):
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (12, 64, 64, 3), dtype=np.uint8)
+    images = np.stack([cv2.GaussianBlur(image, (0, 0), 2) for image in noise])
+    assert not Structural(images, estimate_foreground(images, kind)).aligned
+
+
+def test_transplants_are_posed_like_the_scene():
+    """In a set of one picture, seen in a mirror, a transplant changes nothing."""
+    images, foregrounds = np.repeat(IMAGES[:1], 4, axis=0), np.repeat(FOREGROUNDS[:1], 4, axis=0)
+    images[:, 20:30, 5:25] = 200  # not its own mirror image
+    structural = Structural(images, foregrounds)
+    mirror = dataclasses.replace(AugmentConfig.off(), flip="h")
+    for seed in range(10):
+        pose = Augmentation(64, np.random.default_rng(seed), mirror)
+        mirrored = Scene(pose.pose(images[0]).astype(np.float32), pose.mask(foregrounds[0]))
+        after = structural.transplant(mirrored, np.random.default_rng(seed), pose)
+        np.testing.assert_allclose(after, mirrored.image, atol=1)
 
 
 @pytest.mark.parametrize("area", [0.01, 0.05, 0.2])

@@ -146,6 +146,15 @@ def test_camera_last_acts_on_the_anomaly_too():
     assert np.mean(inside) > 2
 
 
+def test_normals_of_a_gray_set_stay_gray():
+    images = np.repeat(IMAGES[..., :1], 3, axis=-1)
+    source = Synthesizer(images, TEXTURES, SynthesisConfig(recipe="structural", decoy=1.0))
+    data = TrainingSet(images, source, AugmentConfig(), 11, 4)
+    for position in range(24):
+        image = data[position]["image"].numpy()
+        assert np.array_equal(image[..., 0], image[..., 1]) and np.array_equal(image[..., 0], image[..., 2])
+
+
 def test_decoys_are_normals_that_were_processed():
     plain = training_set(augment=AugmentConfig.off(), config=SynthesisConfig(decoy=0.0))
     decoys = training_set(augment=AugmentConfig.off(), config=SynthesisConfig(decoy=1.0))
