@@ -72,7 +72,7 @@ def settings(grid: dict) -> list[dict]:
 
 
 def key_of(run: dict) -> str:
-    """Names a trained model: its settings, its start weights and the code that made it. Inference settings share one."""
+    """Names a trained model: its settings, start weights and the code that made it. Inference settings share one."""
     named = {k: v for k, v in run.items() if k not in ("variant", "inference")}
     digest = hashlib.sha256((json.dumps(named, sort_keys=True) + code_digest()).encode())
     if init := run["train"].get("init"):
