@@ -4,7 +4,7 @@
 
 Each fold runs `dfengine train` on the sound crops of the four other folds, with the options after `--`, and scores
 every crop of its own: 167 sound and 92 missing in all. Writes pooled.json: the AUROC of the pooled raw scores, its 95%
-interval by bootstrap over photos, and each fold's AUROC. A stopped run goes on where it was.
+interval by bootstrap over photos, and each fold's AUROC; and scores.csv. A stopped run goes on where it was.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def main() -> int:
         fold_checkpoints = list(
             pool.map(lambda fold: train(rows, fold, arguments.out, arguments.options), arguments.folds)
         )
-    labels, scores, photos, each = [], [], [], {}
+    labels, scores, photos, each, lines = [], [], [], {}, []
     for fold, checkpoint in zip(arguments.folds, fold_checkpoints, strict=True):
         own = [row for row in rows if int(row["fold"]) == fold]
         detection = dfengine.load(checkpoint, precision="float32").detect([row["path"] for row in own])
@@ -78,6 +78,7 @@ def main() -> int:
         labels.extend(missing)
         scores.extend(values)
         photos.extend(row["source_image"] for row in own)
+        lines.extend([fold, row["split"], row["name"], row["label"], value] for row, value in zip(own, values, strict=True))
     labels, scores = np.array(labels), np.array(scores)
     result = {
         "image_auroc": float(auroc(labels, scores)),
@@ -88,6 +89,8 @@ def main() -> int:
         "n_photos": len(set(photos)),
         "options": arguments.options,
     }
+    with open(arguments.out / "scores.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["fold", "split", "name", "label", "pred_score"], *lines])
     (arguments.out / "pooled.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
     return 0
