@@ -83,7 +83,10 @@ def train(
     textures: Annotated[Path | None, typer.Option(help="Folder of texture images; procedural ones without it.")] = None,
     init: Annotated[
         str | None,
-        typer.Option(help="Checkpoint to start from, fasteners (shipped weights; the default where they fit) or none."),
+        typer.Option(
+            help="Checkpoint to start from, fasteners (shipped weights; the default where they fit and no preset is "
+            "named) or none."
+        ),
     ] = None,
     decoy: Annotated[float | None, typer.Option(help="Share of normals processed like anomalies, without one.")] = None,
     foreground: Annotated[str | None, typer.Option(help="auto, none (whole image) or texture.")] = None,

@@ -61,13 +61,18 @@ def open_detector(checkpoint: Path, device: str, precision: str, seed: int, thre
 
 @dataclass
 class Scoring:
-    """Scores inputs batch by batch with a progress bar; keeps the refusals (name, reason) and the time."""
+    """Scores inputs batch by batch with a progress bar; keeps the refusals (name, reason) and the time.
+
+    `refused` is for the exit status and the report, so callers add what else could not be read (the mask of an image
+    that was scored, say); `inputs_refused` counts the inputs among it, and is what the summary says.
+    """
 
     detector: Detector
     batch_size: int
     original_size: bool = False
     scored: int = 0
     refused: list[tuple[str, str]] = field(default_factory=list)
+    inputs_refused: int = 0
     seconds: float = 0.0
     stopped: bool = False
 
@@ -84,6 +89,7 @@ class Scoring:
                 for error in detection.errors:
                     warn(f"{error.name}: {error.reason}")
                 self.refused += [(error.name, error.reason) for error in detection.errors]
+                self.inputs_refused += len(detection.errors)
                 self.scored += len(detection)
                 progress.advance(task, len(detection) + len(detection.errors))
                 yield detection
@@ -106,7 +112,7 @@ class Scoring:
     def summary(self) -> str:
         """One line: how many images, refusals, and how fast."""
         pace = f", {self.scored / self.seconds:.1f} images/s" if self.seconds else ""
-        refused = f", {len(self.refused)} refused" if self.refused else ""
+        refused = f", {self.inputs_refused} refused" if self.inputs_refused else ""
         return f"{self.scored} images scored{refused}{pace}"
 
     def meta(self, checkpoint: Path, sources: str) -> dict[str, object]:

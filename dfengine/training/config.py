@@ -49,7 +49,8 @@ class TrainConfig:
     `segmentation_period`: the segmentation rate follows a cosine of so many steps instead; 0 for none.
     `ema_decay` 0 switches averaging off; `clip` 0 switches gradient clipping (by global norm) off.
     `init`: a checkpoint of the same networks whose weights the run starts from, "fasteners" (the weights that come with
-    the package; `start_path`) or "none"; unset, a run whose model is chosen for it takes "fasteners" where they fit.
+    the package; `start_path`) or "none". Unset, it is "fasteners" where they fit a model that was picked (no preset was
+    named) in the default recipe.
     `holdout`: share of the normals kept from training for validation and calibration (at least 2 images).
     `validations` over the run, on `validation_samples` fixed synthetic anomalies of the held-out normals.
     `keep`: write the "best" weights by validation score, or the "last". `false_alarm_rate` sets the first threshold.

@@ -99,8 +99,9 @@ def survey(data: Path, size: int) -> tuple[float, np.ndarray]:
     paths = [sample.path for sample in open_dataset(data).train]
     paths = [paths[int(i)] for i in np.linspace(0, len(paths) - 1, min(SIDES_READ, len(paths)))]
     sides = [side for path in paths if (side := native_side(path)) is not None]
-    images = []
-    for path in paths[:: max(1, len(paths) // (2 * IMAGES_READ))]:
+    images, stride = [], -(-len(paths) // IMAGES_READ)
+    # First every stride-th of them, so that all parts are seen; neighbours stand in for those that cannot be read.
+    for path in (path for first in range(stride) for path in paths[first::stride]):
         try:
             images.append(load_uint8(path, size))
         except ImageError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable
 
@@ -60,6 +61,20 @@ class World:
         shared = torch.tensor([float(stop), seconds if self.is_main else 0.0], dtype=torch.float64, device=self.device)
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
         return bool(shared[0]), float(shared[1])
+
+    def alone(self) -> World:
+        """This process by itself, on its device: a world of one, in which nothing waits for the others."""
+        world = copy.copy(self)
+        world.rank, world.size, world._joined = 0, 1, False
+        return world
+
+    def minimum(self, value: float) -> float:
+        """The smallest `value` of all processes."""
+        if self.size == 1:
+            return value
+        shared = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MIN)
+        return float(shared)
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """The mean of `values` over the processes."""

@@ -56,7 +56,7 @@ class FastResBlock(ResBlock):
 
 
 class FastAttentionBlock(AttentionBlock):
-    """`AttentionBlock` that attends in float32: torch's bfloat16 backward pass takes ten times as long on CPU."""
+    """`AttentionBlock` that attends in float32: torch's bfloat16 backward pass takes several times as long on CPU."""
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):

@@ -112,6 +112,8 @@ class _Run:
         self.best_path = self.folder / "best.safetensors"
         self.console = (console or Console(stderr=True)) if world.is_main else Console(quiet=True)
         self.resumed = resume
+        if not resume:
+            self._refuse_unfinished()
         self.plan = settle(wanted, config, data, self.state_path if resume else None, world)
         if self.plan.reason:
             self._say(self.plan.reason)
@@ -329,12 +331,15 @@ class _Run:
             )
         return state, tensors
 
-    def _fresh_state(self) -> RunState:
-        """A new state, in a run folder cleared of an earlier, finished run. An unfinished one is not thrown away."""
+    def _refuse_unfinished(self) -> None:
+        """Raises `UsageError` where the run folder holds an unfinished run, which is not thrown away."""
         if self.state_path.exists() and not (old := read_state(self.state_path)).finished:
             raise UsageError(
                 f"{self.folder}: holds an unfinished run at step {old.step}; resume it, or remove that folder"
             )
+
+    def _fresh_state(self) -> RunState:
+        """A new state, in a run folder cleared of an earlier, finished run."""
         self.world.barrier()
         if self.world.is_main:
             for leftover in (self.state_path, self.best_path):

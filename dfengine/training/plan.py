@@ -136,7 +136,7 @@ def pick(wanted: ModelConfig | Automatic, config: TrainConfig, data: Path, state
 
     def measured(model: ModelConfig) -> float:
         rate = images_per_second(config.resolve(model), model, resized(model.image_size), precision, world)
-        return 60 * config.minutes * world.agree(False, rate)[1]
+        return 60 * config.minutes * rate
 
     def cost(model: ModelConfig) -> float:
         return 1 / images_per_flop(config.resolve(model), model)

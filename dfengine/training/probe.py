@@ -60,12 +60,20 @@ def agreed_precision(
 def images_per_second(
     config: TrainConfig, model_config: ModelConfig, images: np.ndarray, precision: str, world: World
 ) -> float:
-    """Training images that the processes of a run of the resolved `config` read together in a second; 0 where the
-    accelerator's memory is too small.
+    """Training images that the processes of a run of the resolved `config` read together in a second, the same on all
+    of them: as the slowest allows; 0 where the memory of an accelerator is too small.
 
     Whole steps of a `Trainer` are timed, and how long their samples take to prepare, from `images`, uint8 (N, S, S, 3)
-    with N >= 2. All processes must call this together.
+    with N >= 2. All processes must call this together; what averaging their gradients takes is not timed.
     """
+    # Each by itself: in a step together, the others would wait for ever for one that has run out of memory.
+    return world.size * world.minimum(_own_rate(config, model_config, images, precision, world.alone()))
+
+
+def _own_rate(
+    config: TrainConfig, model_config: ModelConfig, images: np.ndarray, precision: str, world: World
+) -> float:
+    """`images_per_second` of a world of one process."""
     device, size = world.device, model_config.image_size
     count = config.batch_size if device.type == "cuda" else min(max(2, CPU_ROWS // size), config.batch_size)
     plain = config.replace(batch_size=count, accumulate=1, workers=0, init=None)
@@ -89,7 +97,7 @@ def images_per_second(
         trainer = _SameBatch(
             plain, model_config, images, synthesizer, world, Precision(precision, device), RunState({})
         )
-        return world.size * _mixed_rate(config, seconds)
+        return _mixed_rate(config, seconds)
     except torch.OutOfMemoryError:
         return 0.0
     finally:

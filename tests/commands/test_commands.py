@@ -17,7 +17,7 @@ from dfengine.data.fasteners import write_fasteners
 from dfengine.data.folders import content_digest, open_dataset
 from dfengine.evaluation.calibration import Calibration, calibrate
 from dfengine.evaluation.metrics import auroc
-from dfengine.evaluation.robustness import PERTURBATIONS, measure_robustness
+from dfengine.evaluation.robustness import MAX_JPEG_SIDE, PERTURBATIONS, measure_robustness
 from tests.helpers import tiny_model
 
 
@@ -162,6 +162,19 @@ def test_evaluate_measures_robustness(tmp_path, capsys):
     assert main(arguments) == 0
     assert not (out / "robustness.csv").exists() and "robustness" not in capsys.readouterr().out
     assert "robustness" not in json.loads((out / "metrics.json").read_text())
+
+
+def test_what_is_refused_beside_the_images_is_reported_apart(checkpoint, data, tmp_path, capsys):
+    """A changed image that JPEG cannot hold, and a mask: both of images that are scored."""
+    out = tmp_path / "out"
+    Image.new("RGB", (MAX_JPEG_SIDE + 1, 8), (90, 90, 90)).save(data / "test" / "good" / "long.png")
+    (data / "ground_truth" / "bent" / "0_t_mask.png").write_bytes(b"no image")
+    assert main(["evaluate", str(checkpoint), str(data), "--out", str(out), "--robustness"]) == 3
+    printed = capsys.readouterr()
+    assert "11 images scored" in printed.out and " refused" not in printed.out
+    assert "long.png (" in printed.err and "0_t_mask.png" in printed.err
+    report = (out / "report.html").read_text()
+    assert "long.png (" in report and "0_t_mask.png" in report
 
 
 def test_robustness_needs_good_test_images(checkpoint, data, tmp_path, capsys):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
@@ -23,6 +25,15 @@ def normals(tmp_path_factory) -> Path:
         image = cv2.circle(np.clip(image, 0, 255).astype(np.uint8), centre, 8, (200, 120, 80), -1)
         Image.fromarray(image).save(folder / f"{number:02d}.png")
     return folder
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch computes in one thread: on a busy machine several wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -70,17 +70,19 @@ def test_a_record_that_says_nothing_changes_nothing(normals, before):
 
 
 def test_a_survey_looks_at_some_images_all_over_the_folder(tmp_path):
-    """100 images of 20 + k pixels: the median is that of 64 spread ones, and 8 of 16 are read."""
+    """100 images of 20 + k pixels and of grey k: the median is that of 64 spread ones, and 8 are read."""
     for k in range(100):
-        Image.new("L", (200, 20 + k), k).save(tmp_path / f"{k}.png")
+        Image.new("L", (200, 20 + k), k).save(tmp_path / f"{k:02}.png")
     side, images = survey(tmp_path, 32)
     assert side == pytest.approx(69.5, abs=1)
     assert images.shape == (8, 32, 32, 3) and images.dtype == np.uint8
+    assert [int(grey) // 12 for grey in images[:, 0, 0, 0]] == list(range(8))  # one of each eighth
     for k in range(0, 100, 2):
-        (tmp_path / f"{k}.png").write_text("no image")
-    assert len(survey(tmp_path, 32)[1]) >= 2
+        (tmp_path / f"{k:02}.png").write_text("no image")
+    images = survey(tmp_path, 32)[1]
+    assert len(images) == 8 and images[:, 0, 0, 0].max() > 75
     for k in range(100):
-        (tmp_path / f"{k}.png").write_text("no image")
+        (tmp_path / f"{k:02}.png").write_text("no image")
     side, images = survey(tmp_path, 32)
     assert np.isnan(side) and images.shape == (0, 32, 32, 3)
 

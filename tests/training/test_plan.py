@@ -7,10 +7,11 @@ from PIL import Image
 from dfengine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, shipped_checkpoint
 from dfengine.errors import ConfigError, DataError, UsageError
 from dfengine.models import build_model, preset
-from dfengine.training import Automatic, TrainConfig, TrainingInterrupted, plan, run_folder_of, train
+from dfengine.training import Automatic, TrainConfig, TrainingInterrupted, loop, plan, probe, run_folder_of, train
 from dfengine.training.distributed import World
 from dfengine.training.plan import Candidate, choose, settle
 from dfengine.training.probe import images_per_flop
+from dfengine.training.schedule import Clock
 from dfengine.training.state import read_state
 from tests.helpers import tiny_config
 from tests.training.test_train import CONFIG
@@ -168,7 +169,8 @@ def test_minutes_images_and_machine_decide(photos, monkeypatch):
     assert settled(Automatic(), config.replace(minutes=60), photos).model == CANDIDATES[2].model
 
 
-def test_a_real_measurement_climbs_as_far_as_the_time_goes(normals, monkeypatch):
+def test_a_real_measurement_climbs_as_far_as_the_time_goes(normals, monkeypatch, one_thread):
+    monkeypatch.setitem(probe.STEPS, "cpu", 1)
     models = tiny_config(preset="one"), tiny_config(preset="two", base=16)
     monkeypatch.setattr(plan, "CANDIDATES", tuple(Candidate(model, 1000) for model in models))
     picked = settled(Automatic(), TrainConfig(minutes=1e-4, batch_size=2, precision="float32"), normals)
@@ -221,6 +223,10 @@ def test_a_picked_model_starts_from_the_shipped_weights_where_they_fit(tmp_path,
     assert ("starting from the fastener weights" in picked.reason) == (init is not None)
 
 
+def test_the_shipped_weights_fit_the_smallest_candidate():
+    assert load_checkpoint(shipped_checkpoint()).config == CANDIDATES[0].model
+
+
 def test_a_named_model_starts_from_scratch_unless_told(tmp_path):
     shipped = load_checkpoint(shipped_checkpoint()).config
     assert settled(shipped, TrainConfig(steps=1), tmp_path).init is None
@@ -231,17 +237,21 @@ def test_a_resumed_run_keeps_its_model_and_the_record_says_why(normals, tmp_path
     models = tiny_config(preset="one"), tiny_config(preset="two", base=16)
     monkeypatch.setattr(plan, "CANDIDATES", tuple(Candidate(model, 10) for model in models))
     given_rates(monkeypatch, dict(zip(models, (1000.0, 100.0), strict=True)))
-    out, config = tmp_path / "net.safetensors", CONFIG.replace(steps=None, minutes=0.05)
+    out, config = tmp_path / "net.safetensors", CONFIG.replace(steps=None, minutes=10)
     with pytest.raises(TrainingInterrupted):
         train(config, Automatic(), normals, out, stop=lambda step: True, console=lines)
-    assert "picked two at 32 pixels: about 300 images in 0.05 minutes on this CPU (1 thread)" in lines.file.getvalue()
+    assert "picked two at 32 pixels: about 60,000 images in 10 minutes on this CPU (1 thread)" in lines.file.getvalue()
     assert read_state(run_folder_of(out) / "state.safetensors").identity["model"] == models[1].to_dict()
 
-    given_rates(monkeypatch, {})
+    given_rates(monkeypatch, {})  # nothing may be measured any more
+    with pytest.raises(UsageError, match="unfinished run at step 1"):
+        train(config, Automatic(), normals, out)
     with pytest.raises(UsageError, match="model image_size was 32 and is now 64"):
         train(config, Automatic(image_size=64), normals, out, resume=True)
     with pytest.raises(UsageError, match="model base was 16 and is now 8"):
         train(config, models[0], normals, out, resume=True)
+    # The budget is long for a slow machine to be interrupted in it, and over when the run is resumed.
+    monkeypatch.setattr(loop, "Clock", lambda elapsed: Clock(60 * config.minutes))
     result = train(config, Automatic(), normals, out, resume=True)
     assert load_checkpoint(out).config == models[1]
-    assert result.record["plan"]["expected_images"] == 300 and "picked two" in result.record["plan"]["picked"]
+    assert result.record["plan"]["expected_images"] == 60_000 and "picked two" in result.record["plan"]["picked"]

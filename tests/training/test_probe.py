@@ -11,6 +11,7 @@ from dfengine.training.probe import _mixed_rate, _together, images_per_flop, ima
 from dfengine.training.trainer import Trainer
 from tests.helpers import tiny_config
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
 
 
@@ -41,6 +42,17 @@ def test_a_memory_that_is_too_small_is_a_rate_of_zero(monkeypatch):
 
     monkeypatch.setattr(Trainer, "step", full)
     assert measured(TrainConfig(minutes=1)) == 0
+
+
+@pytest.mark.parametrize("slowest, expected", [(10.0, 20.0), (0.0, 0.0)])
+def test_the_slowest_process_counts_and_none_waits_in_a_step(monkeypatch, slowest, expected):
+    """A `World` of two without a process group: whatever is asked of the other process in a step raises an error."""
+    monkeypatch.setattr(probe, "_mixed_rate", lambda config, cost_of: cost_of(2, True) and 100.0)
+    world, config, asked = World("cpu"), TrainConfig(minutes=1, batch_size=2, workers=0), []
+    world.size, world.rank = 2, 1
+    monkeypatch.setattr(world, "minimum", lambda rate: asked.append(rate) or slowest)
+    assert images_per_second(config.resolve(tiny_config()), tiny_config(), IMAGES, "float32", world) == expected
+    assert asked == [100.0]
 
 
 def test_kinds_of_step_are_mixed_as_a_run_mixes_them():

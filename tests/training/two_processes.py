@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from dfengine.training import Automatic, TrainConfig, TrainingInterrupted, plan, train  # noqa: E402
+from dfengine.training import Automatic, TrainConfig, TrainingInterrupted, plan, probe, train  # noqa: E402
+from dfengine.training.trainer import Trainer  # noqa: E402
 from tests.helpers import tiny_config  # noqa: E402
 
 CONFIG = TrainConfig(
@@ -31,10 +32,17 @@ def main(folder: Path, data: Path) -> None:
     except TrainingInterrupted:
         train(CONFIG, model, data, folder / "parts.safetensors", resume=True)
     train(ONE_STEP.replace(batch_size=2), model, data, folder / "one.safetensors")
-    # Each process measures something else: the main one finds the larger model worth the time, the other does not.
-    models = model, tiny_config(base=16)
-    plan.CANDIDATES = tuple(plan.Candidate(candidate, 1000) for candidate in models)
-    plan.images_per_second = lambda config, *others: 1e9 if rank == 0 else 0.0
+    # The larger model, worth the time of both, is too large for the memory of the second one alone.
+    plan.CANDIDATES = tuple(plan.Candidate(candidate, 1) for candidate in (model, tiny_config(base=16)))
+    probe.STEPS["cpu"] = 1
+    step = Trainer.step
+
+    def full(self, stage, progress):
+        if rank == 1 and self.model_config.base == 16:
+            raise torch.OutOfMemoryError("out of memory")
+        step(self, stage, progress)
+
+    Trainer.step = full
     config = CONFIG.replace(steps=None, minutes=1.0)
     try:
         train(config, Automatic(), data, folder / "picked.safetensors", stop=lambda step: True)
