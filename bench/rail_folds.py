@@ -78,7 +78,8 @@ def main() -> int:
         labels.extend(missing)
         scores.extend(values)
         photos.extend(row["source_image"] for row in own)
-        lines.extend([fold, row["split"], row["name"], row["label"], value] for row, value in zip(own, values, strict=True))
+        for row, value in zip(own, values, strict=True):
+            lines.append([fold, row["split"], row["name"], row["label"], value])
     labels, scores = np.array(labels), np.array(scores)
     result = {
         "image_auroc": float(auroc(labels, scores)),
