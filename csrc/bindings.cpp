@@ -61,6 +61,22 @@ std::map<std::string, bool> cpu_levels() {
     return result;
 }
 
+// Floats for each piece of a parallel_for, far enough apart to share no cache line. The memory stays with the calling thread for its next
+// call; it is valid until then.
+class Scratch {
+public:
+    Scratch(int64_t floats, int pieces) : stride_((floats + 31) / 16 * 16) {
+        static thread_local std::vector<float> held;
+        held.resize(std::max(held.size(), static_cast<size_t>(stride_ * pieces)));
+        start_ = held.data();
+    }
+    float* of(int piece) const { return start_ + piece * stride_; }
+
+private:
+    int64_t stride_;
+    float* start_;
+};
+
 void ingest(uintptr_t images, int pixel_type, std::array<int64_t, 4> shape, std::array<int64_t, 4> strides, uintptr_t x_0, uintptr_t x_t,
             int output_type, float gain, float offset, const std::vector<float>& a, const std::vector<float>& b, uint64_t seed,
             uint32_t draw, uint32_t step, int threads, bool stream, const std::string& level) {
@@ -83,11 +99,8 @@ void ingest(uintptr_t images, int pixel_type, std::array<int64_t, 4> shape, std:
     const dfe::IngestTiles run = level_named(level).ingest;
 
     py::gil_scoped_release unlocked;
-    dfe::parallel_for(tiles, threads, [&](int64_t begin, int64_t end) {
-        static thread_local std::vector<float> scratch;
-        scratch.resize(static_cast<size_t>(p.scratch_floats));
-        run(p, stream, begin, end, scratch.data());
-    });
+    const Scratch scratch(p.scratch_floats, dfe::pieces_of(tiles, threads));
+    dfe::parallel_for(tiles, threads, [&](int piece, int64_t begin, int64_t end) { run(p, stream, begin, end, scratch.of(piece)); });
 }
 
 template <typename T>
@@ -111,14 +124,10 @@ dfe::GroupNormArguments group_norm_arguments(std::array<int64_t, 4> shape, int t
 // Whole samples to the threads where there are enough of them, so that each stays in one thread's cache; else the tiles of one sample.
 // The results are the same.
 void run_passes(const dfe::GroupNormArguments& p, const dfe::GroupNormPasses& passes, int threads) {
-    const auto scratch = [&p](int64_t more) {
-        static thread_local std::vector<float> held;
-        held.resize(std::max(held.size(), static_cast<size_t>(p.scratch_floats + more)));
-        return held.data();
-    };
     if (p.batch >= threads) {
-        dfe::parallel_for(p.batch, threads, [&](int64_t begin, int64_t end) {
-            float* const shared = scratch(p.shared_floats);
+        const Scratch scratch(p.shared_floats + p.scratch_floats, dfe::pieces_of(p.batch, threads));
+        dfe::parallel_for(p.batch, threads, [&](int piece, int64_t begin, int64_t end) {
+            float* const shared = scratch.of(piece);
             for (int64_t n = begin; n < end; ++n) {
                 passes.sums(p, n, 0, p.tiles, shared, shared + p.shared_floats);
                 passes.join(p, n, shared);
@@ -128,10 +137,15 @@ void run_passes(const dfe::GroupNormArguments& p, const dfe::GroupNormPasses& pa
         return;
     }
     std::vector<float> shared(static_cast<size_t>(p.shared_floats));
+    const Scratch scratch(p.scratch_floats, dfe::pieces_of(p.tiles, threads));
     for (int64_t n = 0; n < p.batch; ++n) {
-        dfe::parallel_for(p.tiles, threads, [&](int64_t begin, int64_t end) { passes.sums(p, n, begin, end, shared.data(), scratch(0)); });
+        dfe::parallel_for(p.tiles, threads, [&](int piece, int64_t begin, int64_t end) {
+            passes.sums(p, n, begin, end, shared.data(), scratch.of(piece));
+        });
         passes.join(p, n, shared.data());
-        dfe::parallel_for(p.tiles, threads, [&](int64_t begin, int64_t end) { passes.apply(p, n, begin, end, shared.data(), scratch(0)); });
+        dfe::parallel_for(p.tiles, threads, [&](int piece, int64_t begin, int64_t end) {
+            passes.apply(p, n, begin, end, shared.data(), scratch.of(piece));
+        });
     }
 }
 

@@ -225,9 +225,9 @@ def _run_cpu_backward(dy, x, weight, bias, shift, mean, rstd, act, dx, dweight, 
 
 
 OP = Op("group_norm")
-OP.register("cpu", _run_cpu, registry.cpu_available, can_run)
+OP.register("cpu", _run_cpu, registry.cpu_available("group_norm"), can_run)
 OP.register("reference", _run_reference, registry.always, registry.always)
 
 BACKWARD = Op("group_norm_backward")
-BACKWARD.register("cpu", _run_cpu_backward, registry.cpu_available, _can_run_backward)
+BACKWARD.register("cpu", _run_cpu_backward, registry.cpu_available("group_norm_backward"), _can_run_backward)
 BACKWARD.register("reference", _run_reference_backward, registry.always, registry.always)

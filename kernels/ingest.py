@@ -373,5 +373,5 @@ def _run_cpu(images, x_0, x_t, gain, offset, a, b, seed, draw, step, level="") -
 
 OP = Op("ingest")
 OP.register("triton", _run_triton, triton_import.available, _can_run_triton)
-OP.register("cpu", _run_cpu, registry.cpu_available, can_run)
+OP.register("cpu", _run_cpu, registry.cpu_available("ingest"), can_run)
 OP.register("reference", _run_reference, registry.always, registry.always)

@@ -117,9 +117,15 @@ def always(*_args, **_kwargs) -> None:
     """The `available` and `can_run` of an implementation that runs everywhere."""
 
 
-def cpu_available(device: str) -> None:
-    """The `available` of the compiled CPU kernels."""
-    if device != "cpu":
-        raise CannotRunError(f"the cpu backend does not run on {device}")
-    if not native.available():
-        raise CannotRunError(native.status())
+def cpu_available(function: str) -> Callable[[str], None]:
+    """The `available` of a compiled CPU kernel: the function of this name in the extension, which may be older."""
+
+    def available(device: str) -> None:
+        if device != "cpu":
+            raise CannotRunError(f"the cpu backend does not run on {device}")
+        if not native.available():
+            raise CannotRunError(native.status())
+        if not hasattr(native.module, function):
+            raise CannotRunError("the compiled extension is older than this code: reinstall to rebuild it")
+
+    return available

@@ -16,7 +16,7 @@ namespace {
 
 class Pool {
 public:
-    void run(int64_t items, int pieces, const std::function<void(int64_t, int64_t)>& body) {
+    void run(int64_t items, int pieces, const std::function<void(int, int64_t, int64_t)>& body) {
         std::lock_guard<std::mutex> turn(turn_);
         {
             std::lock_guard<std::mutex> lock(mutex_);
@@ -31,7 +31,7 @@ public:
             ++generation_;
         }
         start_.notify_all();
-        body(0, items / pieces);
+        body(0, 0, items / pieces);
         std::unique_lock<std::mutex> lock(mutex_);
         done_.wait(lock, [this] { return pending_ == 0; });
     }
@@ -46,7 +46,7 @@ private:
             const auto* body = body_;
             const int64_t begin = items_ * index / pieces_, end = items_ * (index + 1) / pieces_;
             lock.unlock();
-            (*body)(begin, end);
+            (*body)(index, begin, end);
             lock.lock();
             if (--pending_ == 0) done_.notify_one();
         }
@@ -55,7 +55,7 @@ private:
     std::mutex turn_, mutex_;
     std::condition_variable start_, done_;
     std::vector<std::thread> workers_;
-    const std::function<void(int64_t, int64_t)>* body_ = nullptr;
+    const std::function<void(int, int64_t, int64_t)>* body_ = nullptr;
     int64_t items_ = 0;
     int pieces_ = 0, pending_ = 0;
     uint64_t generation_ = 0;
@@ -82,10 +82,12 @@ Pool& pool() {
 
 }  // namespace
 
-void parallel_for(int64_t items, int threads, const std::function<void(int64_t, int64_t)>& body) {
-    const int pieces = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(items, threads)));
+int pieces_of(int64_t items, int threads) { return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(items, threads))); }
+
+void parallel_for(int64_t items, int threads, const std::function<void(int, int64_t, int64_t)>& body) {
+    const int pieces = pieces_of(items, threads);
     if (pieces == 1) {
-        body(0, items);
+        body(0, 0, items);
     } else {
         pool().run(items, pieces, body);
     }

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 
-from dfengine import kernels
+from dfengine import kernels, native
 from dfengine.errors import UsageError
+from dfengine.kernels import group_norm, ingest
 from dfengine.kernels.registry import PRIORITY, CannotRunError, Op, always
 
 
@@ -80,3 +83,18 @@ def test_table_says_when_the_forced_backend_is_absent(monkeypatch):
     monkeypatch.setenv("DFENGINE_BACKEND", "cpu")
     (row,) = [row for row in kernels.table("cuda") if row["op"] == "ingest"]
     assert row["serves"].startswith("none (") and "cuda" in row["serves"]
+
+
+def test_an_extension_older_than_the_code_serves_only_what_it_has(monkeypatch):
+    """As after an update without a rebuild: the ops that it lacks fall back, and a forced backend says why not."""
+    monkeypatch.setattr(native, "module", types.SimpleNamespace(ingest=None))
+    assert ingest.OP.status("cpu")["cpu"] == ""
+    for op in (group_norm.OP, group_norm.BACKWARD):
+        assert "older than this code: reinstall" in op.status("cpu")["cpu"]
+        assert op.default("cpu") == "reference"
+    x, weight = torch.randn(2, 8, 4, 4, requires_grad=True), torch.ones(8)
+    group_norm.group_norm(x, weight, torch.zeros(8), 2).sum().backward()
+    assert x.grad is not None
+    monkeypatch.setenv("DFENGINE_BACKEND", "cpu")
+    with pytest.raises(CannotRunError, match="cpu: the compiled extension is older than this code"):
+        group_norm.group_norm(x, weight, torch.zeros(8), 2)
