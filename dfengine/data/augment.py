@@ -45,6 +45,8 @@ class AugmentConfig:
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
                 raise ConfigError(f"augmentation {field.name} must be a number of at least 0, not {value!r}")
+        if self.rotation > 180:
+            raise ConfigError(f"augmentation rotation is at most 180 degrees, not {self.rotation!r}")
         for name in ("shift", "scale", "contrast", "white_balance"):
             if getattr(self, name) >= 1:
                 raise ConfigError(f"augmentation {name} is a fraction below 1, not {getattr(self, name)!r}")

@@ -201,8 +201,13 @@ class TrainConfig:
 
 
 def start_path(init: str) -> Path:
-    """The file of the start weights called `init`. Raises `CheckpointError` where a shipped one is missing."""
-    return shipped_checkpoint() if init == FASTENERS else Path(init)
+    """The file of the start weights called `init`. Raises `UsageError` where there is none of that name, and
+    `CheckpointError` where a shipped one is missing."""
+    if init == FASTENERS:
+        return shipped_checkpoint()
+    if not Path(init).exists():
+        raise UsageError(f"init {init}: no such checkpoint; give a file, {FASTENERS} or {NO_INIT}")
+    return Path(init)
 
 
 def _positive(value: Any) -> bool:

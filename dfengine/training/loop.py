@@ -187,7 +187,7 @@ class _Run:
             progress = self.budget.progress(state.step, state.elapsed)
             due = int(progress * config.validations) > int(before * config.validations)
             if state.step > logged_step and (due or state.step % config.log_every == 0):
-                row = self._row(before) | self.trainer.means()
+                row = self._row(before) | {"progress": progress} | self.trainer.means()
                 pace = (state.elapsed - logged_at) / (state.step - logged_step)
                 logged_step, logged_at = state.step, state.elapsed
                 if log:

@@ -14,7 +14,7 @@ from torch import Tensor
 from dfengine.checkpoint import check_state, load_checkpoint
 from dfengine.data.synthesis import Synthesizer
 from dfengine.data.training_set import TrainingSet
-from dfengine.errors import DfengineError
+from dfengine.errors import CheckpointError, DfengineError, UsageError
 from dfengine.models import ModelConfig, build_model
 from dfengine.training.config import TrainConfig, start_path
 from dfengine.training.data import batches
@@ -30,9 +30,14 @@ MAX_OVERFLOWS = 20  # float16 steps in a row that loss scaling may skip
 
 
 def initial_weights(path: str, model_config: ModelConfig) -> dict[str, Tensor]:
-    """Weights of the checkpoint `path` (`start_path`), in float32. Raises `CheckpointError` where they do not fit."""
-    state = load_checkpoint(start_path(path)).state
-    check_state(model_config, state, path)
+    """Weights of the checkpoint `path` (`start_path`), in float32. Raises `UsageError` where they do not fit."""
+    loaded = load_checkpoint(start_path(path))
+    state = loaded.state
+    try:
+        check_state(model_config, state, path)
+    except CheckpointError:
+        ours, theirs = (f"{config.preset} at {config.image_size} pixels" for config in (model_config, loaded.config))
+        raise UsageError(f"init {path}: the weights of {theirs} do not fit {ours}; use others or none") from None
     return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 
 

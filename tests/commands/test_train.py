@@ -90,6 +90,12 @@ def test_a_run_from_the_shipped_weights_stays_near_them_and_resumes(photos, monk
     assert 0 < change < 0.1
 
 
+def test_weights_that_do_not_fit_a_named_preset_are_refused_in_words(photos, capsys):
+    assert train(photos, "--steps", "1", "--init", "fasteners", "--preset", "diffusionad-tiny") == 2
+    message = "the weights of diff-fastener-tiny at 64 pixels do not fit diffusionad-tiny at 64 pixels"
+    assert message in capsys.readouterr().err
+
+
 def test_rotation_is_recorded(photos):
     assert train(photos, "--steps", "1", "--rotation", "180") == 0
     assert load_checkpoint(photos.parent / "net.safetensors").training["config"]["augment"]["rotation"] == 180
@@ -99,6 +105,8 @@ def test_rotation_is_recorded(photos):
     "options, message",
     [
         (["--no-augment", "--rotation", "10"], "--rotation needs augmentation"),
+        (["--rotation", "181"], "rotation is at most 180 degrees"),
+        (["--init", "gone.safetensors"], "init gone.safetensors: no such checkpoint; give a file, fasteners or none"),
         (["--pixel-range", "odd"], "pixel_range must be one of"),
         (["--image-size", "100", "--minutes", "1"], "image_size must be"),
         (["--image-size", "100", "--resume"], "image_size must be"),
