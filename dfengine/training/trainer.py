@@ -30,13 +30,18 @@ MAX_OVERFLOWS = 20  # float16 steps in a row that loss scaling may skip
 
 
 def initial_weights(path: str, model_config: ModelConfig) -> dict[str, Tensor]:
-    """Weights of the checkpoint `path` (`start_path`), in float32. Raises `UsageError` where they do not fit."""
+    """Weights of the checkpoint `path` (`start_path`), in float32.
+
+    Raises `UsageError` where they are of another preset, `CheckpointError` where their tensors do not fit.
+    """
     loaded = load_checkpoint(start_path(path))
     state = loaded.state
     try:
         check_state(model_config, state, path)
     except CheckpointError:
         ours, theirs = (f"{config.preset} at {config.image_size} pixels" for config in (model_config, loaded.config))
+        if ours == theirs:  # a model with fields of its own: only the tensors tell
+            raise
         raise UsageError(f"init {path}: the weights of {theirs} do not fit {ours}; use others or none") from None
     return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 
