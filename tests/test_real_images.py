@@ -33,6 +33,7 @@ def test_evaluate_on_the_documented_run_gives_the_documented_number(rail_eclip, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_the_everyday_path_on_real_photos(rail_eclip, tmp_path):
     """train, calibrate, detect and evaluate as documented, on a budget that only shows that they fit together."""
     checkpoint = tmp_path / "rail.safetensors"

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from dfengine import checkpoint
 from dfengine.checkpoint import load_checkpoint
 from dfengine.cli import main
 from dfengine.commands import demo
@@ -37,6 +38,6 @@ def test_the_demo_reaches_its_goal(tmp_path, capsys):
 
 
 def test_a_missing_checkpoint_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "CHECKPOINT", "gone.safetensors")
+    monkeypatch.setattr(demo, "shipped_checkpoint", lambda: checkpoint.shipped_checkpoint("gone.safetensors"))
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 1
     assert "shipped checkpoint is missing" in capsys.readouterr().err
