@@ -107,7 +107,7 @@ def version() -> str:
 
 # Relative paths: setuptools refuses absolute ones.
 packages = find_packages(include=["dfengine", "dfengine.*"])
-packages += ["dfengine.kernels", "dfengine.csrc", "dfengine.csrc.common", "dfengine.csrc.cpu", "dfengine.csrc.cuda"]
+packages += ["dfengine.kernels", *(f"dfengine.csrc{part}" for part in ("", ".bindings", ".common", ".cpu", ".cuda"))]
 
 setup(
     version=version(),
@@ -116,6 +116,7 @@ setup(
     package_data={
         "dfengine": ["assets/*", "report/*.j2"],
         "dfengine.csrc": ["*.cpp", "*.h"],
+        "dfengine.csrc.bindings": ["*.cpp", "*.h"],
         "dfengine.csrc.common": ["*.h"],
         "dfengine.csrc.cpu": ["*.cpp", "*.h"],
         "dfengine.csrc.cuda": ["*.cu", "*.h"],

@@ -23,18 +23,19 @@ whose four words r_0..r_3 give the channels 4k..4k+3:
     (n_0, n_1) = sqrt(-2 ln u_0) * (cos, sin)(2 pi u_1)               and (n_2, n_3) likewise from (u_2, u_3)
 
 Every backend draws the same integers; the normals, and with them x_t, agree to rounding (DESIGN section 3, Numerics).
-Backends: reference (any device), triton (GPU; CPU through the interpreter), cpu (csrc/cpu/ingest.cpp).
-csrc/cuda/ingest.cu is compiled and tested on the host; it has no launcher yet.
+Backends: reference (any device), triton (GPU; CPU through the interpreter), cuda (csrc/cuda/ingest.cu), cpu
+(csrc/cpu/ingest.cpp).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from dfengine import native
-from dfengine.kernels import registry, triton_import
+from dfengine.kernels import cuda_launch, registry, triton_import
 from dfengine.kernels.registry import CannotRunError, Op
 from dfengine.kernels.triton_import import tl, triton
 
@@ -356,6 +357,23 @@ def _can_run_triton(images, *args) -> None:
         raise CannotRunError("more than 2^31 - 2^16 pixels an image")
 
 
+def _run_cuda(images, x_0, x_t, gain, offset, a, b, seed, draw, step) -> None:
+    batch, height, width, channels = images.shape
+    if images.numel() == 0:
+        return
+    types = "_".join(str(tensor.dtype).removeprefix("torch.") for tensor in (images, x_0))
+    per_thread, threads = min(batch, MAX_IMAGES), 128
+    grid = (-(-height * width // threads), -(-batch // per_thread), -(-channels // 4))
+    floats = (gain / LEVELS[images.dtype], offset, a[0], b[0], a[-1], b[-1])
+    cuda_launch.launch(
+        "ingest", f"ingest_{types}", grid, (threads, 1, 1),
+        (
+            images, x_0, x_t, *map(np.float32, floats), *map(np.uint32, (seed & WORD, seed >> 32, draw, step)),
+            np.int32(len(a)), *map(np.int64, (*images.shape, *images.stride())), np.int32(per_thread),
+        ),
+    )  # fmt: skip
+
+
 PIXEL_CODES = {torch.uint8: 0, torch.uint16: 1, torch.float32: 2}
 OUTPUT_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 STREAM_BYTES = 24 * 2**20
@@ -373,5 +391,6 @@ def _run_cpu(images, x_0, x_t, gain, offset, a, b, seed, draw, step, level="") -
 
 OP = Op("ingest")
 OP.register("triton", _run_triton, triton_import.available, _can_run_triton)
+OP.register("cuda", _run_cuda, cuda_launch.available, can_run)
 OP.register("cpu", _run_cpu, registry.cpu_available("ingest"), can_run)
 OP.register("reference", _run_reference, registry.always, registry.always)

@@ -19,7 +19,7 @@ DFE_HD uint32_t multiply_high(uint32_t a, uint32_t b) {
 }
 
 DFE_HD Words philox4x32(Words c, uint32_t key0, uint32_t key1) {
-#if defined(__GNUC__) && !defined(__CUDA_ARCH__)
+#if defined(__GNUC__) && !defined(__CUDACC__)
 #pragma GCC unroll 10
 #endif
     for (int round = 0; round < 10; ++round) {

@@ -1,7 +1,7 @@
 // The op `ingest` on CUDA (formula: kernels/ingest.py). One thread serves one group of four channels at one pixel, for `images_per_thread` images
 // with one draw of noise. Grid: (pixels / blockDim.x, batch / images_per_thread, channels / 4), each rounded up.
-#include "../common/convert.h"
 #include "../common/philox.h"
+#include "kernel.h"
 
 namespace dfe {
 
@@ -47,7 +47,8 @@ DFE_HD void ingest_thread(int64_t pixel, int64_t first_image, int64_t group, con
         const int64_t first_image = static_cast<int64_t>(blockIdx.y) * images_per_thread;                                                      \
         dfe::ingest_thread(pixel, first_image, static_cast<int64_t>(blockIdx.z), images, x_0, x_t, gain, offset, a0, b0, a1, b1, key0, key1,   \
                            draw, step, scales, batch, height, width, channels, stride_n, stride_y, stride_x, stride_c, images_per_thread);     \
-    }
+    }                                                                                                                                          \
+    DFE_KERNEL(ingest_##NAME)
 
 DFE_INGEST(uint8_float32, uint8_t, float)
 DFE_INGEST(uint8_float16, uint8_t, dfe::half)

@@ -1,21 +1,208 @@
-// Lets a .cu file of csrc/cuda compile as C++, so that its index and arithmetic code runs under a loop over the grid. No shared memory, no barriers.
+// Stands in for CUDA when a .cu file of csrc/cuda is compiled as C++: a block's threads are coroutines that take turns between barriers, one
+// block after the other, so that the kernel's own index and arithmetic code runs, shared memory, barriers and warp shuffles included.
+//
+// host_launch(name, grid, block, shared bytes, arguments, reversed) runs a kernel named in DFE_KERNEL; arguments as for cudaLaunchKernel. With
+// `reversed` the threads take their turns in the opposite order: a result that depends on it betrays a missing barrier.
 #pragma once
 
+#include <ucontext.h>
+
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
 
+#define DFE_HOST
 #define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __shared__ static
+#define __restrict__
+#define __align__(BYTES) alignas(BYTES)
+#define __launch_bounds__(...)
 
-struct Dim3 {
+struct dim3 {
     unsigned x, y, z;
 };
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
 
-static Dim3 blockIdx, blockDim, threadIdx;
+static dim3 gridDim, blockIdx, blockDim, threadIdx;
+static constexpr int warpSize = 32;
 
-template <typename Kernel, typename... Arguments>
-void launch(Kernel kernel, Dim3 grid, unsigned threads, Arguments... arguments) {
-    blockDim = {threads, 1, 1};
-    for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
-        for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
-            for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
-                for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) kernel(arguments...);
+namespace on_host {
+
+enum class State { ready, at_warp, at_block, done };
+
+struct Thread {
+    ucontext_t context;
+    std::vector<char> stack;
+    State state;
+    dim3 index;
+};
+
+static std::vector<Thread> threads;
+static Thread* running;
+static ucontext_t scheduler;
+static std::vector<uint64_t> exchanged;  // by shuffles: a slot for each thread
+static std::vector<unsigned char> dynamic_shared;
+static void (*body)(void**);
+static void** body_arguments;
+
+inline void wait(State state) {
+    running->state = state;
+    swapcontext(&running->context, &scheduler);
+}
+
+inline size_t number(const Thread& thread) { return static_cast<size_t>(&thread - threads.data()); }
+
+inline void thread_main() {
+    body(body_arguments);
+    running->state = State::done;
+    swapcontext(&running->context, &scheduler);
+}
+
+// Whether all threads of [begin, end) that are not done wait in `state`.
+inline bool all_wait(size_t begin, size_t end, State state) {
+    bool any = false;
+    for (size_t i = begin; i < end; ++i) {
+        if (threads[i].state == State::done) continue;
+        if (threads[i].state != state) return false;
+        any = true;
+    }
+    return any;
+}
+
+inline void release(size_t begin, size_t end, State state) {
+    for (size_t i = begin; i < end; ++i) {
+        if (threads[i].state == state) threads[i].state = State::ready;
+    }
+}
+
+inline void run_block(bool reversed) {
+    const size_t count = threads.size();
+    for (size_t i = 0; i < count; ++i) {
+        Thread& thread = threads[i];
+        thread.state = State::ready;
+        getcontext(&thread.context);
+        thread.context.uc_stack.ss_sp = thread.stack.data();
+        thread.context.uc_stack.ss_size = thread.stack.size();
+        thread.context.uc_link = nullptr;
+        makecontext(&thread.context, thread_main, 0);
+    }
+    for (;;) {
+        bool ran = false, left = false;
+        for (size_t k = 0; k < count; ++k) {
+            Thread& thread = threads[reversed ? count - 1 - k : k];
+            if (thread.state == State::ready) {
+                ran = true;
+                running = &thread;
+                threadIdx = thread.index;
+                swapcontext(&scheduler, &thread.context);
+            }
+            left = left || thread.state != State::done;
+        }
+        if (!left) return;
+        if (ran) continue;
+        bool released = false;
+        for (size_t begin = 0; begin < count; begin += 32) {
+            const size_t end = begin + 32 < count ? begin + 32 : count;
+            if (all_wait(begin, end, State::at_warp)) release(begin, end, State::at_warp), released = true;
+        }
+        if (!released && all_wait(0, count, State::at_block)) release(0, count, State::at_block), released = true;
+        if (!released) {
+            std::fprintf(stderr, "cuda_on_host: threads wait at different barriers\n");
+            std::abort();
+        }
+    }
+}
+
+template <typename T>
+T shuffle(T value, unsigned from) {
+    static_assert(sizeof(T) <= 8, "a shuffle moves at most eight bytes");
+    const size_t mine = number(*running), warp = mine / 32 * 32;
+    memcpy(&exchanged[mine], &value, sizeof value);
+    wait(State::at_warp);
+    if (from < 32 && warp + from < threads.size()) memcpy(&value, &exchanged[warp + from], sizeof value);
+    wait(State::at_warp);
+    return value;
+}
+
+inline unsigned lane() { return static_cast<unsigned>(number(*running) % 32); }
+
+template <typename... A, size_t... I>
+void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
+    kernel(*static_cast<std::remove_const_t<A>*>(arguments[I])...);
+}
+
+template <typename... A>
+void call(void (*kernel)(A...), void** arguments) {
+    call(kernel, arguments, std::index_sequence_for<A...>{});
+}
+
+inline std::map<std::string, void (*)(void**)>& kernels() {
+    static std::map<std::string, void (*)(void**)> found;
+    return found;
+}
+
+struct Registered {
+    Registered(const char* name, void (*run)(void**)) { kernels()[name] = run; }
+};
+
+}  // namespace on_host
+
+#define DFE_KERNEL(NAME) static const on_host::Registered registered_##NAME{#NAME, [](void** arguments) { on_host::call(NAME, arguments); }};
+#define DFE_DYNAMIC_SHARED(TYPE, NAME) TYPE* const NAME = reinterpret_cast<TYPE*>(on_host::dynamic_shared.data())
+
+static inline void __syncthreads() { on_host::wait(on_host::State::at_block); }
+static inline void __syncwarp(unsigned = ~0u) { on_host::wait(on_host::State::at_warp); }
+
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) { return on_host::shuffle(value, static_cast<unsigned>(lane)); }
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) { return on_host::shuffle(value, on_host::lane() ^ static_cast<unsigned>(mask)); }
+template <typename T>
+T __shfl_down_sync(unsigned, T value, unsigned delta) { return on_host::shuffle(value, on_host::lane() + delta); }
+template <typename T>
+T __shfl_up_sync(unsigned, T value, unsigned delta) { return on_host::shuffle(value, on_host::lane() - delta); }
+template <typename T>
+T __ldg(const T* address) { return *address; }
+
+// 0 where done, 1 where no kernel has the name.
+extern "C" int host_launch(const char* name, const unsigned* grid, const unsigned* block, unsigned shared, void** arguments, int reversed) {
+    using namespace on_host;
+    const auto found = kernels().find(name);
+    if (found == kernels().end()) return 1;
+    body = found->second;
+    body_arguments = arguments;
+    gridDim = {grid[0], grid[1], grid[2]};
+    blockDim = {block[0], block[1], block[2]};
+    const size_t count = size_t{block[0]} * block[1] * block[2];
+    threads.resize(count);
+    exchanged.assign(count, 0);
+    for (size_t i = 0; i < count; ++i) {
+        const unsigned n = static_cast<unsigned>(i);
+        threads[i].index = {n % block[0], n / block[0] % block[1], n / (block[0] * block[1])};
+        if (threads[i].stack.empty()) threads[i].stack.resize(64 * 1024);
+    }
+    for (blockIdx.z = 0; blockIdx.z < grid[2]; ++blockIdx.z)
+        for (blockIdx.y = 0; blockIdx.y < grid[1]; ++blockIdx.y)
+            for (blockIdx.x = 0; blockIdx.x < grid[0]; ++blockIdx.x) {
+                dynamic_shared.assign(shared + 16, 0xff);  // not a number, in every float type
+                run_block(reversed != 0);
+            }
+    return 0;
 }

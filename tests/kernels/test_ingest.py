@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import shutil
-import subprocess
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -15,83 +10,17 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dfengine import native
-from dfengine.kernels import CannotRunError, ingest, triton_import
+from dfengine.kernels import CannotRunError, ingest
+from tests.kernels import launchers
 from tests.kernels.contract import assert_numeric_contract
 
-GPU = torch.cuda.is_available()
 NOISE = dict(seed=2**63 + 987654321, draw=2**32 - 3, step=5)
 COEFFICIENTS = dict(a=[0.81, 0.3], b=[0.586, 0.954])
 
 
-def launchers() -> dict:
-    """Name -> (run(images, x_0, x_t, ...), device) of every compiled implementation and configuration."""
-    found = {}
-    for level in ("base", "avx2", "avx512"):
-
-        def run_cpu(*args, level=level):
-            ingest._run_cpu(*args, level=level)
-
-        found[f"cpu-{level}"] = (run_cpu, "cpu")
-    for number, configuration in enumerate(ingest.CONFIGURATIONS):
-
-        def run_triton(*args, configuration=configuration):
-            ingest._run_triton(*args, configuration=configuration)
-
-        found[f"triton-{number}"] = (run_triton, "cuda" if GPU else "cpu")
-    found["cuda-on-host"] = (None, "cpu")
-    return found
-
-
-LAUNCHERS = launchers()
-
-
-@pytest.fixture(scope="session")
-def cuda_on_host(tmp_path_factory):
-    """csrc/cuda/ingest.cu compiled for the host, as a launcher."""
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    source = Path(__file__).with_name("ingest_on_host.cpp")
-    library = tmp_path_factory.mktemp("cuda_on_host") / "ingest.so"
-    subprocess.run([compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-o", library, source], check=True)
-    loaded = ctypes.CDLL(str(library))
-
-    def run(images, x_0, x_t, gain, offset, a, b, seed, draw, step):
-        batch, height, width, channels = images.shape
-        names = [str(tensor.dtype).removeprefix("torch.") for tensor in (images, x_0)]
-        per_thread = 2
-        grid = (-(-height * width // 32), -(-batch // per_thread), -(-channels // 4), 32)
-        floats = [gain / ingest.LEVELS[images.dtype], offset, a[0], b[0], a[-1], b[-1]]
-        getattr(loaded, "host_" + "_".join(names))(
-            *map(ctypes.c_uint, grid),
-            *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (images, x_0, x_t)),
-            *map(ctypes.c_float, floats),
-            *map(ctypes.c_uint32, (seed % 2**32, seed // 2**32, draw, step)),
-            ctypes.c_int(len(a)),
-            *map(ctypes.c_int64, (*images.shape, *images.stride())),
-            ctypes.c_int(per_thread),
-        )
-
-    return run
-
-
-@pytest.fixture(params=LAUNCHERS)
-def launcher(request):
-    """(run, device) of one implementation; skips with the reason where it does not run here."""
-    name = request.param
-    if name == "cuda-on-host":
-        return request.getfixturevalue("cuda_on_host"), "cpu"
-    if name.startswith("cpu-"):
-        if not native.available():
-            pytest.skip(native.status())
-        if not native.cpu_levels().get(name[4:]):
-            pytest.skip(f"this processor does not run {name[4:]}")
-    if name.startswith("triton-"):
-        try:
-            triton_import.available(LAUNCHERS[name][1])
-        except CannotRunError as error:
-            pytest.skip(str(error))
-    return LAUNCHERS[name]
+@pytest.fixture(params=launchers.names(ingest.CONFIGURATIONS))
+def launcher(request, monkeypatch):
+    return launchers.launcher(request.param, monkeypatch, ingest.CONFIGURATIONS)
 
 
 def make_images(dtype, shape, layout="nhwc", seed=0) -> torch.Tensor:
@@ -115,12 +44,13 @@ def make_images(dtype, shape, layout="nhwc", seed=0) -> torch.Tensor:
 
 
 def run_into_nan(
-    run, device, images, dtype, gain=2.0, offset=-1.0, a=COEFFICIENTS["a"], b=COEFFICIENTS["b"], noise=NOISE
+    launcher, images, dtype, gain=2.0, offset=-1.0, a=COEFFICIENTS["a"], b=COEFFICIENTS["b"], noise=NOISE
 ):
-    images = images.to(device) if device != "cpu" else images
+    images, device = images if launcher.device == "cpu" else images.to(launcher.device), launcher.device
     x_0 = torch.full(images.shape, float("nan"), dtype=dtype, device=device)
     x_t = torch.full((len(a), *images.shape), float("nan"), dtype=dtype, device=device)
-    run(images, x_0, x_t, gain, offset, list(a), list(b), noise["seed"], noise["draw"], noise["step"])
+    numbers = gain, offset, list(a), list(b), noise["seed"], noise["draw"], noise["step"]
+    launcher.run(ingest.OP, images, x_0, x_t, *numbers)
     return x_0.cpu(), x_t.cpu()
 
 
@@ -199,7 +129,7 @@ CASES = [
 def test_meets_the_numeric_contract(launcher, pixels, dtype):
     for number, (shape, layout) in enumerate(CASES):
         images = make_images(pixels, shape, layout, seed=number)
-        results = run_into_nan(*launcher, images, dtype)
+        results = run_into_nan(launcher, images, dtype)
         arguments = dict(gain=2.0, offset=-1.0, **COEFFICIENTS, **NOISE)
         exact = ingest.reference(images, dtype=torch.float64, **arguments)
         torchs = ingest.reference(images, dtype=dtype, **arguments)
@@ -210,7 +140,7 @@ def test_meets_the_numeric_contract(launcher, pixels, dtype):
 def test_integers_are_those_of_the_reference(launcher):
     """With a = 0, b = 1 the output is the noise; a word that differs anywhere moves it by far more than rounding."""
     images = make_images(torch.uint8, (2, 32, 33, 4))
-    _, x_t = run_into_nan(*launcher, images, torch.float32, a=[0.0, 0.0], b=[1.0, 1.0])
+    _, x_t = run_into_nan(launcher, images, torch.float32, a=[0.0, 0.0], b=[1.0, 1.0])
     for scale in (0, 1):
         noise = ingest.philox_normal(NOISE["seed"], NOISE["draw"], NOISE["step"], scale, (32, 33, 4), torch.float64)
         assert (x_t[scale] - noise).abs().max() < 2e-6
@@ -218,19 +148,19 @@ def test_integers_are_those_of_the_reference(launcher):
 
 def test_one_scale(launcher):
     images = make_images(torch.uint8, (2, 6, 5, 3))
-    _, one = run_into_nan(*launcher, images, torch.float32, a=[0.7], b=[0.4])
-    _, two = run_into_nan(*launcher, images, torch.float32, a=[0.7, 0.1], b=[0.4, 0.9])
+    _, one = run_into_nan(launcher, images, torch.float32, a=[0.7], b=[0.4])
+    _, two = run_into_nan(launcher, images, torch.float32, a=[0.7, 0.1], b=[0.4, 0.9])
     assert one.shape[0] == 1
     assert torch.equal(one[0], two[0])
 
 
 def test_runs_agree_bit_for_bit_whatever_the_batch(launcher):
     images = make_images(torch.uint8, (11, 9, 17, 3))
-    x_0, x_t = run_into_nan(*launcher, images, torch.float32)
-    again = run_into_nan(*launcher, images, torch.float32)
+    x_0, x_t = run_into_nan(launcher, images, torch.float32)
+    again = run_into_nan(launcher, images, torch.float32)
     assert torch.equal(x_0, again[0]) and torch.equal(x_t, again[1])
     order = [10, 3, 7]
-    part_0, part_t = run_into_nan(*launcher, images[order], torch.float32)
+    part_0, part_t = run_into_nan(launcher, images[order], torch.float32)
     assert torch.equal(part_0, x_0[order]) and torch.equal(part_t, x_t[:, order])
 
 

@@ -1,0 +1,93 @@
+"""Launching the CUDA C++ kernels of csrc/cuda by name: from dfengine._native, else compiled at run time through cupy.
+
+The kernels are in the extension where it was built with nvcc for the device at hand. Elsewhere csrc/cuda/<op>.cu is
+compiled by NVRTC (`cupy.RawModule`, which keeps the result on disk), the same source.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from dfengine import native
+from dfengine.kernels.registry import CannotRunError
+
+Argument = torch.Tensor | np.generic | None
+"""A pointer (None is the null pointer), or an np.int32, np.int64, np.uint32 or np.float32 value."""
+
+
+def available(device: str) -> None:
+    """Raise CannotRunError with the reason where CUDA C++ kernels do not run on `device` ("cpu" or "cuda")."""
+    if device != "cuda":
+        raise CannotRunError(f"the cuda backend does not run on {device}")
+    if not torch.cuda.is_available():
+        raise CannotRunError("no CUDA device")
+    if not _compiled_in() and importlib.util.find_spec("cupy") is None:
+        raise CannotRunError("dfengine._native was built without nvcc, and cupy is not installed")
+
+
+def launch(
+    op: str,
+    kernel: str,
+    grid: tuple[int, int, int],
+    block: tuple[int, int, int],
+    arguments: Sequence[Argument],
+    shared: int = 0,
+) -> None:
+    """Launch `kernel` of csrc/cuda/<op>.cu on the current stream of the device that holds the first tensor.
+
+    grid, block: in blocks and threads; shared: bytes of dynamic shared memory. Raises RuntimeError with CUDA's message.
+    """
+    device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream().cuda_stream
+        if _in_extension(kernel, device.index):
+            native.module.cuda_launch(kernel, grid, block, shared, stream, packed(arguments))
+            return
+        import cupy
+
+        function = _compiled(op, device.index).get_function(kernel)
+        if shared > 48 * 1024:
+            function.max_dynamic_shared_size_bytes = shared
+        values = tuple(_address(argument) if _is_pointer(argument) else argument for argument in arguments)
+        with cupy.cuda.ExternalStream(stream):
+            function(grid, block, values, shared_mem=shared)
+
+
+def packed(arguments: Sequence[Argument]) -> bytes:
+    """Eight bytes for each argument, its value in the first of them."""
+    slots = []
+    for argument in arguments:
+        value = _address(argument) if _is_pointer(argument) else argument
+        slots.append(value.tobytes().ljust(8, b"\0"))
+    return b"".join(slots)
+
+
+def _is_pointer(argument: Argument) -> bool:
+    return argument is None or isinstance(argument, torch.Tensor)
+
+
+def _address(argument: torch.Tensor | None) -> np.uint64:
+    return np.uint64(0 if argument is None else argument.data_ptr())
+
+
+def _compiled_in() -> bool:
+    return native.module is not None and hasattr(native.module, "cuda_launch")
+
+
+@functools.cache
+def _in_extension(kernel: str, device: int) -> bool:
+    return _compiled_in() and kernel in native.module.cuda_kernels() and native.module.cuda_kernel_runs(kernel)
+
+
+@functools.cache
+def _compiled(op: str, device: int):
+    import cupy
+
+    folder = native.source_folder() / "cuda"
+    includes = tuple(f"-I{path}" for path in (folder, folder.parent / "common"))
+    return cupy.RawModule(code=(folder / f"{op}.cu").read_text(encoding="utf-8"), options=("-std=c++17", *includes))
