@@ -1,4 +1,4 @@
-"""What is timed and compiled for the op `ingest` (bench/run.py, bench/kernels_check.py)."""
+"""What is timed and compiled for the op `ingest` (bench/kernels.py, bench/kernels_check.py)."""
 
 from __future__ import annotations
 
