@@ -5,7 +5,7 @@ An op is called through its file (``dfengine.kernels.ingest.ingest``); ``OPS`` h
 
 from __future__ import annotations
 
-from dfengine.kernels import group_norm, ingest, one_step
+from dfengine.kernels import group_norm, ingest, one_step, reverse_step
 from dfengine.kernels.registry import BACKENDS, PRIORITY, CannotRunError, Op, forced_backend
 
 __all__ = ["BACKENDS", "OPS", "PRIORITY", "CannotRunError", "Op", "forced_backend", "table"]
@@ -16,6 +16,7 @@ OPS: dict[str, Op] = {
         ingest.OP,
         group_norm.OP,
         one_step.OP,
+        reverse_step.OP,
     )
 }
 

@@ -270,8 +270,8 @@ def _run_cpu(x_t, eps, x_0, a, b, weight, gain, offset, pair, reconstruction, le
     if reconstruction is not None:
         unit, written = reconstruction.data_ptr(), pair.nbytes + reconstruction.nbytes
     native.module.one_step(
-        x_t.data_ptr(), eps.data_ptr(), x_0.data_ptr(), pair.data_ptr(), unit, TYPES[x_0.dtype], TYPES[eps.dtype], pixels,
-        channels, strides, *_numbers(a, b, weight, gain, offset), threads=torch.get_num_threads(),
+        x_t.data_ptr(), eps.data_ptr(), x_0.data_ptr(), pair.data_ptr(), unit, TYPES[x_0.dtype], TYPES[eps.dtype],
+        pixels, channels, strides, *_numbers(a, b, weight, gain, offset), threads=torch.get_num_threads(),
         stream=written > STREAM_BYTES, level=level,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-// The arithmetic of the op `one_step` (formula: kernels/one_step.py) for one value.
+// The arithmetic of the ops `one_step` and `reverse_step` (formulas: kernels/one_step.py, kernels/reverse_step.py) for one value.
 #pragma once
 
 #include "portable.h"
@@ -26,5 +26,14 @@ DFE_HD float reconstructed(const OneStepNumbers& n, float x_s, float e_s, float 
 }
 
 DFE_HD float unit_pixel(const OneStepNumbers& n, float r) { return clamped(n.unit_gain * r + n.unit_offset, 0.0f, 1.0f); }
+
+// x0_hat = from_x * x_t - from_eps * eps; the step before t is from_x0 * clamp(x0_hat) + from_xt * x_t + sigma * noise.
+struct ReverseStepNumbers {
+    float from_x, from_eps, from_x0, from_xt, sigma;
+};
+
+DFE_HD float step_before(const ReverseStepNumbers& n, float x, float e, float noise) {
+    return n.from_x0 * clamped(n.from_x * x - n.from_eps * e, -1.0f, 1.0f) + n.from_xt * x + n.sigma * noise;
+}
 
 }  // namespace dfe

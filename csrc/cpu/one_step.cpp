@@ -3,20 +3,11 @@
 #include "one_step.h"
 
 #include "isa.h"
+#include "slices.h"
 
 namespace dfe {
 namespace DFE_ISA {
 namespace {
-
-// Where the tile's values follow each other without a gap: in place, or gathered into `room`.
-template <typename T>
-const T* packed(const T* DFE_RESTRICT from, int64_t stride, int64_t channels, int64_t count, T* DFE_RESTRICT room) {
-    if (stride == channels) return from;
-    for (int64_t i = 0; i < count; ++i) {
-        for (int64_t c = 0; c < channels; ++c) room[i * channels + c] = from[i * stride + c];
-    }
-    return room;
-}
 
 template <int Scales, bool Unit, typename X, typename T>
 void reconstruct(const OneStepNumbers numbers, int64_t size, const X* DFE_RESTRICT x_s, const T* DFE_RESTRICT e_s, const X* DFE_RESTRICT x_b,

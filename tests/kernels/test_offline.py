@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MAX_REGISTERS = {
     "ingest": 96,
     "one_step": 80,
+    "reverse_step": 96,
 }
 """Registers a thread, in the first configuration."""
 
