@@ -5,7 +5,7 @@ An op is called through its file (``dfengine.kernels.ingest.ingest``); ``OPS`` h
 
 from __future__ import annotations
 
-from dfengine.kernels import group_norm, ingest, one_step, reverse_step
+from dfengine.kernels import group_norm, ingest, one_step, resample, reverse_step
 from dfengine.kernels.registry import BACKENDS, PRIORITY, CannotRunError, Op, forced_backend
 
 __all__ = ["BACKENDS", "OPS", "PRIORITY", "CannotRunError", "Op", "forced_backend", "table"]
@@ -17,6 +17,8 @@ OPS: dict[str, Op] = {
         group_norm.OP,
         one_step.OP,
         reverse_step.OP,
+        resample.UPSAMPLE,
+        resample.MAX_POOL,
     )
 }
 

@@ -14,8 +14,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 MAX_REGISTERS = {
     "ingest": 96,
+    "max_pool": 64,
     "one_step": 80,
     "reverse_step": 96,
+    "upsample_bilinear": 96,
 }
 """Registers a thread, in the first configuration."""
 
