@@ -23,10 +23,11 @@ void run_rows(const ResampleArguments& p, ResampleRows run, int64_t rows, int64_
 }
 
 void upsample_bilinear(uintptr_t x, uintptr_t y, int type, std::array<int64_t, 4> shape, std::array<int64_t, 2> strides, int threads,
-                       const std::string& level) {
-    const ResampleArguments p = resample_arguments(x, y, type, shape, strides);
+                       bool stream, const std::string& level) {
+    ResampleArguments p = resample_arguments(x, y, type, shape, strides);
+    p.stream = stream;
     const ResampleRows run = DFE_AT_LEVEL(level_named(level), upsample_bilinear_rows);
-    run_rows(p, run, p.batch * 2 * p.height, (p.width + 1) * p.channels, threads);
+    run_rows(p, run, p.batch * 2 * p.height, (p.width + 2) * p.channels, threads);
 }
 
 void max_pool(uintptr_t x, uintptr_t y, int type, std::array<int64_t, 4> shape, std::array<int64_t, 2> strides, int threads,
@@ -39,7 +40,7 @@ void max_pool(uintptr_t x, uintptr_t y, int type, std::array<int64_t, 4> shape, 
 
 void bind_resample(py::module_& module) {
     module.def("upsample_bilinear", &upsample_bilinear, py::arg("x"), py::arg("y"), py::arg("type"), py::arg("shape"), py::arg("strides"),
-               py::arg("threads"), py::arg("level") = "",
+               py::arg("threads"), py::arg("stream") = false, py::arg("level") = "",
                "The op `upsample_bilinear` over raw pointers; see kernels/resample.py. shape: that of x; strides: from one pixel to the next.");
     module.def("max_pool", &max_pool, py::arg("x"), py::arg("y"), py::arg("type"), py::arg("shape"), py::arg("strides"), py::arg("threads"),
                py::arg("level") = "", "The op `max_pool` over raw pointers; as upsample_bilinear.");

@@ -50,15 +50,18 @@ void upsample_rows(const ResampleArguments& p, int64_t begin, int64_t end, float
         for (int64_t c = 0; c < channels; ++c) scratch[width * channels + c] = scratch[(width - 1) * channels + c];
 
         T* to = static_cast<T*>(p.y) + out_row * 2 * width * p.y_stride;
+        T* const staged = reinterpret_cast<T*>(scratch + (width + 1) * channels);
         int64_t before = 0, rest = 0;  // place_of(i, width), step by step
         const int64_t step = 2 * width - 1;
         for (int64_t i = 0; i < 2 * width; ++i, to += p.y_stride) {
             const float* const left = scratch + before * channels;
-            between_pixels(left, left + channels, static_cast<float>(rest) / static_cast<float>(step), channels, to);
+            between_pixels(left, left + channels, static_cast<float>(rest) / static_cast<float>(step), channels, p.stream ? staged : to);
+            if (p.stream) stream_copy(to, staged, channels * static_cast<int64_t>(sizeof(T)));
             rest += width - 1;
             if (rest >= step) rest -= step, ++before;
         }
     }
+    if (p.stream) stream_fence();
 }
 
 // The larger, or whichever is not a number.

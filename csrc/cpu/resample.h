@@ -13,9 +13,10 @@ struct ResampleArguments {
     FloatType type;
     int64_t batch, height, width, channels;  // of x
     int64_t x_stride, y_stride;              // from one pixel to the next
+    bool stream;                             // upsample_bilinear writes past the caches
 };
 
-// Output rows [begin, end) of those of all images; `scratch`: (width + 1) * channels floats for upsample_bilinear.
+// Output rows [begin, end) of those of all images; `scratch`: (width + 2) * channels floats for upsample_bilinear.
 using ResampleRows = void (*)(const ResampleArguments&, int64_t begin, int64_t end, float* scratch);
 
 namespace base {

@@ -104,11 +104,12 @@ def test_the_reference_is_what_the_modules_use(op):
 
 @pytest.mark.skipif(not native.available(), reason="dfengine._native is missing")
 @pytest.mark.parametrize("op", OPS)
-def test_cpu_threads_change_nothing(op):
+def test_cpu_threads_and_streaming_change_nothing(op, monkeypatch):
     launcher, threads, results = launchers.Launcher("cpu", "cpu"), torch.get_num_threads(), []
     try:
-        for count in (1, 3, 64):
+        for count, stream_bytes in ((1, 2**40), (3, 0), (64, 0)):
             torch.set_num_threads(count)
+            monkeypatch.setattr(resample, "STREAM_BYTES", stream_bytes)
             results.append(run_into_nan(launcher, op, make((2, 14, 9, 40), torch.bfloat16), 7))
     finally:
         torch.set_num_threads(threads)
