@@ -145,8 +145,8 @@ def bench_op(op: str, device: str, seconds: float, clock: str) -> list[dict]:
         }
         rows.append(row)
         print(
-            f"{row['op']:28} {'x'.join(map(str, shape)):16} {row['dtype']:9} {row['us']:9.1f} us  {row['gbps']:7.1f} GB/s  "
-            f"{row['percent_of_ceiling']:5.1f}% of copy  {row['speedup']:5.1f}x torch"
+            f"{row['op']:24} {'x'.join(map(str, shape)):16} {row['dtype']:9} {row['us']:9.1f} us  "
+            f"{row['gbps']:7.1f} GB/s  {row['percent_of_ceiling']:5.1f}% of copy  {row['speedup']:5.1f}x torch"
         )
     return rows
 

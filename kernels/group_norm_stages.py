@@ -13,8 +13,8 @@ along the channels, C = C1 + C2, which is written nowhere; a group may straddle 
 moments:  x (N, H, W, C) -> moments (N, T, 2, C), [..., 0, :] means, [..., 1, :] M2; tiles are `tile_pixels` consecutive
           pixels in row-major order, T = ceil(H W / tile_pixels), the last one may be shorter.
 merge:    moments, counts (T,) int32 pixels of each tile, and those of a second source or None; weight, bias (C,);
-          shift (N, C), (1, C) or None -> scale, offset (N, C), and mean, rstd (N, groups) where wanted. Tiles are merged
-          in an order that is fixed (Chan, Golub and LeVeque 1979).
+          shift (N, C), (1, C) or None -> scale, offset (N, C), and mean, rstd (N, groups) where wanted. Tiles are
+          merged in a fixed order (Chan, Golub and LeVeque 1979).
 apply:    x, x2 or None, scale, offset (N, C) or both None for 1 and 0; act: none, gelu (erf form), silu, relu;
           resample: "none", "down" (mean of 2x2 activated values; even sizes), "up" (nearest, twice the size)
           -> y (N, H', W', C). With neither scale nor x2 it is the pooling or the enlarging of a skip path.
@@ -55,7 +55,9 @@ def tile_counts(pixels: int, tile_pixels: int, device: torch.device | str = "cpu
     return (pixels - first).clamp(max=tile_pixels).to(device)
 
 
-def moments(x: Tensor, tile_pixels: int | None = None, *, out: Tensor | None = None, backend: str | None = None) -> Tensor:
+def moments(
+    x: Tensor, tile_pixels: int | None = None, *, out: Tensor | None = None, backend: str | None = None
+) -> Tensor:
     """Return the moments (N, T, 2, C) of x's tiles, in `out` where it is given.
 
     This and the next two raise ValueError for arguments that no backend accepts, CannotRunError when the forced backend
@@ -87,7 +89,10 @@ def merge(
     statistics: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (scale, offset), in `out` where it is given; `second` is (moments2, counts2), `statistics` takes (mean, rstd)."""
+    """Return (scale, offset), in `out` where it is given.
+
+    second: (moments2, counts2) of the second source; statistics: (mean, rstd) to be written as well.
+    """
     batch, channels = moments.shape[0], weight.shape[0]
     widths = 0
     for name, source in (("moments", (moments, counts)), ("second", second)):
@@ -108,13 +113,32 @@ def merge(
     _check_small("bias", bias, (channels,), moments)
     if shift is not None:
         _check_small("shift", shift, (1 if shift.shape[0] == 1 else batch, channels), moments)
-    scale, offset = out or (torch.empty((batch, channels), dtype=moments.dtype, device=moments.device) for _ in range(2))
+    scale, offset = out or (
+        torch.empty((batch, channels), dtype=moments.dtype, device=moments.device) for _ in range(2)
+    )
     mean, rstd = statistics or (None, None)
-    for name, value, width in (("scale", scale, channels), ("offset", offset, channels), ("mean", mean, groups), ("rstd", rstd, groups)):
+    for name, value, width in (
+        ("scale", scale, channels),
+        ("offset", offset, channels),
+        ("mean", mean, groups),
+        ("rstd", rstd, groups),
+    ):
         if value is not None:
             _check_small(name, value, (batch, width), moments)
     torch.ops.dfengine.group_norm_merge(
-        moments, counts, *(second or (None, None)), weight, bias, shift, groups, eps, scale, offset, mean, rstd, backend or ""
+        moments,
+        counts,
+        *(second or (None, None)),
+        weight,
+        bias,
+        shift,
+        groups,
+        eps,
+        scale,
+        offset,
+        mean,
+        rstd,
+        backend or "",
     )
     return scale, offset
 
@@ -176,7 +200,8 @@ def pixel_stride(name: str, x: Tensor) -> int:
     if x.ndim != 4:
         raise ValueError(f"{name}: expected (N, H, W, C), got {tuple(x.shape)}")
     height, width, channels = x.shape[1:]
-    outer = [(stride, pixels) for size, stride, pixels in zip(x.shape, x.stride(), (height * width, width, 1)) if size > 1]  # fmt: skip
+    steps = zip(x.shape, x.stride(), (height * width, width, 1), strict=False)
+    outer = [(stride, pixels) for size, stride, pixels in steps if size > 1]
     found = outer[-1][0] // outer[-1][1] if outer else channels
     if found < channels or (channels > 1 and x.stride(3) != 1) or any(s != found * pixels for s, pixels in outer):
         raise ValueError(f"{name}: strides {x.stride()} are not those of a channel slice of a channels-last buffer")
@@ -192,7 +217,9 @@ def _check_small(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name}: expected {shape}, got {tuple(tensor.shape)}")
     if tensor.dtype != _precise(like) or tensor.device != like.device or not tensor.is_contiguous():
-        raise ValueError(f"{name}: expected contiguous {_precise(like)} on {like.device}, got {tensor.dtype} on {tensor.device}")
+        raise ValueError(
+            f"{name}: expected contiguous {_precise(like)} on {like.device}, got {tensor.dtype} on {tensor.device}"
+        )
 
 
 @torch.library.custom_op("dfengine::group_norm_moments", mutates_args=("moments",))
@@ -295,7 +322,8 @@ def can_run(first: Tensor, *_args, **_kwargs) -> None:
         raise CannotRunError(f"{first.dtype} is none of float32, float16, bfloat16")
 
 
-def _can_run_on_gpu(first: Tensor, *args, **_kwargs) -> None:
+def can_run_on_gpu(first: Tensor, *args, **_kwargs) -> None:
+    """As can_run, for the kernels on a GPU, which number the elements of a sample in 32 bits."""
     can_run(first)
     if first.shape[0] > 65535:
         raise CannotRunError(f"a batch of {first.shape[0]}, more than 65,535")
@@ -305,9 +333,13 @@ def _can_run_on_gpu(first: Tensor, *args, **_kwargs) -> None:
 
 
 def _can_run_merge_triton(moments, counts, moments2, counts2, weight, bias, shift, groups, *args, **_kwargs) -> None:
-    _can_run_on_gpu(moments, moments2)
-    if weight.shape[0] // groups > 1024:
-        raise CannotRunError(f"{weight.shape[0] // groups} channels in a group, more than 1,024")
+    can_run_on_gpu(moments, moments2)
+    can_merge_groups_of(weight.shape[0] // groups)
+
+
+def can_merge_groups_of(channels: int) -> None:
+    if channels > 1024:
+        raise CannotRunError(f"{channels} channels in a group, more than 1,024")
 
 
 @triton.jit
@@ -468,7 +500,7 @@ def apply_kernel(
     x, x2, scale, offset, y, pixels, y_pixels, items, width, channels, channels2, pixel_stride, pixel_stride2, y_stride,
     ACT: tl.constexpr, RESAMPLE: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j, n): PIXELS pixels of sample n (of y where it is pooled, else of x), CHANNELS channels of a source."""
+    """Program (i, j, n): PIXELS pixels of sample n (of y where it is pooled, else of x), CHANNELS of a source."""
     n = tl.program_id(2).to(tl.int64)
     start = tl.program_id(0) * PIXELS
     block = tl.program_id(1)
@@ -632,10 +664,11 @@ def _run_cuda_apply(x, x2, scale, offset, act, resample, y) -> None:
     block = _block(vectors)
     grid = (-(-items // (block[1] * PIXELS_OF_A_THREAD)), -(-vectors // block[0]), batch)
     sizes = (height * width, y.shape[1] * y.shape[2], items, width, channels, channels2)
+    strides = (pixel_stride("x", x), stride2, pixel_stride("y", y))
     cuda_launch.launch(
         "group_norm_stages", f"group_norm_apply_{_type_name(x)}_{vector}", grid, block,
         (
-            x, x2, scale, offset, y, *map(np.int64, sizes), *map(np.int64, (pixel_stride("x", x), stride2, pixel_stride("y", y))),
+            x, x2, scale, offset, y, *map(np.int64, (*sizes, *strides)),
             np.int32(ACTIVATIONS[act]), np.int32(RESAMPLES[resample]), np.int32(PIXELS_OF_A_THREAD),
         ),
     )  # fmt: skip
@@ -665,8 +698,9 @@ def _run_cpu_merge(
         for tiles, count in ((moments, counts), (moments2, counts2))
     ]
     native.module.group_norm_merge(
-        sources, moments.shape[0], groups, weight.data_ptr(), bias.data_ptr(), _address(shift), _shift_stride(shift), eps,
-        scale.data_ptr(), offset.data_ptr(), _address(mean), _address(rstd), threads=torch.get_num_threads(), level=level,
+        sources, moments.shape[0], groups, weight.data_ptr(), bias.data_ptr(), _address(shift), _shift_stride(shift),
+        eps, scale.data_ptr(), offset.data_ptr(), _address(mean), _address(rstd), threads=torch.get_num_threads(),
+        level=level,
     )  # fmt: skip
 
 
@@ -683,19 +717,19 @@ def _run_cpu_apply(x, x2, scale, offset, act, resample, y, level="") -> None:
 
 
 MOMENTS = Op("group_norm_moments")
-MOMENTS.register("triton", _run_triton_moments, triton_import.available, _can_run_on_gpu)
-MOMENTS.register("cuda", _run_cuda_moments, cuda_launch.available, _can_run_on_gpu)
+MOMENTS.register("triton", _run_triton_moments, triton_import.available, can_run_on_gpu)
+MOMENTS.register("cuda", _run_cuda_moments, cuda_launch.available, can_run_on_gpu)
 MOMENTS.register("cpu", _run_cpu_moments, registry.cpu_available("group_norm_moments"), can_run)
 MOMENTS.register("reference", _run_reference_moments, registry.always, registry.always)
 
 MERGE = Op("group_norm_merge")
 MERGE.register("triton", _run_triton_merge, triton_import.available, _can_run_merge_triton)
-MERGE.register("cuda", _run_cuda_merge, cuda_launch.available, _can_run_on_gpu)
+MERGE.register("cuda", _run_cuda_merge, cuda_launch.available, can_run_on_gpu)
 MERGE.register("cpu", _run_cpu_merge, registry.cpu_available("group_norm_merge"), can_run)
 MERGE.register("reference", _run_reference_merge, registry.always, registry.always)
 
 APPLY = Op("group_norm_apply")
-APPLY.register("triton", _run_triton_apply, triton_import.available, _can_run_on_gpu)
-APPLY.register("cuda", _run_cuda_apply, cuda_launch.available, _can_run_on_gpu)
+APPLY.register("triton", _run_triton_apply, triton_import.available, can_run_on_gpu)
+APPLY.register("cuda", _run_cuda_apply, cuda_launch.available, can_run_on_gpu)
 APPLY.register("cpu", _run_cpu_apply, registry.cpu_available("group_norm_apply"), can_run)
 APPLY.register("reference", _run_reference_apply, registry.always, registry.always)

@@ -19,7 +19,7 @@ def cases(device: str):
     """Yield (shape, dtype, bytes moved at least, make, rivals, op).
 
     moments reads x; merge reads the moments (and is all latency); apply with GELU reads x and writes y, also where it
-    pools or enlarges. Rivals in torch: var_mean, the same merge as tensor operations, multiply-add, GELU and resampling.
+    pools or enlarges. Rivals in torch: var_mean; the same merge as tensor operations; multiply-add, GELU, resampling.
     """
     for shape, dtype in itertools.product(SHAPES, DTYPES[device]):
         batch, height, width, channels = shape
@@ -39,7 +39,14 @@ def cases(device: str):
             return x, None, scale, offset, "gelu", resample, y
 
         x_bytes = make_x().nbytes
-        yield shape, dtype, x_bytes, make_moments, {"kernel": stages.MOMENTS, "torch": torch_moments}, stages.MOMENTS.name
+        yield (
+            shape,
+            dtype,
+            x_bytes,
+            make_moments,
+            {"kernel": stages.MOMENTS, "torch": torch_moments},
+            stages.MOMENTS.name,
+        )
         for resample, share in (("none", 1.0), ("down", 0.25), ("up", 4.0)):
             if resample == "up" and height == 256:
                 continue  # no network enlarges its largest activation

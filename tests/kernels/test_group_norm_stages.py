@@ -61,7 +61,7 @@ def run(launcher, op, *args, outputs=1):
     return [None if value is None else value.cpu() for value in args[-outputs:]]
 
 
-# (N, H, W, C), tile, padding: one pixel; a short last tile; a tile longer than the sample; channels that fill no vector.
+# (N, H, W, C), tile, padding: one pixel; a short last tile; a tile longer than the sample; C that fills no vector.
 MOMENTS_CASES = [
     ((1, 1, 1, 8), 4, 0),
     ((2, 5, 7, 12), 8, 4),
@@ -116,7 +116,7 @@ def make_merge(widths, pixels, tiles, batch=2, shift="full", seed=0, dtype=torch
     return [a if a is None or a.dtype == torch.int32 else a.to(dtype) for a in args]
 
 
-# widths, groups, pixels, tiles, shift: groups that straddle the border; one tile; tiles of unlike sizes; many tiles; a lone group.
+# widths, groups, pixels, tiles, shift: groups that straddle the border; one tile; unlike tiles; many; a lone group.
 MERGE_CASES = [
     ((12,), 3, 35, (8,), "full"),
     ((8, 16), 3, 60, (16, 7), "one"),
@@ -215,7 +215,9 @@ def test_nan_is_not_hidden(group_norm_apply):
 
 def test_moments_agree_bit_for_bit_whatever_the_batch(group_norm_moments):
     x = random((5, 9, 8, 24), torch.float32)
-    results = [run(group_norm_moments, MOMENTS, x[i], 16, poisoned((len(x[i]), 5, 2, 24)))[0] for i in ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [4, 0])]  # fmt: skip
+    results = []
+    for samples in (x, x, x[[4, 0]]):
+        results += run(group_norm_moments, MOMENTS, samples, 16, poisoned((len(samples), 5, 2, 24)))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[2], results[0][[4, 0]])
 
@@ -227,7 +229,10 @@ def test_merge_and_apply_agree_bit_for_bit_whatever_the_batch(group_norm_merge, 
     for one, two, alone in zip(first, again, run_merge(group_norm_merge, part, 3), strict=True):
         assert torch.equal(one, two) and torch.equal(one[[2]], alone)
     x = random((3, 5, 4, 24))
-    y = [run(group_norm_apply, APPLY, x[i], None, first[0][i], first[1][i], "gelu", "none", poisoned(x[i].shape))[0] for i in ([0, 1, 2], [0, 1, 2], [2])]  # fmt: skip
+    y = []
+    for i in ([0, 1, 2], [0, 1, 2], [2]):
+        scale, offset = first[0][i], first[1][i]
+        y += run(group_norm_apply, APPLY, x[i], None, scale, offset, "gelu", "none", poisoned(x[i].shape))
     assert torch.equal(y[0], y[1]) and torch.equal(y[2][0], y[0][2])
 
 
@@ -257,7 +262,9 @@ def test_the_three_stages_are_a_group_norm_of_a_concatenation(dtype, monkeypatch
     monkeypatch.delenv("DFENGINE_BACKEND", raising=False)
     x, x2 = random((2, 8, 6, 24), dtype, padding=8), random((2, 8, 6, 8), dtype, seed=1)
     weight, bias, shift = random((32,), seed=2), random((32,), seed=3), random((2, 32), seed=4)
-    tiles = [(group_norm_stages.moments(t, size), group_norm_stages.tile_counts(48, size)) for t, size in ((x, 16), (x2, 20))]
+    tiles = [
+        (group_norm_stages.moments(t, size), group_norm_stages.tile_counts(48, size)) for t, size in ((x, 16), (x2, 20))
+    ]
     scale, offset = group_norm_stages.merge(*tiles[0], weight, bias, 2, EPS, shift, tiles[1])
     y = poisoned((2, 4, 3, 32), dtype, 32)
     assert group_norm_stages.apply(x, scale, offset, act="gelu", resample="down", x2=x2, y=y) is y
@@ -282,7 +289,16 @@ def test_custom_ops_are_registered_soundly(op):
     x = random((2, 4, 6, 8), padding=4)
     arguments = {
         MOMENTS.name: (x, 8, torch.empty(2, 3, 2, 8), ""),
-        MERGE.name: (*make_merge((8,), 24, (8,)), 2, EPS, torch.empty(2, 8), torch.empty(2, 8), None, torch.empty(2, 2), ""),
+        MERGE.name: (
+            *make_merge((8,), 24, (8,)),
+            2,
+            EPS,
+            torch.empty(2, 8),
+            torch.empty(2, 8),
+            None,
+            torch.empty(2, 2),
+            "",
+        ),
         APPLY.name: (x, None, None, None, "none", "up", torch.empty(2, 8, 12, 8), ""),
     }[op.name]
     function = getattr(torch.ops.dfengine, op.name)
@@ -337,7 +353,8 @@ def test_wrong_arguments_are_refused(call, message):
     ],
 )
 def test_wrong_arguments_of_merge_are_refused(changes, message):
-    arguments = dict(moments=torch.zeros(2, 3, 2, 8), counts=group_norm_stages.tile_counts(24, 8), weight=torch.ones(8), bias=torch.ones(8), groups=2)  # fmt: skip
+    counts = group_norm_stages.tile_counts(24, 8)
+    arguments = dict(moments=torch.zeros(2, 3, 2, 8), counts=counts, weight=torch.ones(8), bias=torch.ones(8), groups=2)
     with pytest.raises(ValueError, match=message):
         group_norm_stages.merge(**{**arguments, **changes})
 
@@ -347,11 +364,17 @@ def test_gpu_takes_triton_and_agrees_with_the_reference():
     x = random((4, 64, 64, 256), torch.bfloat16)
     weight, bias = random((256,)), random((256,))
     results = []
-    for device, dtype, backend in (("cuda", torch.bfloat16, None), ("cpu", torch.float64, "reference"), ("cpu", torch.bfloat16, "reference")):
+    for device, dtype, backend in (
+        ("cuda", torch.bfloat16, None),
+        ("cpu", torch.float64, "reference"),
+        ("cpu", torch.bfloat16, "reference"),
+    ):
         precise = torch.promote_types(dtype, torch.float32)
         there = [t.to(device, dtype if t is x else precise) for t in (x, weight, bias)]
         tiles = group_norm_stages.moments(there[0], backend=backend)
         counts = group_norm_stages.tile_counts(64 * 64, group_norm_stages.default_tile_pixels(64 * 64), device)
         scale, offset = group_norm_stages.merge(tiles, counts, *there[1:], 32, backend=backend)
-        results.append(group_norm_stages.apply(there[0], scale, offset, act="gelu", resample="up", backend=backend).cpu())
+        results.append(
+            group_norm_stages.apply(there[0], scale, offset, act="gelu", resample="up", backend=backend).cpu()
+        )
     assert_numeric_contract(*results)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-MAX_REGISTERS = {"ingest": 96}
+MAX_REGISTERS = {"ingest": 96, "group_norm_stages": 128}
 """Registers a thread, in the first configuration."""
 
 
