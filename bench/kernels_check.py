@@ -26,8 +26,9 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compil
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from dfengine import native  # noqa: E402
-from dfengine.kernels import OPS, cuda_launch  # noqa: E402
+from dfengine.kernels import cuda_launch  # noqa: E402
 
+OPS = sorted(path.stem for path in (Path(__file__).parent / "kernels").glob("[!_]*.py"))
 ARCHITECTURES = (89, 90)
 FIELDS = ("registers", "shared", "stack", "local")
 
@@ -57,9 +58,11 @@ def check_triton(op: str, architecture: int, quick: bool) -> list[dict]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    rows = []
-    compilations = importlib.import_module(f"bench.kernels.{op}").compilations()
-    for label, kernel, signature, constants, options in itertools.islice(compilations, 1 if quick else None):
+    rows, seen = [], set()
+    for label, kernel, signature, constants, options in importlib.import_module(f"bench.kernels.{op}").compilations():
+        if quick and kernel in seen:
+            continue
+        seen.add(kernel)
         source = ASTSource(kernel, signature=signature, constexprs=constants)
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
         (used,) = resources(compiled.asm["cubin"], triton_tool("cuobjdump")).values()

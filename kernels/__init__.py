@@ -5,7 +5,7 @@ An op is called through its file (``dfengine.kernels.ingest.ingest``); ``OPS`` h
 
 from __future__ import annotations
 
-from dfengine.kernels import group_norm, ingest, one_step, resample, reverse_step
+from dfengine.kernels import attention, group_norm, group_norm_stages, ingest, one_step, resample, reverse_step
 from dfengine.kernels.registry import BACKENDS, PRIORITY, CannotRunError, Op, forced_backend
 
 __all__ = ["BACKENDS", "OPS", "PRIORITY", "CannotRunError", "Op", "forced_backend", "table"]
@@ -15,10 +15,14 @@ OPS: dict[str, Op] = {
     for op in (
         ingest.OP,
         group_norm.OP,
+        attention.OP,
         one_step.OP,
         reverse_step.OP,
         resample.UPSAMPLE,
         resample.MAX_POOL,
+        group_norm_stages.MOMENTS,
+        group_norm_stages.MERGE,
+        group_norm_stages.APPLY,
     )
 }
 
