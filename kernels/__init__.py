@@ -5,12 +5,19 @@ An op is called through its file (``dfengine.kernels.ingest.ingest``); ``OPS`` h
 
 from __future__ import annotations
 
-from dfengine.kernels import group_norm, ingest
+from dfengine.kernels import conv2d, group_norm, ingest
 from dfengine.kernels.registry import BACKENDS, PRIORITY, CannotRunError, Op, forced_backend
 
 __all__ = ["BACKENDS", "OPS", "PRIORITY", "CannotRunError", "Op", "forced_backend", "table"]
 
-OPS: dict[str, Op] = {op.name: op for op in (ingest.OP, group_norm.OP)}
+OPS: dict[str, Op] = {
+    op.name: op
+    for op in (
+        ingest.OP,
+        group_norm.OP,
+        conv2d.OP,
+    )
+}
 
 
 def table(device: str) -> list[dict[str, str]]:
