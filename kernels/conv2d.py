@@ -1,7 +1,7 @@
 """conv2d: the dilated convolution with all that stands around it, as one implicit GEMM.
 
-    v      = cat(x, x2) along the channels                              x2 may be absent: a concatenation never copied
-    p      = resample(prologue_act(scale v + offset))                   scale, offset for each sample and channel, or none
+    v      = cat(x, x2) along the channels                  x2 may be absent; the concatenation is never stored
+    p      = resample(prologue_act(scale v + offset))       scale, offset: one value for each sample and channel, or none
     acc    = sum over taps (i, j) and channels c of p[h + d (i - r), w + d (j - r), c] weight[i, j, c, o]
     y      = act(acc + bias) + residual_resample(residual)
     moments[n, t, :, o] = (mean, sum of squared differences from it) of the written y[n, tile t, o]
@@ -164,12 +164,10 @@ def tile_counts(pixels: int, tile_pixels: int) -> list[int]:
 
 def pixel_stride(name: str, tensor: Tensor) -> int:
     """P of a tensor with strides (H W P, W P, P, 1), P >= C. Raises ValueError for another layout."""
-    _, height, width, channels = tensor.shape
+    batch, height, width, channels = tensor.shape
     pixels = (height * width, width, 1)
-    known = (
-        stride // k for stride, size, k in zip(tensor.stride()[2::-1], tensor.shape[2::-1], pixels[::-1]) if size > 1
-    )
-    pitch = next(known, channels)
+    steps = zip((width, height, batch), tensor.stride()[2::-1], pixels[::-1], strict=True)
+    pitch = next((stride // k for size, stride, k in steps if size > 1), channels)
     wanted = (*(pitch * k for k in pixels), 1)
     differs = any(n > 1 and s != w for n, s, w in zip(tensor.shape, tensor.stride(), wanted, strict=True))
     if pitch < channels or differs:
