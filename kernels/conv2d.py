@@ -349,16 +349,16 @@ def _run_triton(
     chosen = configuration or configuration_for(tuple(y.shape), x.dtype, tile_pixels if moments is not None else 0)
     if moments is not None and chosen["BLOCK_M"] != tile_pixels:
         raise CannotRunError(f"tile_pixels {tile_pixels} is not the BLOCK_M of {chosen}")
-    tiles = triton.cdiv(height * width, chosen["BLOCK_M"])
+    sources = [t.shape[3] for t in (x, x2) if t is not None]
+    options = launch_options(chosen, sources, resample, scale is not None)
+    tiles = triton.cdiv(height * width, options["BLOCK_M"])
     pitches = (0 if t is None else pixel_stride("", t) for t in (x, x2, residual, y))
-    conv2d_kernel[(batch * tiles * triton.cdiv(outputs, chosen["BLOCK_N"]),)](
+    conv2d_kernel[(batch * tiles * triton.cdiv(outputs, options["BLOCK_N"]),)](
         x, x2, weight.packed, bias, scale, offset, residual, y, moments,
         batch, tiles, height, width, *x.shape[1:3], *pitches, 0 if bias is None or bias.ndim == 1 else outputs,
-        C1=x.shape[3], C2=0 if x2 is None else x2.shape[3], OUTPUTS=outputs,
-        K=weight.kernel[0], DILATION=weight.dilation, RESAMPLE=resample, PROLOGUE=prologue_act,
-        RESIDUAL="" if residual is None else residual_resample, ACT=act,
-        **{"PRECISION": "ieee", "WIDEN": triton_import.INTERPRETED and x.dtype == torch.bfloat16}
-        | launch_options(chosen, x, x2, resample),
+        C1=sources[0], C2=sum(sources[1:]), OUTPUTS=outputs, K=weight.kernel[0], DILATION=weight.dilation,
+        RESAMPLE=resample, PROLOGUE=prologue_act, RESIDUAL="" if residual is None else residual_resample, ACT=act,
+        WIDEN=triton_import.INTERPRETED and x.dtype == torch.bfloat16, **options,
     )  # fmt: skip
 
 

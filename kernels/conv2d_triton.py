@@ -5,8 +5,9 @@ An implicit GEMM: rows are pixels, columns are outputs, and the sum runs over th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
 
 from dfengine.kernels.registry import CannotRunError
 from dfengine.kernels.triton_import import tl, triton
@@ -60,7 +61,7 @@ def _read(pointers, mask, scale, offset, PROLOGUE: tl.constexpr, EXACT: tl.const
 
 @triton.jit
 def _accumulate(
-    acc, x, pitch, width_in, h, w, taps, scale, offset, weight, columns, in_columns,
+    acc, x, pitch, width_in, pixel, h, w, taps, scale, offset, weight, columns, in_columns,
     CHANNELS: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr,
     RESAMPLE: tl.constexpr, PROLOGUE: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     WIDEN: tl.constexpr, EXACT: tl.constexpr,
@@ -73,7 +74,9 @@ def _accumulate(
     CHUNKS: tl.constexpr = (CHANNELS + BLOCK_K - 1) // BLOCK_K
     ZOOM: tl.constexpr = 2 if RESAMPLE == "down" else 1
     channel = tl.arange(0, BLOCK_K)
-    here = ZOOM * (h * width_in + w) * pitch
+    here = pixel * pitch
+    if RESAMPLE == "down":
+        here = 2 * (h * width_in + w) * pitch
     at = channel[:, None] * OUTPUTS + columns[None, :]
     for k in range(K * K * CHUNKS):
         tap = k // CHUNKS
@@ -131,6 +134,55 @@ def _accumulate_pairs(
 
 
 @triton.jit
+def _finish(
+    acc, first, bias, residual, y, moments, pixel, h, w, width, inside, count, pitch_residual, pitch_y,
+    OUTPUTS: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr, EXACT: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """From sums to outputs `first`.. of y and moments, by at most 32 columns at a time: whole tiles would not fit in the
+    registers beside their residual."""
+    if COLUMNS > 32:
+        left, right = acc.reshape(acc.shape[0], 2, COLUMNS // 2).permute(0, 2, 1).split()
+        _finish(
+            left, first, bias, residual, y, moments, pixel, h, w, width, inside, count, pitch_residual, pitch_y, OUTPUTS,
+            RESIDUAL, ACT, EXACT, COLUMNS // 2,
+        )  # fmt: skip
+        _finish(
+            right, first + COLUMNS // 2, bias, residual, y, moments, pixel, h, w, width, inside, count, pitch_residual,
+            pitch_y, OUTPUTS, RESIDUAL, ACT, EXACT, COLUMNS // 2,
+        )  # fmt: skip
+    else:
+        columns = first + tl.arange(0, COLUMNS)
+        in_columns = (columns < OUTPUTS) | (OUTPUTS % COLUMNS == 0)
+        mask = inside[:, None] & in_columns[None, :]
+        if bias is not None:
+            acc += tl.load(bias + columns, mask=in_columns, other=0.0)[None, :]
+        acc = _activate(acc, ACT, EXACT)
+        if RESIDUAL == "none":
+            pointers = residual + ((pixel * pitch_residual)[:, None] + columns[None, :])
+            acc += tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        elif RESIDUAL == "up":
+            at = ((h >> 1) * (width >> 1) + (w >> 1)) * pitch_residual
+            acc += tl.load(residual + (at[:, None] + columns[None, :]), mask=mask, other=0.0).to(tl.float32)
+        elif RESIDUAL == "down":
+            at = (4 * h * width + 2 * w) * pitch_residual
+            pointers = residual + (at[:, None] + columns[None, :])
+            below = pointers + 2 * width * pitch_residual
+            total = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+            total += tl.load(pointers + pitch_residual, mask=mask, other=0.0).to(tl.float32)
+            total += tl.load(below, mask=mask, other=0.0).to(tl.float32)
+            total += tl.load(below + pitch_residual, mask=mask, other=0.0).to(tl.float32)
+            acc += 0.25 * total
+        written = acc.to(y.dtype.element_ty)
+        tl.store(y + ((pixel * pitch_y)[:, None] + columns[None, :]), written, mask=mask)
+        if moments is not None:
+            values = tl.where(inside[:, None], written.to(tl.float32), 0.0)
+            mean = tl.sum(values, axis=0) / count
+            centred = tl.where(inside[:, None], values - mean[None, :], 0.0)
+            tl.store(moments + columns, mean, mask=in_columns)
+            tl.store(moments + OUTPUTS + columns, tl.sum(centred * centred, axis=0), mask=in_columns)
+
+
+@triton.jit
 def conv2d_kernel(
     x, x2, weight, bias, scale, offset, residual, y, moments,
     samples, tiles, height, width, height_in, width_in, pitch, pitch2, pitch_residual, pitch_y, pitch_bias,
@@ -175,7 +227,7 @@ def conv2d_kernel(
         )  # fmt: skip
     else:
         acc = _accumulate(
-            acc, x, pitch, width_in, h, w, taps, scale, offset, weight, columns, in_columns, C1, C1 + C2, OUTPUTS, K,
+            acc, x, pitch, width_in, pixel, h, w, taps, scale, offset, weight, columns, in_columns, C1, C1 + C2, OUTPUTS, K,
             DILATION, RESAMPLE, PROLOGUE, BLOCK_K, PRECISION, WIDEN, EXACT,
         )  # fmt: skip
     if x2 is not None:
@@ -184,42 +236,27 @@ def conv2d_kernel(
             scale += C1
             offset += C1
         acc = _accumulate(
-            acc, x2, pitch2, width_in, h, w, taps, scale, offset, weight + C1 * OUTPUTS, columns, in_columns, C2,
+            acc, x2, pitch2, width_in, pixel, h, w, taps, scale, offset, weight + C1 * OUTPUTS, columns, in_columns, C2,
             C1 + C2, OUTPUTS, K, DILATION, RESAMPLE, PROLOGUE, BLOCK_K, PRECISION, WIDEN, EXACT,
         )  # fmt: skip
 
     if bias is not None:
-        acc += tl.load(bias + n * pitch_bias + columns, mask=in_columns, other=0.0)[None, :]
-    acc = _activate(acc, ACT, EXACT)
-    mask = inside[:, None] & in_columns[None, :]
+        bias += n * pitch_bias
     if RESIDUAL == "none":
         residual += n * height * width * pitch_residual
-        acc += tl.load(residual + (pixel[:, None] * pitch_residual + columns[None, :]), mask=mask, other=0.0).to(
-            tl.float32
-        )
     elif RESIDUAL == "up":
         residual += n * (height // 2) * (width // 2) * pitch_residual
-        at = ((h >> 1) * (width >> 1) + (w >> 1)) * pitch_residual
-        acc += tl.load(residual + (at[:, None] + columns[None, :]), mask=mask, other=0.0).to(tl.float32)
     elif RESIDUAL == "down":
         residual += n * 4 * height * width * pitch_residual
-        pointers = residual + ((4 * h * width + 2 * w) * pitch_residual)[:, None] + columns[None, :]
-        below = pointers + 2 * width * pitch_residual
-        total = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-        total += tl.load(pointers + pitch_residual, mask=mask, other=0.0).to(tl.float32)
-        total += tl.load(below, mask=mask, other=0.0).to(tl.float32)
-        total += tl.load(below + pitch_residual, mask=mask, other=0.0).to(tl.float32)
-        acc += 0.25 * total
-    written = acc.to(y.dtype.element_ty)
     y += n * height * width * pitch_y
-    tl.store(y + (pixel[:, None] * pitch_y + columns[None, :]), written, mask=mask)
     if moments is not None:
-        values = tl.where(inside[:, None], written.to(tl.float32), 0.0)
-        mean = tl.sum(values, axis=0) / tl.minimum(height * width - tile * BLOCK_M, BLOCK_M)
-        centred = tl.where(inside[:, None], values - mean[None, :], 0.0)
         moments += (n * tiles + tile) * (2 * OUTPUTS)
-        tl.store(moments + columns, mean, mask=in_columns)
-        tl.store(moments + OUTPUTS + columns, tl.sum(centred * centred, axis=0), mask=in_columns)
+    count = tl.minimum(height * width - tile * BLOCK_M, BLOCK_M)
+    first = (within // members) * BLOCK_N
+    _finish(
+        acc, first, bias, residual, y, moments, pixel, h, w, width, inside, count, pitch_residual, pitch_y, OUTPUTS,
+        RESIDUAL, ACT, EXACT, BLOCK_N,
+    )  # fmt: skip
 
 
 def _configuration(m, n, k, stages, warps=4, group=8) -> dict[str, int]:
@@ -267,14 +304,23 @@ def configuration_for(shape: tuple[int, int, int, int], dtype: torch.dtype, tile
     return next((c for c in fitting if programs(c) >= ENOUGH_PROGRAMS), max(fitting, key=programs))
 
 
-def launch_options(configuration: dict, x: Tensor, x2: Tensor | None, resample: str) -> dict[str, int]:
-    """`configuration` with a BLOCK_K that the channels fill; stages are fewer where each holds four reads of x."""
-    options = dict(configuration)
-    channels = [t.shape[3] for t in (x, x2) if t is not None]
+def launch_options(configuration: dict, channels: Sequence[int], resample: str, scaled: bool) -> dict[str, int | str]:
+    """`configuration` as these arguments bear it; `channels` of each source. Its BLOCK_M stays, whatever the others.
+
+    BLOCK_K: what the channels fill. The widest tile has no registers left for the addresses of deep blocks beside two
+    sources or a prologue, and none at all for both; "down" stages four reads of x for each block.
+    """
+    options = {"PRECISION": "ieee", **configuration}
     while options["BLOCK_K"] > 32 and any(c % options["BLOCK_K"] for c in channels):
         options["BLOCK_K"] //= 2
     if min(channels) >= 16:
         options["BLOCK_K"] = min(options["BLOCK_K"], triton.next_power_of_2(max(channels)))
+    extras = (len(channels) == 2) + scaled
+    if options["BLOCK_N"] * options["BLOCK_M"] > 8192:
+        if extras or resample != "none":
+            options["BLOCK_K"] = min(options["BLOCK_K"], 32)
+        if extras == 2:
+            options["BLOCK_N"] //= 2
     if resample == "down":
         options["BLOCK_K"] = min(options["BLOCK_K"], 32)
         options["num_stages"] = 2
