@@ -136,23 +136,24 @@ def _accumulate_pairs(
 @triton.jit
 def _finish(
     acc, first, bias, residual, y, moments, pixel, h, w, width, inside, count, pitch_residual, pitch_y,
-    OUTPUTS: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr, EXACT: tl.constexpr, COLUMNS: tl.constexpr,
+    OUTPUTS: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr, EXACT: tl.constexpr, WHOLE: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """From sums to outputs `first`.. of y and moments, by at most 32 columns at a time: whole tiles would not fit in the
-    registers beside their residual."""
+    """From sums to outputs `first`.. of y and moments, by at most 32 columns at a time: a whole tile would not fit in
+    the registers beside its residual. WHOLE: no tile has columns past OUTPUTS."""
     if COLUMNS > 32:
         left, right = acc.reshape(acc.shape[0], 2, COLUMNS // 2).permute(0, 2, 1).split()
         _finish(
-            left, first, bias, residual, y, moments, pixel, h, w, width, inside, count, pitch_residual, pitch_y, OUTPUTS,
-            RESIDUAL, ACT, EXACT, COLUMNS // 2,
+            left, first, bias, residual, y, moments, pixel, h, w, width, inside, count, pitch_residual, pitch_y,
+            OUTPUTS, RESIDUAL, ACT, EXACT, WHOLE, COLUMNS // 2,
         )  # fmt: skip
         _finish(
             right, first + COLUMNS // 2, bias, residual, y, moments, pixel, h, w, width, inside, count, pitch_residual,
-            pitch_y, OUTPUTS, RESIDUAL, ACT, EXACT, COLUMNS // 2,
+            pitch_y, OUTPUTS, RESIDUAL, ACT, EXACT, WHOLE, COLUMNS // 2,
         )  # fmt: skip
     else:
         columns = first + tl.arange(0, COLUMNS)
-        in_columns = (columns < OUTPUTS) | (OUTPUTS % COLUMNS == 0)
+        in_columns = (columns < OUTPUTS) | WHOLE
         mask = inside[:, None] & in_columns[None, :]
         if bias is not None:
             acc += tl.load(bias + columns, mask=in_columns, other=0.0)[None, :]
@@ -227,8 +228,8 @@ def conv2d_kernel(
         )  # fmt: skip
     else:
         acc = _accumulate(
-            acc, x, pitch, width_in, pixel, h, w, taps, scale, offset, weight, columns, in_columns, C1, C1 + C2, OUTPUTS, K,
-            DILATION, RESAMPLE, PROLOGUE, BLOCK_K, PRECISION, WIDEN, EXACT,
+            acc, x, pitch, width_in, pixel, h, w, taps, scale, offset, weight, columns, in_columns, C1, C1 + C2,
+            OUTPUTS, K, DILATION, RESAMPLE, PROLOGUE, BLOCK_K, PRECISION, WIDEN, EXACT,
         )  # fmt: skip
     if x2 is not None:
         x2 += n * height_in * width_in * pitch2
@@ -255,7 +256,7 @@ def conv2d_kernel(
     first = (within // members) * BLOCK_N
     _finish(
         acc, first, bias, residual, y, moments, pixel, h, w, width, inside, count, pitch_residual, pitch_y, OUTPUTS,
-        RESIDUAL, ACT, EXACT, BLOCK_N,
+        RESIDUAL, ACT, EXACT, OUTPUTS % BLOCK_N == 0, BLOCK_N,
     )  # fmt: skip
 
 
