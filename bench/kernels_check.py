@@ -3,7 +3,8 @@
     python bench/kernels_check.py [--json OUT] [--quick]
 
 Prints a table; exits with 1 when a kernel spills or does not compile. Triton compiles in every shipped configuration
-and type (`compilations` of bench/kernels/<op>.py); CUDA files compile by nvcc and by NVRTC, where these are found.
+and type (`compilations` of bench/kernels/<op>.py, whose options may name the arguments that are "divisible" by 16);
+CUDA files compile by nvcc and by NVRTC, where these are found.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import argparse
 import ctypes
 import importlib
 import importlib.util
-import itertools
 import json
 import os
 import re
@@ -63,7 +63,9 @@ def check_triton(op: str, architecture: int, quick: bool) -> list[dict]:
         if quick and kernel in seen:
             continue
         seen.add(kernel)
-        source = ASTSource(kernel, signature=signature, constexprs=constants)
+        known = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in options.get("divisible", ())}
+        options = {name: value for name, value in options.items() if name != "divisible"}
+        source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=known)
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
         (used,) = resources(compiled.asm["cubin"], triton_tool("cuobjdump")).values()
         used["shared"] = compiled.metadata.shared

@@ -5,7 +5,16 @@ An op is called through its file (``dfengine.kernels.ingest.ingest``); ``OPS`` h
 
 from __future__ import annotations
 
-from dfengine.kernels import attention, group_norm, group_norm_stages, ingest, one_step, resample, reverse_step
+from dfengine.kernels import (
+    attention,
+    conv2d,
+    group_norm,
+    group_norm_stages,
+    ingest,
+    one_step,
+    resample,
+    reverse_step,
+)
 from dfengine.kernels.registry import BACKENDS, PRIORITY, CannotRunError, Op, forced_backend
 
 __all__ = ["BACKENDS", "OPS", "PRIORITY", "CannotRunError", "Op", "forced_backend", "table"]
@@ -23,6 +32,7 @@ OPS: dict[str, Op] = {
         group_norm_stages.MOMENTS,
         group_norm_stages.MERGE,
         group_norm_stages.APPLY,
+        conv2d.OP,
     )
 }
 
