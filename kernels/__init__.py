@@ -5,7 +5,7 @@ An op is called through its file (``dfengine.kernels.ingest.ingest``); ``OPS`` h
 
 from __future__ import annotations
 
-from dfengine.kernels import group_norm, ingest, one_step, resample, reverse_step
+from dfengine.kernels import group_norm, ingest, one_step, resample, reverse_step, score
 from dfengine.kernels.registry import BACKENDS, PRIORITY, CannotRunError, Op, forced_backend
 
 __all__ = ["BACKENDS", "OPS", "PRIORITY", "CannotRunError", "Op", "forced_backend", "table"]
@@ -19,6 +19,7 @@ OPS: dict[str, Op] = {
         reverse_step.OP,
         resample.UPSAMPLE,
         resample.MAX_POOL,
+        score.OP,
     )
 }
 
