@@ -15,6 +15,7 @@ from dfengine.kernels import (
     resample,
     reverse_step,
 )
+from dfengine.kernels import group_norm, ingest, one_step, resample, reverse_step, score
 from dfengine.kernels.registry import BACKENDS, PRIORITY, CannotRunError, Op, forced_backend
 
 __all__ = ["BACKENDS", "OPS", "PRIORITY", "CannotRunError", "Op", "forced_backend", "table"]
@@ -33,6 +34,7 @@ OPS: dict[str, Op] = {
         group_norm_stages.MERGE,
         group_norm_stages.APPLY,
         conv2d.OP,
+        score.OP,
     )
 }
 

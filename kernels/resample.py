@@ -233,7 +233,7 @@ def _can_run_triton(x, y) -> None:
 
 
 STREAM_BYTES = 8 * 2**20
-"""An upsampled result larger than this bypasses the caches, which is two to three times as fast into a channel slice."""
+"""An upsampled result larger than this bypasses the caches: two to three times as fast into a channel slice."""
 
 
 def _layout(x, y) -> tuple:

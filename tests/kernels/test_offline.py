@@ -18,6 +18,7 @@ MAX_REGISTERS = {
     "max_pool": 64,
     "one_step": 80,
     "reverse_step": 96,
+    "score": 64,
     "upsample_bilinear": 96,
 }
 """Registers a thread, in the first configuration."""
