@@ -16,6 +16,7 @@ from dfengine.kernels import (
     reverse_step,
 )
 from dfengine.kernels import group_norm, ingest, one_step, resample, reverse_step, score
+from dfengine.kernels import channel_attention, group_norm, ingest
 from dfengine.kernels.registry import BACKENDS, PRIORITY, CannotRunError, Op, forced_backend
 
 __all__ = ["BACKENDS", "OPS", "PRIORITY", "CannotRunError", "Op", "forced_backend", "table"]
@@ -35,6 +36,7 @@ OPS: dict[str, Op] = {
         group_norm_stages.APPLY,
         conv2d.OP,
         score.OP,
+        channel_attention.OP,
     )
 }
 

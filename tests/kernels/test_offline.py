@@ -20,6 +20,7 @@ MAX_REGISTERS = {
     "reverse_step": 96,
     "score": 64,
     "upsample_bilinear": 96,
+    "channel_attention": 128,
 }
 """Registers a thread, in the first configuration."""
 
