@@ -3,7 +3,8 @@
     python bench/kernels_check.py [--json OUT] [--quick]
 
 Prints a table; exits with 1 when a kernel spills. Triton compiles in every shipped configuration and type
-(`compilations` of bench/kernels/<op>.py); CUDA files only where nvcc is found.
+(`compilations` of bench/kernels/<op>.py, whose options may name the arguments that are "divisible" by 16); CUDA files
+only where nvcc is found.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def check_triton(op: str, architecture: int, quick: bool) -> list[dict]:
     rows = []
     compilations = importlib.import_module(f"bench.kernels.{op}").compilations()
     for label, kernel, signature, constants, options in itertools.islice(compilations, 1 if quick else None):
-        source = ASTSource(kernel, signature=signature, constexprs=constants)
+        known = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in options.get("divisible", ())}
+        options = {name: value for name, value in options.items() if name != "divisible"}
+        source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=known)
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
         (used,) = resources(compiled.asm["cubin"], triton_tool("cuobjdump")).values()
         used["shared"] = compiled.metadata.shared

@@ -1,7 +1,7 @@
 """conv2d: the dilated convolution with all that stands around it, as one implicit GEMM.
 
     v      = cat(x, x2) along the channels                  x2 may be absent; the concatenation is never stored
-    p      = resample(prologue_act(scale v + offset))       scale, offset: one value for each sample and channel, or none
+    p      = resample(prologue_act(scale v + offset))       scale, offset: a value for each sample and channel, or none
     acc    = sum over taps (i, j) and channels c of p[h + d (i - r), w + d (j - r), c] weight[i, j, c, o]
     y      = act(acc + bias) + residual_resample(residual)
     moments[n, t, :, o] = (mean, sum of squared differences from it) of the written y[n, tile t, o]
@@ -22,7 +22,7 @@ Types: x, x2, residual, y and weight share float32, float16 or bfloat16 (the ref
 float32 (float64). Products are summed in float32; the prologue is computed in float32 and rounded once, to x's dtype.
 
 Compiled backends serve 1x1 and 3x3 kernels with dilation 1 or 2; the reference every odd one.
-Backends: reference (any device).
+Backends: reference (any device), triton (GPU; CPU through the interpreter).
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfengine.kernels import registry
+from dfengine.kernels import registry, triton_import
+from dfengine.kernels.conv2d_triton import configuration_for, conv2d_kernel, launch_options
 from dfengine.kernels.registry import CannotRunError, Op
+from dfengine.kernels.triton_import import triton
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ACTIVATIONS = {"none": 0, "gelu": 1, "silu": 2, "relu": 3, "sigmoid": 4}
@@ -160,6 +162,11 @@ def output_shape(x: Tensor, weight: ConvWeight, resample: str) -> tuple[int, int
 def tile_counts(pixels: int, tile_pixels: int) -> list[int]:
     """The number of pixels in each tile of a sample of `pixels` = H W pixels."""
     return [min(tile_pixels, pixels - start) for start in range(0, pixels, tile_pixels)]
+
+
+def moment_tile(shape: tuple[int, int, int, int], dtype: torch.dtype) -> int:
+    """The tile_pixels to allocate moments for, from the shape (N, H, W, O) of y: the BLOCK_M of `configuration_for`."""
+    return configuration_for(shape, dtype)["BLOCK_M"]
 
 
 def pixel_stride(name: str, tensor: Tensor) -> int:
@@ -334,5 +341,39 @@ def _run_reference(
         moments.copy_(reference_moments(y, tile_pixels))
 
 
+def _run_triton(
+    x, x2, weight, bias, scale, offset, prologue_act, resample, residual, residual_resample, act, y,
+    moments, tile_pixels, configuration=None,
+) -> None:  # fmt: skip
+    batch, height, width, outputs = y.shape
+    chosen = configuration or configuration_for(tuple(y.shape), x.dtype, tile_pixels if moments is not None else 0)
+    if moments is not None and chosen["BLOCK_M"] != tile_pixels:
+        raise CannotRunError(f"tile_pixels {tile_pixels} is not the BLOCK_M of {chosen}")
+    sources = [t.shape[3] for t in (x, x2) if t is not None]
+    options = launch_options(chosen, sources, resample, scale is not None)
+    tiles = triton.cdiv(height * width, options["BLOCK_M"])
+    pitches = (0 if t is None else pixel_stride("", t) for t in (x, x2, residual, y))
+    conv2d_kernel[(batch * tiles * triton.cdiv(outputs, options["BLOCK_N"]),)](
+        x, x2, weight.packed, bias, scale, offset, residual, y, moments,
+        batch, tiles, height, width, *x.shape[1:3], *pitches, 0 if bias is None or bias.ndim == 1 else outputs,
+        C1=sources[0], C2=sum(sources[1:]), OUTPUTS=outputs, K=weight.kernel[0], DILATION=weight.dilation,
+        RESAMPLE=resample, PROLOGUE=prologue_act, RESIDUAL="" if residual is None else residual_resample, ACT=act,
+        WIDEN=triton_import.INTERPRETED and x.dtype == torch.bfloat16, **options,
+    )  # fmt: skip
+
+
+def _can_run_triton(
+    x, x2, weight, bias, scale, offset, prologue_act, resample, residual, residual_resample, act, y,
+    moments, tile_pixels,
+) -> None:  # fmt: skip
+    can_run(x, x2, weight)
+    for tensor in (x, x2, residual, y):
+        if tensor is not None and tensor.shape[1] * tensor.shape[2] * pixel_stride("", tensor) >= 2**31 - 2**24:
+            raise CannotRunError("a sample of more than 2^31 - 2^24 values")
+    if moments is not None:
+        configuration_for(tuple(y.shape), x.dtype, tile_pixels)
+
+
 OP = Op("conv2d")
+OP.register("triton", _run_triton, triton_import.available, _can_run_triton)
 OP.register("reference", _run_reference, registry.always, registry.always)

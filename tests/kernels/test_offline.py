@@ -12,8 +12,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-MAX_REGISTERS = {"ingest": 96}
+MAX_REGISTERS = {
+    "ingest": 96,
+    "conv2d": 255,
+}
 """Registers a thread, in the first configuration."""
+WITHOUT_CUDA = {"conv2d"}
+"""Ops that have a Triton kernel and no .cu file."""
 
 
 def test_kernels_compile_and_do_not_spill(tmp_path):
@@ -26,7 +31,7 @@ def test_kernels_compile_and_do_not_spill(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     rows = json.loads(report.read_text())
     for op, bound in MAX_REGISTERS.items():
-        for backend in ["triton"] + (["cuda"] if shutil.which("nvcc") else []):
+        for backend in ["triton"] + (["cuda"] if shutil.which("nvcc") and op not in WITHOUT_CUDA else []):
             mine = [row for row in rows if (row["op"], row["backend"]) == (op, backend)]
             assert {row["architecture"] for row in mine} == {89, 90}
             assert max(row["registers"] for row in mine) <= bound
