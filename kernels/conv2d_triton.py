@@ -270,9 +270,9 @@ HALF_CONFIGURATIONS = (
     _configuration(128, 64, 64, 3),
     _configuration(64, 128, 64, 3),
     _configuration(64, 64, 64, 4),
-    _configuration(64, 32, 64, 4),
+    _configuration(64, 32, 128, 4),
     _configuration(128, 16, 64, 3),
-    _configuration(64, 16, 64, 4),
+    _configuration(64, 16, 128, 4),
 )
 SINGLE_CONFIGURATIONS = (
     _configuration(64, 64, 32, 3),
@@ -289,19 +289,21 @@ ENOUGH_PROGRAMS = 132
 def configuration_for(shape: tuple[int, int, int, int], dtype: torch.dtype, tile_pixels: int = 0) -> dict[str, int]:
     """The launch configuration for a y of `shape` (N, H, W, O): not yet timed on a device.
 
-    The first whose tile is at most half empty in its columns and that makes enough programs, else the one that makes
-    most. tile_pixels: where not 0, only those with BLOCK_M = tile_pixels; raises CannotRunError where none is.
+    The first whose tile is less than half empty and that makes enough programs, else the one that makes most.
+    tile_pixels: where not 0, only those with BLOCK_M = tile_pixels; raises CannotRunError where none is.
     """
     batch, height, width, outputs = shape
     known = SINGLE_CONFIGURATIONS if dtype == torch.float32 else HALF_CONFIGURATIONS
     known = [c for c in known if c["BLOCK_M"] == tile_pixels or not tile_pixels]
     if not known:
         raise CannotRunError(f"no launch configuration has tiles of {tile_pixels} pixels")
+    rows = max(height * width, min(c["BLOCK_M"] for c in known))
+    columns = max(outputs, min(c["BLOCK_N"] for c in known))
+    fitting = [c for c in known if c["BLOCK_M"] < 2 * rows and c["BLOCK_N"] < 2 * columns]
 
     def programs(c: dict[str, int]) -> int:
         return batch * -(-height * width // c["BLOCK_M"]) * -(-outputs // c["BLOCK_N"])
 
-    fitting = [c for c in known if c["BLOCK_N"] < 2 * max(outputs, 16)]
     return next((c for c in fitting if programs(c) >= ENOUGH_PROGRAMS), max(fitting, key=programs))
 
 

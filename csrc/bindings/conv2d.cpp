@@ -3,12 +3,23 @@
 
 #include <numeric>
 
+#if !defined(_WIN32)
+#include <unistd.h>
+#endif
+
 #include "common.h"
 
 namespace dfe {
 namespace {
 
-constexpr int64_t BAND_BYTES = 384 << 10, LARGE_BAND_BYTES = 1280 << 10, INNER_WEIGHT_BYTES = 1 << 20;
+// Of the second-level cache, with what is usual where the system does not tell.
+int64_t cache_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    static const int64_t found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (found > 0) return found;
+#endif
+    return 1 << 20;
+}
 
 bool supported(Product product) {
 #if defined(DFE_BFLOAT16_PRODUCTS)
@@ -80,7 +91,7 @@ int64_t step_of(int64_t length) {
 }  // namespace
 
 int64_t plan_conv2d(Conv2dArguments& p, int threads) {
-    const int64_t size = p.product == Product::float32 ? 4 : 2, pixels = p.multiplier.pixels;
+    const int64_t size = p.product == Product::float32 ? 4 : 2, pixels = p.multiplier.most * p.multiplier.pixels;
     p.margin = p.dilation * (p.kernel - 1) / 2;
     p.row = p.width + p.margin;
     p.runs = 0;
@@ -92,10 +103,11 @@ int64_t plan_conv2d(Conv2dArguments& p, int threads) {
     p.step = p.product == Product::tiles ? step_of(p.length) : 0;
 
     p.blocks = (p.outputs + p.multiplier.outputs - 1) / p.multiplier.outputs;
-    p.inner_blocks = p.blocks * p.runs * p.length * p.multiplier.outputs * size <= INNER_WEIGHT_BYTES;
+    const int64_t cache = cache_bytes(), weight_bytes = p.blocks * p.runs * p.length * p.multiplier.outputs * size;
+    p.inner_blocks = weight_bytes <= cache / 2;
     // Bands that fit the second-level cache; where the weights stay in it too, enough bands for several threads.
     const int64_t row_bytes = p.row * p.padded * size;
-    int64_t rows = (p.inner_blocks ? BAND_BYTES : LARGE_BAND_BYTES) / row_bytes - 2 * p.margin;
+    int64_t rows = (p.inner_blocks ? 3 * cache / 4 - weight_bytes : 5 * cache / 8) / row_bytes - 2 * p.margin;
     if (p.inner_blocks) rows = std::min(rows, std::max((p.height + 7) / 8, (255 + p.width) / p.width));
     rows = std::min(std::max<int64_t>(rows, 1), p.height);
     if (p.moments != nullptr && rows < p.height) {

@@ -1,7 +1,7 @@
 // The op `conv2d` (csrc/cpu/conv2d.h): the band's input, the product in float32, and what follows the sums.
 #include "conv2d.h"
 
-#include "isa.h"
+#include "vector.h"
 
 namespace dfe {
 namespace DFE_ISA {
@@ -15,31 +15,17 @@ constexpr int LANES = 8, ROWS = 6;
 constexpr int LANES = 4, ROWS = 2;
 #endif
 
-#if defined(__GNUC__)
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 #define DFE_UNROLL _Pragma("GCC unroll 32")
-#else
-struct Vector {
-    float lanes[LANES];
-    Vector& operator+=(const Vector& other) {
-        for (int l = 0; l < LANES; ++l) lanes[l] += other.lanes[l];
-        return *this;
-    }
-};
-inline Vector operator*(float value, Vector vector) {
-    for (int l = 0; l < LANES; ++l) vector.lanes[l] *= value;
-    return vector;
-}
-#define DFE_UNROLL
-#endif
 
 template <int Rows, int Vectors>
-void float_block(const BlockArguments& p) {
+void float_block_at(const BlockArguments& p, int64_t at) {
     const float* DFE_RESTRICT b = static_cast<const float*>(p.b);
+    float* const c = p.c + at * Vectors * LANES;
     const int64_t pitch = p.pitch;
     Vector sums[Rows][Vectors] = {};
     for (int64_t r = 0; r < p.runs; ++r) {
-        const float* a = static_cast<const float*>(p.a) + p.starts[r];
+        const float* a = static_cast<const float*>(p.a) + at * pitch + p.starts[r];
         for (const float* const end = a + p.length; a != end; ++a, b += Vectors * LANES) {
             Vector weights[Vectors];
             DFE_UNROLL
@@ -55,49 +41,45 @@ void float_block(const BlockArguments& p) {
     DFE_UNROLL
     for (int i = 0; i < Rows; ++i) {
         DFE_UNROLL
-        for (int j = 0; j < Vectors; ++j) *reinterpret_cast<Vector*>(p.c + (i * Vectors + j) * LANES) = sums[i][j];
+        for (int j = 0; j < Vectors; ++j) *reinterpret_cast<Vector*>(c + (i * Vectors + j) * LANES) = sums[i][j];
     }
 }
 
-constexpr int CHUNK = 16;  // values to a step of the loops below: a whole number of vectors
-
-template <typename T>
-DFE_HD float rounded(float value) {
-    T result;
-    store(&result, value);
-    return load(&result);
+template <int Rows, int Vectors>
+void float_block(const BlockArguments& p) {
+    for (int64_t i = 0; i < p.count; ++i) float_block_at<Rows, Vectors>(p, i * Rows);
 }
 
-template <Activation A>
-DFE_HD float finished(float z) {
-    if (static_cast<int>(A) == SIGMOID) {
-        const float e = exp_of_negative(-magnitude_of(z));
-        return (z > 0.0f ? 1.0f : e) / (1.0f + e);
-    }
-    return activated<A>(z);
-}
-
-// out = act(scale x + offset), for `count` channels; scale may be null.
-template <typename T, typename G, Activation A>
-DFE_HD void apply_chunk(const T* DFE_RESTRICT x, const float* DFE_RESTRICT scale, const float* DFE_RESTRICT offset, int count, G* DFE_RESTRICT out) {
-    if (scale == nullptr) {
-        for (int c = 0; c < count; ++c) store(out + c, activated<A>(load(x + c)));
-    } else {
-        for (int c = 0; c < count; ++c) store(out + c, activated<A>(load(x + c) * scale[c] + offset[c]));
+// Sixteen channels of `pixels` pixels, or the first `count` of them.
+template <typename T, typename G, Activation A, bool Full>
+DFE_HD void apply_chunk(const T* x, int64_t pixels, int64_t pitch, int count, Floats scale, Floats offset, G* out, int64_t out_pitch) {
+    for (int64_t i = 0; i < pixels; ++i, x += pitch, out += out_pitch) {
+        const Floats z = (Full ? load_vector(x) : load_some(x, count)) * scale + offset;
+        const Floats value = activated<static_cast<int>(A), digits_of<T>()>(z);
+        if (Full) {
+            store_vector(out, value);
+        } else {
+            store_some(out, value, count);
+        }
     }
 }
 
+// out = act(scale x + offset) of `pixels` pixels; scale may be null. Some pixels at a time, so that they stay in the first-level cache while
+// their channels are taken in turn.
 template <typename T, typename G, Activation A>
 void apply(const T* x, int64_t pixels, int64_t pitch, int64_t channels, const float* scale, const float* offset, G* out, int64_t out_pitch) {
-    const int64_t whole = channels / CHUNK * CHUNK;
-    for (int64_t i = 0; i < pixels; ++i, x += pitch, out += out_pitch) {
-        if (scale == nullptr) {
-            for (int64_t c = 0; c < whole; c += CHUNK) apply_chunk<T, G, A>(x + c, nullptr, nullptr, CHUNK, out + c);
-            if (whole < channels) apply_chunk<T, G, A>(x + whole, nullptr, nullptr, static_cast<int>(channels - whole), out + whole);
-        } else {
-            for (int64_t c = 0; c < whole; c += CHUNK) apply_chunk<T, G, A>(x + c, scale + c, offset + c, CHUNK, out + c);
-            if (whole < channels) {
-                apply_chunk<T, G, A>(x + whole, scale + whole, offset + whole, static_cast<int>(channels - whole), out + whole);
+    const int64_t step = 4096 / channels + 1;
+    for (int64_t i = 0; i < pixels; i += step, x += step * pitch, out += step * out_pitch) {
+        const int64_t size = pixels - i < step ? pixels - i : step;
+        for (int64_t c = 0; c < channels; c += WIDTH) {
+            Floats factor = broadcast(1.0f), term = {};
+            if (channels - c >= WIDTH) {
+                if (scale != nullptr) factor = load_vector(scale + c), term = load_vector(offset + c);
+                apply_chunk<T, G, A, true>(x + c, size, pitch, WIDTH, factor, term, out + c, out_pitch);
+            } else {
+                const int count = static_cast<int>(channels - c);
+                if (scale != nullptr) factor = load_some(scale + c, count), term = load_some(offset + c, count);
+                apply_chunk<T, G, A, false>(x + c, size, pitch, count, factor, term, out + c, out_pitch);
             }
         }
     }
@@ -107,21 +89,25 @@ void apply(const T* x, int64_t pixels, int64_t pitch, int64_t channels, const fl
 template <typename T, typename G, Activation A>
 void apply_mean(const T* x, int64_t below, int64_t pixels, int64_t pitch, int64_t channels, const float* scale, const float* offset, G* out,
                 int64_t out_pitch) {
+    const int64_t places[4] = {0, pitch, below, below + pitch};
     for (int64_t i = 0; i < pixels; ++i, x += 2 * pitch, out += out_pitch) {
-        const int64_t places[4] = {0, pitch, below, below + pitch};
-        for (int64_t first = 0; first < channels; first += CHUNK) {
-            const int count = static_cast<int>(channels - first < CHUNK ? channels - first : CHUNK);
-            float sum[CHUNK] = {}, value[CHUNK];
-            for (int64_t place : places) {
-                const T* const from = x + place + first;
-                if (scale == nullptr) {
-                    apply_chunk<T, float, A>(from, nullptr, nullptr, count, value);
-                } else {
-                    apply_chunk<T, float, A>(from, scale + first, offset + first, count, value);
-                }
-                for (int c = 0; c < count; ++c) sum[c] += value[c];
+        for (int64_t c = 0; c < channels; c += WIDTH) {
+            const int count = static_cast<int>(channels - c < WIDTH ? channels - c : WIDTH);
+            const bool full = count == WIDTH;
+            Floats sum = {}, factor = broadcast(1.0f), term = {};
+            if (scale != nullptr) {
+                factor = full ? load_vector(scale + c) : load_some(scale + c, count);
+                term = full ? load_vector(offset + c) : load_some(offset + c, count);
             }
-            for (int c = 0; c < count; ++c) store(out + first + c, 0.25f * sum[c]);
+            for (int64_t place : places) {
+                const Floats z = full ? load_vector(x + place + c) : load_some(x + place + c, count);
+                sum += activated<static_cast<int>(A), digits_of<T>()>(z * factor + term);
+            }
+            if (full) {
+                store_vector(out + c, 0.25f * sum);
+            } else {
+                store_some(out + c, 0.25f * sum, count);
+            }
         }
     }
 }
@@ -207,58 +193,47 @@ struct Run {
     int64_t pitch;
 };
 
-template <Activation A>
-DFE_HD void activate_chunk(float* DFE_RESTRICT c, const float* DFE_RESTRICT bias, int count) {
-    for (int j = 0; j < count; ++j) c[j] = finished<A>(c[j] + bias[j]);
-}
-
-template <Activation A>
+template <typename T, int A>
 void activate(const Conv2dArguments& p, const Run& run) {
-    static const float zeros[CHUNK] = {};
     const float* const bias = p.bias == nullptr ? nullptr : p.bias + run.n * p.bias_pitch + run.first;
-    for (int64_t j = 0; j < run.outputs; j += CHUNK) {
-        const float* const from = bias == nullptr ? zeros : bias + j;
-        if (run.outputs - j >= CHUNK) {
-            for (int64_t i = 0; i < run.pixels; ++i) activate_chunk<A>(run.c + i * run.pitch + j, from, CHUNK);
-        } else {
-            for (int64_t i = 0; i < run.pixels; ++i) activate_chunk<A>(run.c + i * run.pitch + j, from, static_cast<int>(run.outputs - j));
+    for (int64_t j = 0; j < run.outputs; j += WIDTH) {
+        const int64_t left = run.outputs - j;
+        const Floats term = bias == nullptr ? Floats{} : left >= WIDTH ? load_vector(bias + j) : load_some(bias + j, static_cast<int>(left));
+        for (int64_t i = 0; i < run.pixels; ++i) {
+            float* const c = run.c + i * run.pitch + j;
+            store_vector(c, activated<A, digits_of<T>()>(load_vector(c) + term));
         }
     }
 }
 
+template <typename T>
 void activate_run(const Conv2dArguments& p, const Run& run) {
     switch (static_cast<int>(p.activation)) {
-        case static_cast<int>(Activation::gelu): return activate<Activation::gelu>(p, run);
-        case static_cast<int>(Activation::silu): return activate<Activation::silu>(p, run);
-        case static_cast<int>(Activation::relu): return activate<Activation::relu>(p, run);
-        case SIGMOID: return activate<static_cast<Activation>(SIGMOID)>(p, run);
-        default:
-            if (p.bias != nullptr) activate<Activation::none>(p, run);
+        case static_cast<int>(Activation::gelu): return activate<T, static_cast<int>(Activation::gelu)>(p, run);
+        case static_cast<int>(Activation::silu): return activate<T, static_cast<int>(Activation::silu)>(p, run);
+        case static_cast<int>(Activation::relu): return activate<T, static_cast<int>(Activation::relu)>(p, run);
+        case SIGMOID: return activate<T, SIGMOID>(p, run);
     }
 }
 
 template <typename T>
-DFE_HD void add_chunk(float* DFE_RESTRICT c, const T* DFE_RESTRICT residual, float share, int count) {
-    for (int j = 0; j < count; ++j) c[j] += share * load(residual + j);
+DFE_HD void add_pixel(float* c, const T* from, float share, int64_t count) {
+    for (int64_t j = 0; j < count; j += WIDTH) {
+        const int64_t left = count - j;
+        const Floats value = left >= WIDTH ? load_vector(from + j) : load_some(from + j, static_cast<int>(left));
+        store_vector(c + j, load_vector(c + j) + share * value);
+    }
 }
 
+// A residual of half or twice the size.
 template <typename T>
-void add_pixel(float* c, const T* residual, float share, int64_t count) {
-    const int64_t whole = count / CHUNK * CHUNK;
-    for (int64_t j = 0; j < whole; j += CHUNK) add_chunk(c + j, residual + j, share, CHUNK);
-    if (whole < count) add_chunk(c + whole, residual + whole, share, static_cast<int>(count - whole));
-}
-
-template <typename T>
-void add_residual(const Conv2dArguments& p, const Run& run) {
+void add_resampled(const Conv2dArguments& p, const Run& run) {
     const T* const residual = static_cast<const T*>(p.residual) + run.first;
     const int64_t pitch = p.pitch_residual;
     for (int64_t i = 0; i < run.pixels; ++i) {
         float* const c = run.c + i * run.pitch;
         const int64_t column = run.column + i;
-        if (p.residual_resample == Resample::none) {
-            add_pixel(c, residual + ((run.n * p.height + run.row) * p.width + column) * pitch, 1.0f, run.outputs);
-        } else if (p.residual_resample == Resample::up) {
+        if (p.residual_resample == Resample::up) {
             add_pixel(c, residual + ((run.n * (p.height / 2) + run.row / 2) * (p.width / 2) + column / 2) * pitch, 1.0f, run.outputs);
         } else {
             const T* const from = residual + ((run.n * 2 * p.height + 2 * run.row) * 2 * p.width + 2 * column) * pitch;
@@ -268,75 +243,84 @@ void add_residual(const Conv2dArguments& p, const Run& run) {
     }
 }
 
-template <typename T, bool Keep>
-DFE_HD void write_chunk(float* DFE_RESTRICT c, T* DFE_RESTRICT y, int count) {
-    for (int j = 0; j < count; ++j) {
-        store(y + j, c[j]);
-        if (Keep) c[j] = rounded<T>(c[j]);
-    }
-}
-
-template <typename T, bool Keep>
-void write(const Conv2dArguments& p, const Run& run) {
-    T* const y = static_cast<T*>(p.y) + ((run.n * p.height + run.row) * p.width + run.column) * p.pitch_y + run.first;
-    const int64_t whole = run.outputs / CHUNK * CHUNK;
-    for (int64_t i = 0; i < run.pixels; ++i) {
-        float* const c = run.c + i * run.pitch;
-        for (int64_t j = 0; j < whole; j += CHUNK) write_chunk<T, Keep>(c + j, y + i * p.pitch_y + j, CHUNK);
-        if (whole < run.outputs) write_chunk<T, Keep>(c + whole, y + i * p.pitch_y + whole, static_cast<int>(run.outputs - whole));
-    }
-}
-
-// Merge mean and squared differences of `pixels` values, given as they lie in c, into those of the `before` values before them in their tile
-// (Chan, Golub and LeVeque 1979).
-DFE_HD void merge_chunk(const float* DFE_RESTRICT c, int64_t pixels, int64_t pitch, int64_t before, float* DFE_RESTRICT mean, float* DFE_RESTRICT m2,
-                        int count) {
-    float centre[CHUNK] = {}, squares[CHUNK] = {};
+// Merge the mean and the squared differences of the `pixels` values c (pixels, pitch), whose sum is given, into those of the `before` values
+// before them in their tile (Chan, Golub and LeVeque 1979).
+DFE_HD void merge(const float* c, int64_t pixels, int64_t pitch, Floats sum, int64_t before, float* mean, float* m2, int count) {
+    const Floats centre = sum * (1.0f / static_cast<float>(pixels));
+    Floats squares = {};
     for (int64_t i = 0; i < pixels; ++i) {
-        for (int j = 0; j < count; ++j) centre[j] += c[i * pitch + j];
+        const Floats d = load_vector(c + i * pitch) - centre;
+        squares += d * d;
     }
-    const float each = 1.0f / static_cast<float>(pixels);
-    for (int j = 0; j < count; ++j) centre[j] *= each;
-    for (int64_t i = 0; i < pixels; ++i) {
-        for (int j = 0; j < count; ++j) {
-            const float d = c[i * pitch + j] - centre[j];
-            squares[j] += d * d;
-        }
-    }
-    if (before == 0) {
-        for (int j = 0; j < count; ++j) {
-            mean[j] = centre[j];
-            m2[j] = squares[j];
-        }
-        return;
+    Floats mean_before = {}, m2_before = {};
+    if (before > 0) {
+        mean_before = count == WIDTH ? load_vector(mean) : load_some(mean, count);
+        m2_before = count == WIDTH ? load_vector(m2) : load_some(m2, count);
     }
     const float share = static_cast<float>(pixels) / static_cast<float>(before + pixels), spread = static_cast<float>(before) * share;
-    for (int j = 0; j < count; ++j) {
-        const float d = centre[j] - mean[j];
-        mean[j] += d * share;
-        m2[j] += squares[j] + d * d * spread;
+    const Floats d = centre - mean_before, merged = before > 0 ? mean_before + d * share : centre, merged_m2 = m2_before + squares + d * d * spread;
+    if (count == WIDTH) {
+        store_vector(mean, merged);
+        store_vector(m2, merged_m2);
+    } else {
+        store_some(mean, merged, count);
+        store_some(m2, merged_m2, count);
     }
 }
 
-// Values c (pixels, pitch) of outputs [first, first + outputs) at pixel `pixel` of sample n, into its tile's moments.
-void add_moments(const Conv2dArguments& p, int64_t n, int64_t pixel, int64_t pixels, int64_t first, int64_t outputs, const float* c, int64_t pitch) {
+// The mean of output `output` in the tile of pixel `pixel`; its squared differences lie p.outputs further on.
+float* moments_of(const Conv2dArguments& p, int64_t n, int64_t pixel, int64_t output) {
     const int64_t tiles = (p.height * p.width + p.tile_pixels - 1) / p.tile_pixels;
-    float* const mean = p.moments + (n * tiles + pixel / p.tile_pixels) * 2 * p.outputs + first;
-    for (int64_t j = 0; j < outputs; j += CHUNK) {
-        if (outputs - j >= CHUNK) {
-            merge_chunk(c + j, pixels, pitch, pixel % p.tile_pixels, mean + j, mean + p.outputs + j, CHUNK);
+    return p.moments + (n * tiles + pixel / p.tile_pixels) * 2 * p.outputs + output;
+}
+
+// Sixteen outputs from `j` of the run on: bias, residual of y's size, y, moments. Full: all sixteen exist.
+template <typename T, bool Residual, bool Moments, bool Full>
+DFE_HD void write_chunk(const Conv2dArguments& p, const Run& run, int64_t j) {
+    const int count = Full ? WIDTH : static_cast<int>(run.outputs - j);
+    const int64_t pixel = run.row * p.width + run.column, first = run.first + j, at = run.n * p.height * p.width + pixel;
+    const bool biased = p.bias != nullptr && p.activation == Activation::none;
+    const float* const bias = biased ? p.bias + run.n * p.bias_pitch + first : nullptr;
+    const Floats term = !biased ? Floats{} : Full ? load_vector(bias) : load_some(bias, count);
+    const T* residual = Residual ? static_cast<const T*>(p.residual) + at * p.pitch_residual + first : nullptr;
+    T* y = static_cast<T*>(p.y) + at * p.pitch_y + first;
+    float* c = run.c + j;
+    Floats sum = {};
+    for (int64_t i = 0; i < run.pixels; ++i, c += run.pitch, y += p.pitch_y) {
+        Floats value = load_vector(c) + term;
+        if (Residual) {
+            value += Full ? load_vector(residual) : load_some(residual, count);
+            residual += p.pitch_residual;
+        }
+        if (Full) {
+            store_vector(y, value);
         } else {
-            merge_chunk(c + j, pixels, pitch, pixel % p.tile_pixels, mean + j, mean + p.outputs + j, static_cast<int>(outputs - j));
+            store_some(y, value, count);
+        }
+        if (Moments) {
+            value = rounded(value, y);
+            store_vector(c, value);
+            sum += value;
         }
     }
+    if (Moments) {
+        float* const mean = moments_of(p, run.n, pixel, first);
+        merge(run.c + j, run.pixels, run.pitch, sum, pixel % p.tile_pixels, mean, mean + p.outputs, count);
+    }
 }
 
-// The sums c of the block of pixels that starts at `start` in the band, `end` being where the band's results end.
+template <typename T, bool Residual, bool Moments>
+void write(const Conv2dArguments& p, const Run& run) {
+    const int64_t whole = run.outputs / WIDTH * WIDTH;
+    for (int64_t j = 0; j < whole; j += WIDTH) write_chunk<T, Residual, Moments, true>(p, run, j);
+    if (whole < run.outputs) write_chunk<T, Residual, Moments, false>(p, run, whole);
+}
+
+// The sums c of the band's pixels [start, last).
 template <typename T>
-void finish(const Conv2dArguments& p, int64_t n, int64_t top, int64_t start, int64_t end, int64_t block, float* c) {
+void finish(const Conv2dArguments& p, int64_t n, int64_t top, int64_t start, int64_t last, int64_t block, float* c) {
     const int64_t pitch = p.multiplier.outputs, first = block * pitch;
     const int64_t outputs = p.outputs - first < pitch ? p.outputs - first : pitch;
-    const int64_t last = start + p.multiplier.pixels < end ? start + p.multiplier.pixels : end;
     for (int64_t at = start; at < last;) {
         const int64_t row = at / p.row, column = at % p.row;
         if (column >= p.width) {
@@ -350,13 +334,13 @@ void finish(const Conv2dArguments& p, int64_t n, int64_t top, int64_t start, int
             pixels = pixels < left ? pixels : left;
         }
         const Run run{n, top + row, column, pixels, first, outputs, c + (at - start) * pitch, pitch};
-        activate_run(p, run);
-        if (p.residual != nullptr) add_residual<T>(p, run);
-        if (p.fused_moments) {
-            write<T, true>(p, run);
-            add_moments(p, n, pixel, pixels, first, outputs, run.c, pitch);
+        activate_run<T>(p, run);
+        const bool plain = p.residual != nullptr && p.residual_resample == Resample::none;
+        if (p.residual != nullptr && !plain) add_resampled<T>(p, run);
+        if (plain) {
+            (p.fused_moments ? write<T, true, true> : write<T, true, false>)(p, run);
         } else {
-            write<T, false>(p, run);
+            (p.fused_moments ? write<T, false, true> : write<T, false, false>)(p, run);
         }
         at += pixels;
     }
@@ -365,7 +349,7 @@ void finish(const Conv2dArguments& p, int64_t n, int64_t top, int64_t start, int
 template <typename T, typename G>
 void items(const Conv2dArguments& p, int64_t begin, int64_t end, float* scratch) {
     float* const c = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(scratch) + 63) / 64 * 64);
-    G* const band = reinterpret_cast<G*>(c + p.multiplier.pixels * p.multiplier.outputs);
+    G* const band = reinterpret_cast<G*>(c + p.multiplier.most * p.multiplier.pixels * p.multiplier.outputs);
     alignas(64) char state[STATE_BYTES];
     const int64_t halo = 2 * p.margin, block_size = p.runs * p.length * p.multiplier.outputs;
     if (p.multiplier.begin != nullptr) p.multiplier.begin(p.step, state);
@@ -379,19 +363,21 @@ void items(const Conv2dArguments& p, int64_t begin, int64_t end, float* scratch)
             clear(band, p.margin * p.padded);
             fill<T, G>(p, n, top, 0, rows + halo, band);
         }
-        const int64_t last = (rows - 1) * p.row + p.width, pixels = p.multiplier.pixels;
+        const int64_t last = (rows - 1) * p.row + p.width, step = p.multiplier.pixels * p.multiplier.most;
         const int64_t from = split * p.split_blocks, to = from + p.split_blocks < p.blocks ? from + p.split_blocks : p.blocks;
         const auto run = [&](int64_t start, int64_t block) {
-            p.multiplier.block({band + start * p.padded, p.padded, p.starts, p.runs, p.length, static_cast<const G*>(p.weights) + block * block_size, c, p.step});
-            finish<T>(p, n, top, start, last, block, c);
+            const int64_t stop = start + step < last ? start + step : last, count = (stop - start + p.multiplier.pixels - 1) / p.multiplier.pixels;
+            const G* const weights = static_cast<const G*>(p.weights) + block * block_size;
+            p.multiplier.block({band + start * p.padded, p.padded, p.starts, p.runs, p.length, weights, c, p.step, count});
+            finish<T>(p, n, top, start, stop, block, c);
         };
         if (p.inner_blocks) {
-            for (int64_t start = 0; start < last; start += pixels) {
+            for (int64_t start = 0; start < last; start += step) {
                 for (int64_t block = from; block < to; ++block) run(start, block);
             }
         } else {
             for (int64_t block = from; block < to; ++block) {
-                for (int64_t start = 0; start < last; start += pixels) run(start, block);
+                for (int64_t start = 0; start < last; start += step) run(start, block);
             }
         }
     }
@@ -402,18 +388,22 @@ template <typename T>
 void moments(const Conv2dArguments& p, int64_t begin, int64_t end) {
     const int64_t size = p.height * p.width, tiles = (size + p.tile_pixels - 1) / p.tile_pixels;
     constexpr int64_t STEP = 64;
-    float values[STEP * CHUNK];
+    float values[STEP * WIDTH];
     for (int64_t tile = begin; tile < end; ++tile) {
         const int64_t n = tile / tiles, from = tile % tiles * p.tile_pixels, to = from + p.tile_pixels < size ? from + p.tile_pixels : size;
         for (int64_t pixel = from; pixel < to; pixel += STEP) {
             const int64_t pixels = to - pixel < STEP ? to - pixel : STEP;
-            for (int64_t first = 0; first < p.outputs; first += CHUNK) {
-                const int count = static_cast<int>(p.outputs - first < CHUNK ? p.outputs - first : CHUNK);
+            for (int64_t first = 0; first < p.outputs; first += WIDTH) {
+                const int count = static_cast<int>(p.outputs - first < WIDTH ? p.outputs - first : WIDTH);
+                Floats sum = {};
                 for (int64_t i = 0; i < pixels; ++i) {
                     const T* const y = static_cast<const T*>(p.y) + (n * size + pixel + i) * p.pitch_y + first;
-                    for (int j = 0; j < count; ++j) values[i * CHUNK + j] = load(y + j);
+                    const Floats value = count == WIDTH ? load_vector(y) : load_some(y, count);
+                    store_vector(values + i * WIDTH, value);
+                    sum += value;
                 }
-                add_moments(p, n, pixel, pixels, first, count, values, CHUNK);
+                float* const mean = moments_of(p, n, pixel, first);
+                merge(values, pixels, WIDTH, sum, pixel - from, mean, mean + p.outputs, count);
             }
         }
     }
@@ -422,8 +412,9 @@ void moments(const Conv2dArguments& p, int64_t begin, int64_t end) {
 }  // namespace
 
 Multiplier float_multiplier(int64_t outputs) {
-    if (outputs == 32 && LANES >= 16) return {float_block<ROWS, 32 / LANES>, ROWS, 32, nullptr, nullptr};
-    return {float_block<LANES == 16 ? 2 * ROWS : ROWS, 16 / LANES>, LANES == 16 ? 2 * ROWS : ROWS, 16, nullptr, nullptr};
+    constexpr int WIDE = LANES == 16 ? 2 * ROWS : ROWS;  // rows of a block of 16 outputs
+    if (outputs == 32 && LANES == 16) return {float_block<ROWS, 2>, ROWS, 8, 32, nullptr, nullptr};
+    return {float_block<WIDE, 16 / LANES>, WIDE, 96 / WIDE, 16, nullptr, nullptr};
 }
 
 Conv2dPasses conv2d_passes(const Conv2dArguments& p) {

@@ -15,7 +15,7 @@ enum class Product : int { float32 = 0, pairs = 1, tiles = 2 };
 
 enum class Resample : int { none = 0, down = 1, up = 2 };
 
-// A block of block_pixels x block_outputs sums. a: its first pixel, in elements of the product's type; pixel i of run r starts at
+// Sums of `count` blocks of pixels with a block of outputs. a: the first pixel, in elements of the product's type; pixel i of run r starts at
 // a + starts[r] + i * pitch and `length` values from there take part. b: the weights of the block's outputs. c: (pixels, outputs), written.
 struct BlockArguments {
     const void* a;
@@ -25,19 +25,18 @@ struct BlockArguments {
     const void* b;
     float* c;
     int64_t step;  // values of a run that one tile takes; divides length
+    int64_t count;
 };
 using Block = void (*)(const BlockArguments&);
 
 // A multiplier and the size of its block; `begin` and `end` stand around a thread's blocks, or are null.
 struct Multiplier {
     Block block;
-    int64_t pixels, outputs;
+    int64_t pixels, most, outputs;  // at most `most` blocks of pixels at a time
     void (*begin)(int64_t step, void* state);
     void (*end)(void* state);
 };
 constexpr int64_t STATE_BYTES = 64;  // of begin and end
-
-constexpr int SIGMOID = 4;  // beside those of Activation
 
 // Of the vectors of the compiled level, and of the bfloat16 instructions; `outputs` is 16 or 32.
 namespace base {
