@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from dfengine.kernels import (
     attention,
+    channel_attention,
     conv2d,
+    conv2d_cpu,  # noqa: F401  (registers itself)
     group_norm,
     group_norm_stages,
     ingest,
     one_step,
     resample,
     reverse_step,
+    score,
 )
-from dfengine.kernels import group_norm, ingest, one_step, resample, reverse_step, score
-from dfengine.kernels import channel_attention, group_norm, ingest
 from dfengine.kernels.registry import BACKENDS, PRIORITY, CannotRunError, Op, forced_backend
 
 __all__ = ["BACKENDS", "OPS", "PRIORITY", "CannotRunError", "Op", "forced_backend", "table"]
@@ -25,18 +26,18 @@ OPS: dict[str, Op] = {
     op.name: op
     for op in (
         ingest.OP,
+        conv2d.OP,
         group_norm.OP,
+        group_norm_stages.MOMENTS,
+        group_norm_stages.MERGE,
+        group_norm_stages.APPLY,
+        channel_attention.OP,
         attention.OP,
         one_step.OP,
         reverse_step.OP,
         resample.UPSAMPLE,
         resample.MAX_POOL,
-        group_norm_stages.MOMENTS,
-        group_norm_stages.MERGE,
-        group_norm_stages.APPLY,
-        conv2d.OP,
         score.OP,
-        channel_attention.OP,
     )
 }
 

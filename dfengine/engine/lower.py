@@ -14,7 +14,7 @@ from dfengine.diffusion import Schedule
 from dfengine.engine.builder import Builder, Feature, Fusion, Norm
 from dfengine.engine.program import Constant, Program, Value
 from dfengine.errors import DfengineError
-from dfengine.kernels import ingest
+from dfengine.kernels import channel_attention, ingest
 from dfengine.kernels.one_step import coefficients
 from dfengine.models import Model
 from dfengine.models.blocks import AttentionBlock, ResBlock
