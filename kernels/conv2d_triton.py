@@ -321,7 +321,7 @@ def launch_options(configuration: dict, channels: Sequence[int], resample: str, 
     while options["BLOCK_K"] > 32 and any(c % options["BLOCK_K"] for c in channels):
         options["BLOCK_K"] //= 2
     if min(channels) >= 16:
-        options["BLOCK_K"] = min(options["BLOCK_K"], triton.next_power_of_2(max(channels)))
+        options["BLOCK_K"] = min(options["BLOCK_K"], 1 << (max(channels) - 1).bit_length())
     extras = (len(channels) == 2) + scaled
     if options["BLOCK_N"] * options["BLOCK_M"] > 8192:
         if extras or resample != "none":
