@@ -5,7 +5,7 @@ An op is called through its file (``dfengine.kernels.ingest.ingest``); ``OPS`` h
 
 from __future__ import annotations
 
-from dfengine.kernels import conv2d, group_norm, ingest
+from dfengine.kernels import conv2d, conv2d_cpu, group_norm, ingest  # noqa: F401 (conv2d_cpu registers its backend)
 from dfengine.kernels.registry import BACKENDS, PRIORITY, CannotRunError, Op, forced_backend
 
 __all__ = ["BACKENDS", "OPS", "PRIORITY", "CannotRunError", "Op", "forced_backend", "table"]
