@@ -346,7 +346,9 @@ def _run_triton(
     moments, tile_pixels, configuration=None,
 ) -> None:  # fmt: skip
     batch, height, width, outputs = y.shape
-    chosen = configuration or configuration_for(tuple(y.shape), x.dtype, tile_pixels if moments is not None else 0)
+    capability = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
+    wanted = tile_pixels if moments is not None else 0
+    chosen = configuration or configuration_for(tuple(y.shape), x.dtype, wanted, capability)
     if moments is not None and chosen["BLOCK_M"] != tile_pixels:
         raise CannotRunError(f"tile_pixels {tile_pixels} is not the BLOCK_M of {chosen}")
     sources = [t.shape[3] for t in (x, x2) if t is not None]

@@ -286,15 +286,19 @@ ENOUGH_PROGRAMS = 132
 """A program for each multiprocessor of an H100: below it, a smaller tile is taken."""
 
 
-def configuration_for(shape: tuple[int, int, int, int], dtype: torch.dtype, tile_pixels: int = 0) -> dict[str, int]:
+def configuration_for(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, tile_pixels: int = 0, capability: int = 9
+) -> dict[str, int]:
     """The launch configuration for a y of `shape` (N, H, W, O): not yet timed on a device.
 
     The first whose tile is less than half empty and that makes enough programs, else the one that makes most.
     tile_pixels: where not 0, only those with BLOCK_M = tile_pixels; raises CannotRunError where none is.
+    capability: the major one of the device: below 9, shared memory holds only one of the widest and deepest tiles.
     """
     batch, height, width, outputs = shape
     known = SINGLE_CONFIGURATIONS if dtype == torch.float32 else HALF_CONFIGURATIONS
     known = [c for c in known if c["BLOCK_M"] == tile_pixels or not tile_pixels]
+    known = [c for c in known if capability >= 9 or c != HALF_CONFIGURATIONS[0]]
     if not known:
         raise CannotRunError(f"no launch configuration has tiles of {tile_pixels} pixels")
     rows = max(height * width, min(c["BLOCK_M"] for c in known))
@@ -317,7 +321,7 @@ def launch_options(configuration: dict, channels: Sequence[int], resample: str, 
     while options["BLOCK_K"] > 32 and any(c % options["BLOCK_K"] for c in channels):
         options["BLOCK_K"] //= 2
     if min(channels) >= 16:
-        options["BLOCK_K"] = min(options["BLOCK_K"], triton.next_power_of_2(max(channels)))
+        options["BLOCK_K"] = min(options["BLOCK_K"], 1 << (max(channels) - 1).bit_length())
     extras = (len(channels) == 2) + scaled
     if options["BLOCK_N"] * options["BLOCK_M"] > 8192:
         if extras or resample != "none":

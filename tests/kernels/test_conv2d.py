@@ -279,6 +279,8 @@ def test_small_images_get_small_tiles():
     small = configuration_for((2, 8, 8, 512), torch.float16)
     large = configuration_for((2, 256, 256, 512), torch.float16)
     assert small["BLOCK_M"] * small["BLOCK_N"] < large["BLOCK_M"] * large["BLOCK_N"]
+    shallow = configuration_for((2, 256, 256, 512), torch.float16, capability=8)
+    assert shallow["BLOCK_M"] == large["BLOCK_M"] and shallow["BLOCK_K"] < large["BLOCK_K"]
 
 
 def test_launch_options_fill_the_blocks():
