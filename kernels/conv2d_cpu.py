@@ -1,4 +1,5 @@
-"""conv2d on the CPU: packing of the weight and the launcher of csrc/cpu/conv2d.cpp (formula: kernels/conv2d.py).
+"""conv2d on the CPU: packing of the weight, the launcher of csrc/cpu/conv2d.cpp, and torch's convolution where that is
+missing (formula: kernels/conv2d.py).
 
 The GEMM takes a block of output channels at a time and reads its weights in order: (blocks, K K C', B), with C' the
 padded channels and B the outputs of a block; where it multiplies bfloat16, channels come in pairs:
@@ -13,8 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfengine import native
-from dfengine.kernels import registry
-from dfengine.kernels.conv2d import ACTIVATIONS, OP, RESAMPLES, TYPES, ConvWeight, can_run, pixel_stride
+from dfengine.kernels.conv2d import (
+    ACTIVATIONS,
+    OP,
+    RESAMPLES,
+    TYPES,
+    ConvWeight,
+    _activated,
+    _resample,
+    can_run,
+    pixel_stride,
+    reference_moments,
+)
+from dfengine.kernels.registry import CannotRunError
 
 PRODUCTS = {"float32": 0, "pairs": 1, "tiles": 2}
 """Codes of csrc/cpu/conv2d.h: Product."""
@@ -66,10 +78,11 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _run_cpu(
+def run_native(
     x, x2, weight, bias, scale, offset, prologue_act, resample, residual, residual_resample, act, y, moments,
     tile_pixels, level="", product="",
 ) -> None:  # fmt: skip
+    """The compiled kernel, at the best instruction set and with the best product unless they are named."""
     level, product = level or best_level(), product or default_product(x.dtype)
     weights, padded, block = prepacked(weight, product, level)
     codes = (
@@ -81,8 +94,42 @@ def _run_cpu(
         (*y.shape, x.shape[3], weight.inputs - x.shape[3]), pitches, codes, weight.kernel[0], weight.dilation,
         x.data_ptr(), _address(x2), _address(residual), y.data_ptr(), _address(scale), _address(offset), _address(bias),
         weight.outputs if bias is not None and bias.ndim == 2 else 0, _address(moments), tile_pixels,
-        weights.data_ptr(), padded, block, threads=torch.get_num_threads(), level=level,
+        weights.data_ptr(), padded, block, torch.get_num_threads(), level,
     )  # fmt: skip
 
 
-OP.register("cpu", _run_cpu, registry.cpu_available("conv2d"), can_run)
+def run_library(
+    x, x2, weight, bias, scale, offset, prologue_act, resample, residual, residual_resample, act, y, moments,
+    tile_pixels,
+) -> None:  # fmt: skip
+    """torch's convolution (oneDNN) between passes of elementwise operations, in x's dtype."""
+    if "library" not in weight.prepacked:
+        taps = weight.packed.permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)
+        weight.prepacked["library"] = taps
+    p = x if x2 is None else torch.cat((x, x2), dim=3)
+    if scale is not None:
+        p = torch.addcmul(offset[:, None, None], p.float(), scale[:, None, None])
+    p = _resample(_activated(p, prologue_act), resample).to(x.dtype)
+    padding = weight.dilation * (weight.kernel[0] // 2)
+    z = F.conv2d(p.permute(0, 3, 1, 2), weight.prepacked["library"], None, 1, padding, weight.dilation)
+    z = z.permute(0, 2, 3, 1)
+    if bias is not None:
+        z = z + bias.view(-1, 1, 1, weight.outputs)
+    z = _activated(z, act)
+    if residual is not None:
+        z = z + _resample(residual, residual_resample)
+    y.copy_(z)
+    if moments is not None:
+        moments.copy_(reference_moments(y, tile_pixels))
+
+
+def _run_cpu(*args, **options) -> None:
+    (run_library if native.module is None or not hasattr(native.module, "conv2d") else run_native)(*args, **options)
+
+
+def _available(device: str) -> None:
+    if device != "cpu":
+        raise CannotRunError(f"the cpu backend does not run on {device}")
+
+
+OP.register("cpu", _run_cpu, _available, can_run)

@@ -107,7 +107,7 @@ int64_t plan_conv2d(Conv2dArguments& p, int threads) {
     p.inner_blocks = weight_bytes <= cache / 2;
     // Bands that fit the second-level cache; where the weights stay in it too, enough bands for several threads.
     const int64_t row_bytes = p.row * p.padded * size;
-    int64_t rows = (p.inner_blocks ? 3 * cache / 4 - weight_bytes : 5 * cache / 8) / row_bytes - 2 * p.margin;
+    int64_t rows = (p.inner_blocks ? cache / 4 : 5 * cache / 8) / row_bytes - 2 * p.margin;
     if (p.inner_blocks) rows = std::min(rows, std::max((p.height + 7) / 8, (255 + p.width) / p.width));
     rows = std::min(std::max<int64_t>(rows, 1), p.height);
     if (p.moments != nullptr && rows < p.height) {

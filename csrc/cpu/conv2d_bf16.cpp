@@ -92,11 +92,11 @@ void tiles_end_block(float* c) {
     _tile_stored(3, c + 528, 128);
 }
 
-// Weights that exceed half of the first-level cache are taken in parts, each for all pixels while it is there.
+// Weights larger than the first-level cache are taken in parts, each for all pixels.
 void tiles_block_32(const BlockArguments& p) {
-    constexpr int64_t PART = 384;  // values of a run: 24 KiB of weights
+    constexpr int64_t PART = 768;  // values of a run: 48 KiB of weights
     const uint16_t *const a = static_cast<const uint16_t*>(p.a), *b = static_cast<const uint16_t*>(p.b);
-    if (p.runs * p.length <= 2 * PART) {
+    if (p.runs * p.length <= PART) {
         for (int64_t i = 0; i < p.count; ++i) {
             tiles_begin_block(nullptr, true);
             const uint16_t* weights = b;

@@ -87,11 +87,15 @@ DFE_HD Floats rounded(Floats value, const half*) {
     return load_vector(bits);
 }
 
-// Digits of an activation: those of float32, or about four, for results that are rounded to sixteen bits.
+// Digits of an activation: those of float32, or four, for results that are rounded to bfloat16.
 enum class Digits { all, few };
 template <typename T>
 constexpr Digits digits_of() {
-    return sizeof(T) == 4 ? Digits::all : Digits::few;
+    return Digits::all;
+}
+template <>
+constexpr Digits digits_of<bfloat16>() {
+    return Digits::few;
 }
 
 DFE_HD Floats larger(Floats a, Floats b) {
@@ -117,16 +121,12 @@ template <Digits D>
 DFE_HD Floats power_of_two(Floats x) {
     x = larger(x, broadcast(-125.0f));
 #if defined(__AVX512F__)
-    const Floats n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT);
+    const Floats n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT), f = x - n;
 #else
     const Integers n = __builtin_convertvector(x - 0.5f, Integers);
+    const Floats f = x - __builtin_convertvector(n, Floats);
 #endif
-    Floats f, power;
-#if defined(__AVX512F__)
-    f = x - n;
-#else
-    f = x - __builtin_convertvector(n, Floats);
-#endif
+    Floats power;
     if (D == Digits::all) {
         power = 1.00000008f + f * (0.693147188f + f * (0.240221075f + f * (0.0555035711f + f * (0.00967603192f + f * 0.00133908634f))));
     } else {
