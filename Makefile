@@ -38,7 +38,7 @@ lint: $(VENV)/installed
 	@$(BIN)/ruff check .
 
 bench: $(VENV)/installed
-	@$(BIN)/python bench/run.py --device cpu
+	@$(BIN)/python bench/kernels.py --device cpu
 
 kernels-check: $(VENV)/installed
 	@$(BIN)/python bench/kernels_check.py

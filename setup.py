@@ -75,8 +75,19 @@ def build_native(target: Path, work: Path) -> None:
     ]
     if shutil.which("ninja"):
         configure.append("-GNinja")
-    run(configure)
-    run([cmake, "--build", str(work), "--config", "Release", "--parallel"])
+    build = [cmake, "--build", str(work), "--config", "Release", "--parallel"]
+    try:
+        run(configure)
+        run(build)
+    except subprocess.CalledProcessError as error:
+        if not shutil.which("nvcc") or os.environ.get("DFENGINE_CUDA_ARCHITECTURES") == "":
+            raise
+        # The CPU kernels matter more: an nvcc that does not suit the C++ compiler must not cost them.
+        print(f"dfengine: building without the CUDA kernels: {failure_reason(error)}", file=sys.stderr)
+        os.environ["DFENGINE_CUDA_ARCHITECTURES"] = ""
+        shutil.rmtree(work)
+        run(configure)
+        run(build)
     built = [path for path in (work / "out").iterdir() if path.suffix in (".so", ".pyd", ".dylib")]
     if len(built) != 1:
         raise RuntimeError(f"the build left {len(built)} modules, not one")

@@ -71,7 +71,7 @@ if [ "$stage" = bench ] || [ "$stage" = all ]; then
     if [ "$failed" -ne 0 ]; then
         echo "no timing on a red correctness gate"
     else
-        run bench "$PYTHON" bench/run.py --device cuda --out "$OUT"
+        run bench "$PYTHON" bench/kernels.py --device cuda --out "$OUT"
     fi
 fi
 exit "$failed"

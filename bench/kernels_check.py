@@ -2,15 +2,17 @@
 
     python bench/kernels_check.py [--json OUT] [--quick]
 
-Prints a table; exits with 1 when a kernel spills. Triton compiles in every shipped configuration and type
-(`compilations` of bench/kernels/<op>.py); CUDA files only where nvcc is found.
+Prints a table; exits with 1 when a kernel spills or does not compile. Triton compiles in every shipped configuration
+and type (`compilations` of bench/kernels/<op>.py, whose options may name the arguments that are "divisible" by 16);
+CUDA files compile by nvcc and by NVRTC, where these are found.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
-import itertools
+import importlib.util
 import json
 import os
 import re
@@ -24,8 +26,9 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compil
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from dfengine import native  # noqa: E402
-from dfengine.kernels import OPS  # noqa: E402
+from dfengine.kernels import cuda_launch  # noqa: E402
 
+OPS = sorted(path.stem for path in (Path(__file__).parent / "kernels").glob("[!_]*.py"))
 ARCHITECTURES = (89, 90)
 FIELDS = ("registers", "shared", "stack", "local")
 
@@ -55,10 +58,14 @@ def check_triton(op: str, architecture: int, quick: bool) -> list[dict]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    rows = []
-    compilations = importlib.import_module(f"bench.kernels.{op}").compilations()
-    for label, kernel, signature, constants, options in itertools.islice(compilations, 1 if quick else None):
-        source = ASTSource(kernel, signature=signature, constexprs=constants)
+    rows, seen = [], set()
+    for label, kernel, signature, constants, options in importlib.import_module(f"bench.kernels.{op}").compilations():
+        if quick and kernel in seen:
+            continue
+        seen.add(kernel)
+        known = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in options.get("divisible", ())}
+        options = {name: value for name, value in options.items() if name != "divisible"}
+        source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=known)
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
         (used,) = resources(compiled.asm["cubin"], triton_tool("cuobjdump")).values()
         used["shared"] = compiled.metadata.shared
@@ -77,6 +84,34 @@ def check_cuda(source: Path, architecture: int, nvcc: str) -> list[dict]:
     return [{**head, "kernel": name, **row} for name, row in used.items()]
 
 
+def find_nvrtc() -> ctypes.CDLL | None:
+    """NVRTC of the package nvidia-cuda-nvrtc, or of the system."""
+    package = importlib.util.find_spec("nvidia")
+    folders = [Path(folder) for folder in package.submodule_search_locations] if package else []
+    for name in [*(path for folder in folders for path in sorted(folder.glob("*/lib/libnvrtc.so.*"))), "libnvrtc.so"]:
+        try:
+            return ctypes.CDLL(str(name))
+        except OSError:
+            continue
+    return None
+
+
+def check_nvrtc(nvrtc: ctypes.CDLL, source: Path, architecture: int) -> str:
+    """Compile a .cu file as kernels/cuda_launch.py has cupy do; the compiler's messages where that fails, else ""."""
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    text = source.read_text(encoding="utf-8").encode()
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, source.name.encode(), 0, None, None)
+    options = [*cuda_launch.compile_options(), f"-arch=sm_{architecture}"]
+    failed = nvrtc.nvrtcCompileProgram(
+        program, len(options), (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    )
+    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetProgramLog(program, log)
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    return log.value.decode() or f"error {failed}" if failed else ""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the rows to this file")
@@ -85,12 +120,20 @@ def main() -> int:
     rows = []
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        print("nvcc was not found: the .cu files are not checked")
+        print("nvcc was not found: registers and spills of the .cu files are not checked")
+    nvrtc = find_nvrtc()
+    if nvrtc is None:
+        print("NVRTC was not found (pip install nvidia-cuda-nvrtc): the .cu files are not compiled with it")
+    sources = sorted((native.source_folder() / "cuda").glob("*.cu"))
+    refused = []
     for architecture in ARCHITECTURES:
         for op in OPS:
             rows += check_triton(op, architecture, arguments.quick)
-        for source in sorted((native.source_folder() / "cuda").glob("*.cu")) if nvcc else []:
+        for source in sources if nvcc else []:
             rows += check_cuda(source, architecture, nvcc)
+        for source in sources if nvrtc else []:
+            message = check_nvrtc(nvrtc, source, architecture)
+            refused += [f"NVRTC refuses {source.name} for sm_{architecture}: {message}"] if message else []
     print(f"{'op':14} {'backend':8} {'kernel':44} {'sm':>3} {'registers':>9} {'shared':>7} {'stack':>6} {'spills':>6}")
     for row in rows:
         print(
@@ -103,7 +146,11 @@ def main() -> int:
     spilled = [row for row in rows if row["local"] or row["stack"]]
     for row in spilled:
         print(f"spills: {row['op']} {row['kernel']} sm_{row['architecture']}", file=sys.stderr)
-    return 1 if spilled else 0
+    for message in refused:
+        print(message, file=sys.stderr)
+    if nvrtc and not refused:
+        print(f"NVRTC compiles {', '.join(source.name for source in sources)}")
+    return 1 if spilled or refused else 0
 
 
 if __name__ == "__main__":

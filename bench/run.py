@@ -28,10 +28,10 @@ import torch  # noqa: E402
 
 import dfengine.native  # noqa: E402
 from dfengine._version import __version__  # noqa: E402
-from dfengine.kernels import OPS  # noqa: E402
 
 ROTATED_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
 """Inputs and outputs of the rotation together: beyond the last-level cache."""
+OPS = sorted(path.stem for path in (ROOT / "bench" / "kernels").glob("*.py"))
 CLOCKS = {"elapsed": time.perf_counter, "cpu": time.process_time}
 
 
@@ -123,14 +123,14 @@ def copy_function(moved: int, count: int, device: str):
 
 def bench_op(op: str, device: str, seconds: float, clock: str) -> list[dict]:
     rows = []
-    for shape, dtype, moved, make, rivals in importlib.import_module(f"bench.kernels.{op}").cases(device):
+    for shape, dtype, moved, make, rivals, *label in importlib.import_module(f"bench.kernels.{op}").cases(device):
         count = max(2, ROTATED_BYTES[device] // moved)
         sets = [make() for _ in range(count)]
         times = measure({**rivals, "copy": copy_function(moved, count, device)}, sets, device, seconds, clock)
         medians = {name: statistics.median(values) for name, values in times.items()}
         ceiling = moved / medians["copy"]
         row = {
-            "op": op,
+            "op": label[0] if label else op,
             "shape": list(shape),
             "dtype": str(dtype).removeprefix("torch."),
             "us": medians["kernel"] * 1e6,
@@ -145,8 +145,8 @@ def bench_op(op: str, device: str, seconds: float, clock: str) -> list[dict]:
         }
         rows.append(row)
         print(
-            f"{op:10} {'x'.join(map(str, shape)):16} {row['dtype']:9} {row['us']:9.1f} us  {row['gbps']:7.1f} GB/s  "
-            f"{row['percent_of_ceiling']:5.1f}% of copy  {row['speedup']:5.1f}x torch"
+            f"{row['op']:24} {'x'.join(map(str, shape)):16} {row['dtype']:9} {row['us']:9.1f} us  "
+            f"{row['gbps']:7.1f} GB/s  {row['percent_of_ceiling']:5.1f}% of copy  {row['speedup']:5.1f}x torch"
         )
     return rows
 

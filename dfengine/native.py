@@ -37,7 +37,8 @@ def status() -> str:
     if module is None:
         return f"dfengine._native is not available: {reason}"
     levels = ", ".join(f"{name} {'yes' if usable else 'no'}" for name, usable in cpu_levels().items())
-    return f"dfengine._native built with {module.compiler}; instruction sets: {levels}"
+    cuda = "with" if hasattr(module, "cuda_kernels") else "without"
+    return f"dfengine._native built with {module.compiler}, {cuda} CUDA kernels; instruction sets: {levels}"
 
 
 def cpu_levels() -> dict[str, bool]:

@@ -84,10 +84,15 @@ def _in_extension(kernel: str, device: int) -> bool:
     return _compiled_in() and kernel in native.module.cuda_kernels() and native.module.cuda_kernel_runs(kernel)
 
 
+def compile_options() -> tuple[str, ...]:
+    """The options with which csrc/cuda/<op>.cu compiles by NVRTC."""
+    folder = native.source_folder()
+    return ("-std=c++17", f"-I{folder / 'cuda'}", f"-I{folder / 'common'}")
+
+
 @functools.cache
 def _compiled(op: str, device: int):
     import cupy
 
-    folder = native.source_folder() / "cuda"
-    includes = tuple(f"-I{path}" for path in (folder, folder.parent / "common"))
-    return cupy.RawModule(code=(folder / f"{op}.cu").read_text(encoding="utf-8"), options=("-std=c++17", *includes))
+    source = native.source_folder() / "cuda" / f"{op}.cu"
+    return cupy.RawModule(code=source.read_text(encoding="utf-8"), options=compile_options())

@@ -23,6 +23,9 @@ whose four words r_0..r_3 give the channels 4k..4k+3:
     (n_0, n_1) = sqrt(-2 ln u_0) * (cos, sin)(2 pi u_1)               and (n_2, n_3) likewise from (u_2, u_3)
 
 Every backend draws the same integers; the normals, and with them x_t, agree to rounding (DESIGN section 3, Numerics).
+Where the same noise serves call after call it can be drawn before (`draw_noise`) and given as `noise`, float32
+(S, H, W, C), contiguous: on a CPU reading it is quicker than drawing it anew for a small batch.
+
 Backends: reference (any device), triton (GPU; CPU through the interpreter), cuda (csrc/cuda/ingest.cu), cpu
 (csrc/cpu/ingest.cpp).
 """
@@ -105,14 +108,16 @@ def reference(
     seed: int,
     draw: int = 0,
     step: int = 0,
+    noise: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x_0, x_t) of the module's formula in torch; float64 throughout for dtype float64, else float32, rounded once."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     x_0 = images.to(compute) / LEVELS[images.dtype] * gain + offset
+    shape, device = tuple(images.shape[1:]), images.device
     x_t = [
-        a_s * x_0 + b_s * philox_normal(seed, draw, step, scale, tuple(images.shape[1:]), compute, images.device)
-        for scale, (a_s, b_s) in enumerate(zip(a, b, strict=True))
+        a_s * x_0 + b_s * (philox_normal(seed, draw, step, s, shape, compute, device) if noise is None else noise[s])
+        for s, (a_s, b_s) in enumerate(zip(a, b, strict=True))
     ]
     return x_0.to(dtype).contiguous(), torch.stack(x_t).to(dtype)
 
@@ -127,6 +132,7 @@ def ingest(
     seed: int,
     draw: int = 0,
     step: int = 0,
+    noise: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,15 +142,32 @@ def ingest(
     """
     x_0 = torch.empty(images.shape, dtype=dtype, device=images.device)
     x_t = torch.empty((len(a), *images.shape), dtype=dtype, device=images.device)
-    ingest_into(images, x_0, x_t, gain=gain, offset=offset, a=a, b=b, seed=seed, draw=draw, step=step, backend=backend)
+    numbers = dict(gain=gain, offset=offset, a=a, b=b, seed=seed, draw=draw, step=step)
+    ingest_into(images, x_0, x_t, **numbers, noise=noise, backend=backend)
     return x_0, x_t
 
 
-def ingest_into(images, x_0, x_t, *, gain, offset, a, b, seed, draw=0, step=0, backend=None) -> None:
+def draw_noise(
+    shape: tuple[int, int, int],
+    scales: int,
+    seed: int,
+    draw: int = 0,
+    step: int = 0,
+    device: torch.device | str = "cpu",
+    backend: str | None = None,
+) -> torch.Tensor:
+    """The noise of the module's formula, float32 (scales, H, W, C): what `ingest` makes of a black image."""
+    black = torch.zeros((1, *shape), dtype=torch.uint8, device=device)
+    numbers = dict(gain=1.0, offset=0.0, a=[0.0] * scales, b=[1.0] * scales, seed=seed, draw=draw, step=step)
+    return ingest(black, **numbers, backend=backend)[1][:, 0]
+
+
+def ingest_into(images, x_0, x_t, *, gain, offset, a, b, seed, draw=0, step=0, noise=None, backend=None) -> None:
     """As `ingest`, into given contiguous outputs, every element of which is written."""
-    _check(images, x_0, x_t, a, b, seed, draw, step)
+    _check(images, x_0, x_t, a, b, seed, draw, step, noise)
     signed_seed = seed - 2**64 if seed >= 2**63 else seed
-    torch.ops.dfengine.ingest(images, x_0, x_t, gain, offset, list(a), list(b), signed_seed, draw, step, backend or "")
+    numbers = gain, offset, list(a), list(b), signed_seed, draw, step
+    torch.ops.dfengine.ingest(images, x_0, x_t, *numbers, noise, backend or "")
 
 
 @torch.library.custom_op("dfengine::ingest", mutates_args=("x_0", "x_t"))
@@ -159,13 +182,14 @@ def _ingest(
     seed: int,
     draw: int,
     step: int,
+    noise: torch.Tensor | None,
     backend: str,
 ) -> None:
-    OP(images, x_0, x_t, gain, offset, a, b, seed % 2**64, draw, step, backend=backend)
+    OP(images, x_0, x_t, gain, offset, a, b, seed % 2**64, draw, step, noise, backend=backend)
 
 
 @_ingest.register_fake
-def _(images, x_0, x_t, gain, offset, a, b, seed, draw, step, backend) -> None:
+def _(images, x_0, x_t, gain, offset, a, b, seed, draw, step, noise, backend) -> None:
     return None
 
 
@@ -180,7 +204,7 @@ def _check_noise(seed: int, draw: int, step: int, scales: int) -> None:
         raise ValueError(f"{scales} scales: the noise counter has room for 1 or 2")
 
 
-def _check(images, x_0, x_t, a, b, seed, draw, step) -> None:
+def _check(images, x_0, x_t, a, b, seed, draw, step, noise) -> None:
     """Raise ValueError for arguments that are wrong whatever the backend."""
     _check_noise(seed, draw, step, len(a))
     if images.ndim != 4:
@@ -200,16 +224,27 @@ def _check(images, x_0, x_t, a, b, seed, draw, step) -> None:
             raise ValueError(f"{name}: not contiguous")
         if output.device != images.device:
             raise ValueError(f"{name}: on {output.device}, images on {images.device}")
+    if noise is not None:
+        shape = (len(a), *images.shape[1:])
+        if tuple(noise.shape) != shape or noise.dtype != torch.float32 or not noise.is_contiguous():
+            raise ValueError(f"noise: expected {shape}, float32, contiguous; got {tuple(noise.shape)}, {noise.dtype}")
 
 
-def can_run(images, x_0, x_t, gain, offset, a, b, seed, draw, step) -> None:
+def can_run(images, x_0, x_t, *numbers) -> None:
     """Raise CannotRunError with the reason where the compiled backends do not serve these (checked) arguments."""
     if x_0.dtype not in OUTPUT_TYPES:
         raise CannotRunError(f"output {x_0.dtype} is none of float32, float16, bfloat16")
 
 
-def _run_reference(images, x_0, x_t, gain, offset, a, b, seed, draw, step) -> None:
-    result = reference(images, gain=gain, offset=offset, a=a, b=b, seed=seed, draw=draw, step=step, dtype=x_0.dtype)
+def _can_run_drawing(images, x_0, x_t, gain, offset, a, b, seed, draw, step, noise=None) -> None:
+    can_run(images, x_0, x_t)
+    if noise is not None:
+        raise CannotRunError("draws its own noise, which is quicker on a GPU than reading it")
+
+
+def _run_reference(images, x_0, x_t, gain, offset, a, b, seed, draw, step, noise=None) -> None:
+    numbers = dict(gain=gain, offset=offset, a=a, b=b, seed=seed, draw=draw, step=step)
+    result = reference(images, **numbers, noise=noise, dtype=x_0.dtype)
     x_0.copy_(result[0])
     x_t.copy_(result[1])
 
@@ -337,7 +372,7 @@ def _signed(word: int) -> int:
     return word - 2**32 if word >= 2**31 else word
 
 
-def _run_triton(images, x_0, x_t, gain, offset, a, b, seed, draw, step, configuration=None) -> None:
+def _run_triton(images, x_0, x_t, gain, offset, a, b, seed, draw, step, noise=None, configuration=None) -> None:
     batch, height, width, channels = images.shape
     if images.numel() == 0:
         return
@@ -352,12 +387,12 @@ def _run_triton(images, x_0, x_t, gain, offset, a, b, seed, draw, step, configur
 
 
 def _can_run_triton(images, *args) -> None:
-    can_run(images, *args)
+    _can_run_drawing(images, *args)
     if images.shape[1] * images.shape[2] >= 2**31 - 2**16:
         raise CannotRunError("more than 2^31 - 2^16 pixels an image")
 
 
-def _run_cuda(images, x_0, x_t, gain, offset, a, b, seed, draw, step) -> None:
+def _run_cuda(images, x_0, x_t, gain, offset, a, b, seed, draw, step, noise=None) -> None:
     batch, height, width, channels = images.shape
     if images.numel() == 0:
         return
@@ -380,17 +415,18 @@ STREAM_BYTES = 24 * 2**20
 """Outputs larger than this bypass the caches; smaller ones are likely read from them by the next op."""
 
 
-def _run_cpu(images, x_0, x_t, gain, offset, a, b, seed, draw, step, level="") -> None:
+def _run_cpu(images, x_0, x_t, gain, offset, a, b, seed, draw, step, noise=None, level="") -> None:
     native.module.ingest(
         images.data_ptr(), PIXEL_CODES[images.dtype], tuple(images.shape), tuple(images.stride()),
         x_0.data_ptr(), x_t.data_ptr(),
         OUTPUT_CODES[x_0.dtype], gain / LEVELS[images.dtype], offset, a, b, seed, draw, step,
-        threads=torch.get_num_threads(), stream=(x_0.nbytes + x_t.nbytes) > STREAM_BYTES, level=level,
+        0 if noise is None else noise.data_ptr(), threads=torch.get_num_threads(),
+        stream=(x_0.nbytes + x_t.nbytes) > STREAM_BYTES, level=level,
     )  # fmt: skip
 
 
 OP = Op("ingest")
 OP.register("triton", _run_triton, triton_import.available, _can_run_triton)
-OP.register("cuda", _run_cuda, cuda_launch.available, can_run)
+OP.register("cuda", _run_cuda, cuda_launch.available, _can_run_drawing)
 OP.register("cpu", _run_cpu, registry.cpu_available("ingest"), can_run)
 OP.register("reference", _run_reference, registry.always, registry.always)

@@ -1,4 +1,4 @@
-"""What is timed for the op `group_norm` with GELU: the forward and the backward pass together (bench/run.py)."""
+"""What is timed for the op `group_norm` with GELU: the forward and the backward pass together (bench/kernels.py)."""
 
 from __future__ import annotations
 

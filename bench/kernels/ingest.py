@@ -1,4 +1,4 @@
-"""What is timed and compiled for the op `ingest` (bench/run.py, bench/kernels_check.py)."""
+"""What is timed and compiled for the op `ingest` (bench/kernels.py, bench/kernels_check.py)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 
 import torch
 
+from bench.kernels import Case
 from dfengine.kernels import ingest
 
 COEFFICIENTS = dict(gain=2.0, offset=-1.0, a=[0.9, 0.5], b=[0.43, 0.86], seed=1)
@@ -21,43 +22,38 @@ TRITON_TYPES = {
 
 
 def cases(device: str):
-    """Yield (shape, dtype, bytes moved at least, make, rivals).
-
-    make() returns fresh tensors (images, x_0, x_t); rivals maps a name to a function of those, "kernel" being the op.
-    Outputs are touched beforehand, so that no page fault is timed.
-    """
-    for shape, dtype in itertools.product(SHAPES, DTYPES[device]):
+    """Outputs are touched beforehand, so that no page fault is timed."""
+    given_or_not = (False, True) if device == "cpu" else (False,)
+    for shape, dtype, given in itertools.product(SHAPES, DTYPES[device], given_or_not):
         generator = torch.Generator().manual_seed(0)
+        noise = ingest.draw_noise(shape[1:], 2, seed=1) if given else None
 
-        def make(shape=shape, dtype=dtype, generator=generator):
+        def make(shape=shape, dtype=dtype, generator=generator, noise=noise):
             images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
-            return (
-                images,
-                torch.zeros(shape, dtype=dtype, device=device),
-                torch.zeros((2, *shape), dtype=dtype, device=device),
-            )
+            x_0, x_t = (torch.zeros(size, dtype=dtype, device=device) for size in (shape, (2, *shape)))
+            return images, x_0, x_t, noise
 
-        images, x_0, x_t = make()
-        moved = images.nbytes + x_0.nbytes + x_t.nbytes
-        yield shape, dtype, moved, make, {"kernel": kernel, "torch": torch_composition}
+        moved = sum(tensor.nbytes for tensor in make() if tensor is not None)
+        label = "noise given" if given else "noise drawn"
+        yield Case(shape, dtype, moved, make, {"kernel": kernel, "torch": torch_composition}, label=label)
 
 
-def kernel(images, x_0, x_t) -> None:
+def kernel(images, x_0, x_t, noise) -> None:
     c = COEFFICIENTS
-    backend = ingest.OP.choose(images, x_0, x_t, c["gain"], c["offset"], c["a"], c["b"], c["seed"], 0, 0)
-    ingest.OP.implementations[backend].run(images, x_0, x_t, c["gain"], c["offset"], c["a"], c["b"], c["seed"], 0, 0)
+    ingest.OP(images, x_0, x_t, c["gain"], c["offset"], c["a"], c["b"], c["seed"], 0, 0, noise)
 
 
-def torch_composition(images, x_0, x_t) -> None:
-    """What the op replaces in torch eager: conversion, scale and offset, one draw of torch's normals, and q_sample."""
+def torch_composition(images, x_0, x_t, noise) -> None:
+    """What the op replaces in torch eager: conversion, scaling, torch's normals unless given, q_sample."""
     c = COEFFICIENTS
     pixels = images.to(torch.float32).mul_(c["gain"] / 255).add_(c["offset"])
     x_0.copy_(pixels)
     for scale, (a, b) in enumerate(zip(c["a"], c["b"], strict=True)):
-        noise = torch.randn(images.shape[1:], device=images.device)
-        torch.add(pixels * a, noise, alpha=b, out=x_t[scale]) if x_t.dtype == pixels.dtype else x_t[scale].copy_(
-            torch.add(pixels * a, noise, alpha=b)
-        )
+        normals = torch.randn(images.shape[1:], device=images.device) if noise is None else noise[scale]
+        if x_t.dtype == pixels.dtype:
+            torch.add(pixels * a, normals, alpha=b, out=x_t[scale])
+        else:
+            x_t[scale].copy_(torch.add(pixels * a, normals, alpha=b))
 
 
 def compilations():

@@ -8,7 +8,7 @@ namespace {
 
 void ingest(uintptr_t images, int pixel_type, std::array<int64_t, 4> shape, std::array<int64_t, 4> strides, uintptr_t x_0, uintptr_t x_t,
             int output_type, float gain, float offset, const std::vector<float>& a, const std::vector<float>& b, uint64_t seed,
-            uint32_t draw, uint32_t step, int threads, bool stream, const std::string& level) {
+            uint32_t draw, uint32_t step, uintptr_t noise, int threads, bool stream, const std::string& level) {
     IngestArguments p{};
     p.images = pointer<const void>(images);
     p.pixel_type = static_cast<PixelType>(pixel_type);
@@ -23,6 +23,7 @@ void ingest(uintptr_t images, int pixel_type, std::array<int64_t, 4> shape, std:
     for (int s = 0; s < p.scales; ++s) p.a[s] = a[s], p.b[s] = b[s];
     p.key[0] = static_cast<uint32_t>(seed), p.key[1] = static_cast<uint32_t>(seed >> 32);
     p.draw = draw, p.step = step;
+    p.noise = pointer<const float>(noise);
     if (p.batch * p.height * p.width * p.channels == 0) return;
     const int64_t tiles = plan_tiles(p);
     const IngestTiles run = DFE_AT_LEVEL(level_named(level), ingest_tiles);
@@ -48,8 +49,8 @@ int64_t plan_tiles(IngestArguments& p) {
 void bind_ingest(py::module_& module) {
     module.def("ingest", &ingest, py::arg("images"), py::arg("pixel_type"), py::arg("shape"), py::arg("strides"), py::arg("x_0"), py::arg("x_t"),
                py::arg("output_type"), py::arg("gain"), py::arg("offset"), py::arg("a"), py::arg("b"), py::arg("seed"), py::arg("draw"),
-               py::arg("step"), py::arg("threads"), py::arg("stream") = false, py::arg("level") = "",
-               "The op `ingest` over raw pointers; see kernels/ingest.py. Strides are in elements.");
+               py::arg("step"), py::arg("noise"), py::arg("threads"), py::arg("stream") = false, py::arg("level") = "",
+               "The op `ingest` over raw pointers; see kernels/ingest.py. Strides are in elements; noise may be 0.");
 }
 
 }  // namespace dfe

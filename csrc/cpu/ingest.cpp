@@ -24,12 +24,12 @@ void noised(const IngestArguments& p, const Pixel* DFE_RESTRICT pixels, int64_t 
 template <typename Pixel, typename Output>
 void tiles(const IngestArguments& p, bool stream, int64_t begin, int64_t end, float* scratch) {
     const int64_t channels = p.channels, capacity = p.tile_pixels * channels;
-    float* const noise_0 = scratch;
-    float* const noise_1 = noise_0 + capacity;
+    float* const drawn_0 = scratch;
+    float* const drawn_1 = drawn_0 + capacity;
     Output* staged[3];
-    for (int k = 0; k < 3; ++k) staged[k] = reinterpret_cast<Output*>(noise_1 + (k + 1) * capacity);
-    Pixel* const gathered = reinterpret_cast<Pixel*>(noise_1 + 4 * capacity);
-    float* const rows = noise_1 + 5 * capacity;
+    for (int k = 0; k < 3; ++k) staged[k] = reinterpret_cast<Output*>(drawn_1 + (k + 1) * capacity);
+    Pixel* const gathered = reinterpret_cast<Pixel*>(drawn_1 + 4 * capacity);
+    float* const rows = drawn_1 + 5 * capacity;
 
     const int64_t image_size = p.height * p.width * channels;
     const bool packed = p.stride_c == 1 && p.stride_x == channels;
@@ -41,8 +41,14 @@ void tiles(const IngestArguments& p, bool stream, int64_t begin, int64_t end, fl
         const int64_t left = p.row_length - column;
         const int64_t count = left < p.tile_pixels ? left : p.tile_pixels;
         const int64_t first = row * p.row_length + column, size = count * channels;
-        draw_noise(channels, 2 * p.step, p.draw, p.key[0], p.key[1], first, count, noise_0, rows);
-        if (p.scales == 2) draw_noise(channels, 2 * p.step + 1, p.draw, p.key[0], p.key[1], first, count, noise_1, rows);
+        const float *noise_0 = drawn_0, *noise_1 = drawn_1;
+        if (p.noise != nullptr) {
+            noise_0 = p.noise + first * channels;
+            noise_1 = noise_0 + image_size;
+        } else {
+            draw_noise(channels, 2 * p.step, p.draw, p.key[0], p.key[1], first, count, drawn_0, rows);
+            if (p.scales == 2) draw_noise(channels, 2 * p.step + 1, p.draw, p.key[0], p.key[1], first, count, drawn_1, rows);
+        }
 
         for (int64_t n = 0; n < p.batch; ++n) {
             const Pixel* pixels = static_cast<const Pixel*>(p.images) + n * p.stride_n + row * p.stride_y + column * p.stride_x;

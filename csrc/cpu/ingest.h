@@ -21,6 +21,7 @@ struct IngestArguments {
     int scales;
     float a[2], b[2];
     uint32_t key[2], draw, step;
+    const float* noise;  // (scales, height, width, channels), drawn before with the same key, draw and step; or null
 
     // The division into tiles, from plan_tiles. Images whose rows follow each other without a gap count as one row of height * width pixels.
     // A tile is `tile_pixels` pixels of a row (fewer at its end): so many that its noise stays in the first-level cache.

@@ -26,7 +26,7 @@ class AugmentConfig:
     making; else before it.
     """
 
-    shift: float = 0.04
+    shift: float = 0.06
     rotation: float = 2.0
     scale: float = 0.03
     exposure: float = 0.2

@@ -77,6 +77,21 @@ def ring_region(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     return ring.astype(bool)
 
 
+def core_region(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """What stands in the middle of the object, inside what winds around it, roughly: a box or an ellipse."""
+    size = scene.size
+    extent = np.sqrt(min(float(scene.foreground.mean()), 0.3) / np.pi) * size  # radius of a disc of the object's area
+    x, y = np.array(centroid(scene.foreground)) + rng.uniform(-0.04, 0.04, 2) * size
+    canvas = np.zeros((size, size), np.uint8)
+    sides = 2 * extent * rng.uniform(0.25, 0.65, 2)
+    box = ((float(x), float(y)), tuple(map(float, sides)), float(rng.uniform(-15, 15)))
+    if rng.random() < 0.3:
+        cv2.ellipse(canvas, box, 1, -1)
+    else:
+        _polygon(canvas, cv2.boxPoints(box))
+    return canvas.astype(bool)
+
+
 def shape_region(scene: Scene, rng: np.random.Generator, area: float) -> np.ndarray:
     """A blob, an ellipse, a rotated rectangle or a bent bar of about `area`, on a point of the object."""
     size = scene.size

@@ -25,6 +25,7 @@ from dfengine.data.regions import (
     any_region,
     centroid,
     compactness,
+    core_region,
     foreground_point,
     grow,
     ring_region,
@@ -117,6 +118,27 @@ class Structural:
         """The object erased, wholly or but for its middle: a clip is gone, what it was wound around stays."""
         region = self._object_region(scene, rng)
         return _mix(scene.image, self._fill(scene, region, rng), region, rng)
+
+    def _bared(self, scene: Scene, rng: np.random.Generator) -> np.ndarray:
+        """The object gone but for its middle, which stands sharp, as it was or larger: a shoulder without its clip.
+
+        What a clip is wound around is seen whole once it is gone, so the middle, turned and enlarged, is laid over what
+        the clip covered.
+        """
+        if compactness(scene.foreground) <= COMPACT:
+            return self._missing(scene, rng)
+        size = scene.size
+        region = grow(scene.foreground, int(rng.integers(1, 3 + size // 32)))
+        bare = _mix(scene.image, self._fill(scene, region, rng), region, rng)
+        core = core_region(scene, rng)
+        zoom = 1.0 if rng.random() < 0.3 else rng.uniform(1.0, 1.8)
+        reach = rng.uniform(-0.04, 0.04, 2) * size if zoom > 1 else (0.0, 0.0)
+        angle = rng.uniform(-15, 15) if rng.random() < 0.5 else 0.0
+        alpha = core.astype(np.float32)
+        if rng.random() < 0.5:
+            alpha = cv2.GaussianBlur(alpha, (0, 0), rng.uniform(0.4, 0.8))
+        part, alpha = _warp_part(scene.image, alpha, _about(centroid(core), angle, zoom, reach))
+        return bare + alpha * (part - bare)
 
     def _replaced(self, scene: Scene, rng: np.random.Generator) -> np.ndarray:
         """Anything but the object in its place: another normal image, or this one, turned, mirrored and moved.
@@ -257,9 +279,10 @@ class Structural:
 
 
 _EDITS: dict[str, tuple[float, Callable[[Structural, Scene, np.random.Generator], np.ndarray]]] = {
-    "missing": (0.30, Structural._missing),
-    "replaced": (0.15, Structural._replaced),
-    "erased": (0.20, Structural._erased),
+    "missing": (0.20, Structural._missing),
+    "bared": (0.20, Structural._bared),
+    "replaced": (0.10, Structural._replaced),
+    "erased": (0.15, Structural._erased),
     "displaced": (0.15, Structural._displaced),
     "bent": (0.10, Structural._bent),
     "pasted": (0.10, Structural._pasted),

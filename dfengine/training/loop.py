@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -41,9 +42,16 @@ from dfengine.training.validation import run, validate, verdict
 MAX_VALIDATION_NORMALS = 64
 MAX_VALIDATING = 0.05  # share of a budget of minutes
 INFERENCE_SEED = 0  # of validation and calibration: the seed that detection takes by default
-# A later validation replaces the best one unless it is worse by more than this: the score is noisy on few images, and
-# at equal score the longer trained denoiser is the better one.
-TOLERANCE = 0.005
+MIN_TOLERANCE = 0.005
+
+
+def tolerance(best: float, normals: int) -> float:
+    """By how much a later validation score may be worse than the best one and still take its place.
+
+    One standard error of an AUROC of `best` on so many normals (the one-standard-error rule of Breiman et al., 1984):
+    on a dozen images the score is noisy; of weights that score alike, those trained longer are the better ones.
+    """
+    return max(MIN_TOLERANCE, math.sqrt(max(0.0, best * (1 - best)) / max(1, normals)))
 
 
 @dataclass(frozen=True)
@@ -115,14 +123,14 @@ class _Run:
         if not resume:
             self._refuse_unfinished()
         self.plan = settle(wanted, config, data, self.state_path if resume else None, world)
-        if self.plan.reason:
-            self._say(self.plan.reason)
         self.model_config = model_config = self.plan.model
         self.config = config = config.replace(init=self.plan.init).resolve(model_config)
 
         size = model_config.image_size
         before = load_checkpoint(start_path(config.init)).training if config.init else None
         self.normals = read_normals(data, size, config.holdout, config.seed, before)
+        if self.plan.reason:
+            self._say(self.plan.reason)
         self._report_data()
         folder = config.textures
         textures = TextureSource.from_folder(folder, size) if folder else TextureSource.procedural(size)
@@ -245,7 +253,9 @@ class _Run:
         log.validation(row, panel)
         self._validating += self.clock.elapsed - start
         score, best = values.get("val_score"), self.state.best.get("best_score", 0.0)
-        if score is None or score < best - TOLERANCE or self.config.keep == "last":
+        if score is None or self.config.keep == "last":
+            return
+        if score < best - tolerance(best, int((self.validation.labels == 0).sum())):
             return
         try:
             weights = self.trainer.average.state_dict()

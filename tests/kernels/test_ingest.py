@@ -43,9 +43,7 @@ def make_images(dtype, shape, layout="nhwc", seed=0) -> torch.Tensor:
     return array
 
 
-def run_into_nan(
-    launcher, images, dtype, gain=2.0, offset=-1.0, a=COEFFICIENTS["a"], b=COEFFICIENTS["b"], noise=NOISE
-):
+def run_into_nan(launcher, images, dtype, gain=2.0, offset=-1.0, a=COEFFICIENTS["a"], b=COEFFICIENTS["b"], noise=NOISE):
     images, device = images if launcher.device == "cpu" else images.to(launcher.device), launcher.device
     x_0 = torch.full(images.shape, float("nan"), dtype=dtype, device=device)
     x_t = torch.full((len(a), *images.shape), float("nan"), dtype=dtype, device=device)
@@ -164,6 +162,33 @@ def test_runs_agree_bit_for_bit_whatever_the_batch(launcher):
     assert torch.equal(part_0, x_0[order]) and torch.equal(part_t, x_t[:, order])
 
 
+@pytest.mark.parametrize("name", launchers.names(cuda=False))
+def test_given_noise_takes_the_place_of_the_drawn(name, monkeypatch):
+    launcher = launchers.launcher(name, monkeypatch)
+    images = make_images(torch.uint8, (3, 9, 170, 3))
+    backend = launcher.backend
+    noise = ingest.draw_noise(tuple(images.shape[1:]), 2, **NOISE, backend=backend)
+    assert noise.shape == (2, 9, 170, 3) and (noise[0] - noise[1]).abs().max() > 1
+    results = []
+    for before in (None, noise):
+        x_0, x_t = torch.full(images.shape, float("nan")), torch.full((2, *images.shape), float("nan"))
+        numbers = 2.0, -1.0, COEFFICIENTS["a"], COEFFICIENTS["b"], NOISE["seed"], NOISE["draw"], NOISE["step"]
+        launcher.run(ingest.OP, images, x_0, x_t, *numbers, before)
+        results.append((x_0, x_t))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=0, atol=2e-6)
+
+
+def test_backends_that_draw_refuse_given_noise():
+    images = make_images(torch.uint8, (1, 4, 4, 3))
+    noise = ingest.draw_noise((4, 4, 3), 2, 1)
+    for backend in ("triton", "cuda"):
+        with pytest.raises(CannotRunError):
+            call(images, noise=noise, backend=backend)
+    with pytest.raises(ValueError, match="noise: expected"):
+        call(images, noise=noise[:1])
+
+
 @pytest.mark.skipif(not native.available(), reason="dfengine._native is missing")
 @pytest.mark.parametrize("level", ["base", "avx2", "avx512"])
 @pytest.mark.parametrize("dtype", ingest.OUTPUT_TYPES, ids=str)
@@ -179,7 +204,7 @@ def test_cpu_threads_and_streaming_change_nothing(level, dtype):
         x_t = torch.full((2, *images.shape), float("nan"), dtype=dtype)
         head = (images.data_ptr(), 0, tuple(images.shape), images.stride(), x_0.data_ptr(), x_t.data_ptr())
         coefficients = (1 / 255, 0.0, [0.5, 0.2], [0.5, 0.8])
-        options = dict(seed=3, draw=0, step=0, threads=threads, stream=stream, level=level)
+        options = dict(seed=3, draw=0, step=0, noise=0, threads=threads, stream=stream, level=level)
         native.module.ingest(*head, ingest.OUTPUT_CODES[dtype], *coefficients, **options)
         results.append((x_0, x_t))
     for x_0, x_t in results[1:]:
@@ -241,6 +266,7 @@ def test_custom_op_is_registered_soundly():
         -3,
         0,
         0,
+        None,
         "",
     )
     torch.library.opcheck(torch.ops.dfengine.ingest, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -13,6 +13,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_REGISTERS = {
+    "channel_attention": 128,
+    "conv2d": 255,
+    "group_norm_stages": 128,
     "ingest": 96,
     "max_pool": 64,
     "one_step": 80,

@@ -23,6 +23,7 @@ from dfengine.training import TrainConfig, TrainingDiverged, TrainingInterrupted
 from dfengine.training import log as log_module
 from dfengine.training import trainer as trainer_module
 from dfengine.training.log import read_log
+from dfengine.training.loop import tolerance
 from dfengine.training.state import load_state, save_state
 from tests.helpers import tiny_config
 
@@ -291,3 +292,9 @@ def test_a_run_starts_from_the_weights_it_is_given(straight, normals, tmp_path):
         torch.testing.assert_close(after[name], value, rtol=1e-5, atol=1e-6)
     with pytest.raises(CheckpointError, match="has shape"):
         train(config, tiny_config(base=16), normals, tmp_path / "other.safetensors")
+
+
+def test_a_later_validation_may_be_worse_by_one_standard_error():
+    assert tolerance(0.9, 12) == pytest.approx(0.0866, abs=1e-4)
+    assert tolerance(0.9, 1200) == pytest.approx(0.00866, abs=1e-5)
+    assert tolerance(1.0, 12) == tolerance(0.0, 12) == 0.005

@@ -1,0 +1,25 @@
+"""What bench/kernels.py times and bench/kernels_check.py compiles: one module for each op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Case(NamedTuple):
+    """One timed case of an op.
+
+    moved: bytes that must be read and written at least; make() returns fresh arguments; rivals maps a name to a
+    function of those, "kernel" being the op and "torch" the eager composition that it replaces; flops of the matrix
+    products in it, if any; label: what shape and dtype do not say.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    moved: int
+    make: Callable[[], tuple]
+    rivals: dict[str, Callable[..., Any]]
+    flops: int = 0
+    label: str = ""

@@ -1,0 +1,212 @@
+// The op `channel_attention` (formula: kernels/channel_attention.py). x is read to pool it, and then a few rows at a time: their maps, the spatial
+// gate of the rows that have all their neighbours, and y of those rows, whose x is still in the cache.
+#include "channel_attention.h"
+
+#include "../common/channel_attention.h"
+#include "isa.h"
+
+#if defined(_MSC_VER)
+#define DFE_NOINLINE __declspec(noinline)
+#else
+#define DFE_NOINLINE __attribute__((noinline))
+#endif
+
+namespace dfe {
+namespace DFE_ISA {
+namespace {
+
+constexpr int64_t LANES = 32;        // side by side in a sum over channels; GCC takes loops of up to 16 turns apart before it vectorises
+constexpr int64_t POOL_PIXELS = 64;  // summed on their own, to keep the digits of a sum over many
+
+void fill(float* DFE_RESTRICT values, int64_t count, float value) {
+    for (int64_t i = 0; i < count; ++i) values[i] = value;
+}
+
+template <typename T>
+void pool_four(const T* DFE_RESTRICT a, int64_t stride, int64_t count, float* DFE_RESTRICT sum, float* DFE_RESTRICT top) {
+    const T *DFE_RESTRICT b = a + stride, *DFE_RESTRICT c = b + stride, *DFE_RESTRICT d = c + stride;
+    for (int64_t i = 0; i < count; ++i) {
+        const float va = load(a + i), vb = load(b + i), vc = load(c + i), vd = load(d + i);
+        sum[i] += (va + vb) + (vc + vd);
+        top[i] = larger(larger(larger(va, vb), larger(vc, vd)), top[i]);
+    }
+}
+
+template <typename T>
+void pool_one(const T* DFE_RESTRICT a, int64_t count, float* DFE_RESTRICT sum, float* DFE_RESTRICT top) {
+    for (int64_t i = 0; i < count; ++i) {
+        const float value = load(a + i);
+        sum[i] += value;
+        top[i] = larger(value, top[i]);
+    }
+}
+
+template <typename T>
+void pool(const ChannelAttentionArguments& p, int64_t n, int64_t begin, int64_t end, float* scratch) {
+    const int64_t count = end - begin, pixels = p.height * p.width;
+    const T* const x = static_cast<const T*>(p.x) + n * pixels * p.x_stride + begin;
+    float *const total = p.pooled + n * 2 * p.channels + begin, *const top = total + p.channels;
+    fill(total, count, 0.0f);
+    fill(top, count, lowest());
+    for (int64_t first = 0; first < pixels; first += POOL_PIXELS) {
+        const int64_t after = pixels - first < POOL_PIXELS ? pixels : first + POOL_PIXELS;
+        fill(scratch, count, 0.0f);
+        int64_t pixel = first;
+        for (; pixel + 4 <= after; pixel += 4) pool_four(x + pixel * p.x_stride, p.x_stride, count, scratch, top);
+        for (; pixel < after; ++pixel) pool_one(x + pixel * p.x_stride, count, scratch, top);
+        for (int64_t c = 0; c < count; ++c) total[c] += scratch[c];
+    }
+}
+
+// The sums of a * w and b * w.
+void two_products(const float* DFE_RESTRICT a, const float* DFE_RESTRICT b, const float* DFE_RESTRICT w, int64_t count, float* DFE_RESTRICT of_a,
+                  float* DFE_RESTRICT of_b) {
+    float lanes_a[LANES] = {}, lanes_b[LANES] = {};
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        for (int64_t l = 0; l < LANES; ++l) {
+            lanes_a[l] += a[i + l] * w[i + l];
+            lanes_b[l] += b[i + l] * w[i + l];
+        }
+    }
+    for (int64_t l = 0; i + l < count; ++l) {
+        lanes_a[l] += a[i + l] * w[i + l];
+        lanes_b[l] += b[i + l] * w[i + l];
+    }
+    float sum_a = 0.0f, sum_b = 0.0f;
+    for (int64_t l = 0; l < LANES; ++l) {
+        sum_a += lanes_a[l];
+        sum_b += lanes_b[l];
+    }
+    *of_a = sum_a;
+    *of_b = sum_b;
+}
+
+void make_gate(const ChannelAttentionArguments& p, int64_t n, float* average) {
+    const int64_t channels = p.channels;
+    float* DFE_RESTRICT const gate = p.gate + n * channels;
+    if (p.w1 == nullptr) return fill(gate, channels, 1.0f);
+    const float* const sums = p.pooled + n * 2 * channels;
+    const float share = 1.0f / static_cast<float>(p.height * p.width);
+    for (int64_t c = 0; c < channels; ++c) average[c] = sums[c] * share;
+    fill(gate, channels, 0.0f);
+    for (int64_t r = 0; r < p.hidden; ++r) {
+        float of_average, of_top;
+        two_products(average, sums + channels, p.w1 + r * channels, channels, &of_average, &of_top);
+        const float hidden = activated<Activation::gelu>(of_average) + activated<Activation::gelu>(of_top);
+        const float* DFE_RESTRICT const w2 = p.w2 + r * channels;
+        for (int64_t c = 0; c < channels; ++c) gate[c] += hidden * w2[c];
+    }
+    for (int64_t c = 0; c < channels; ++c) gate[c] = sigmoid(gate[c]);
+}
+
+// The mean and maximum over the channels of x * gate at a pixel.
+template <typename T>
+void map_pixel(const T* DFE_RESTRICT x, const float* DFE_RESTRICT gate, int64_t channels, float* DFE_RESTRICT mean, float* DFE_RESTRICT top) {
+    float sums[LANES] = {}, tops[LANES];
+    for (int64_t l = 0; l < LANES; ++l) tops[l] = lowest();
+    int64_t c = 0;
+    for (; c + LANES <= channels; c += LANES) {
+        for (int64_t l = 0; l < LANES; ++l) {
+            const float u = load(x + c + l) * gate[c + l];
+            sums[l] += u;
+            tops[l] = larger(u, tops[l]);
+        }
+    }
+    for (int64_t l = 0; c + l < channels; ++l) {
+        const float u = load(x + c + l) * gate[c + l];
+        sums[l] += u;
+        tops[l] = larger(u, tops[l]);
+    }
+    for (int64_t width = LANES / 2; width > 0; width /= 2) {
+        for (int64_t l = 0; l < width; ++l) {
+            sums[l] += sums[l + width];
+            tops[l] = larger(tops[l], tops[l + width]);
+        }
+    }
+    *mean = sums[0] / static_cast<float>(channels);
+    *top = tops[0];
+}
+
+// s for the `count` values from one of a plane on: those between two rows of the image come out too, and are not used.
+void spatial_gate(const ChannelAttentionArguments& p, const float* DFE_RESTRICT means, const float* DFE_RESTRICT tops, int64_t count,
+                  float* DFE_RESTRICT s) {
+    fill(s, count, p.spatial_bias[0]);
+    for (int64_t dy = 0; dy < SPATIAL_SIZE; ++dy) {
+        const float* const weight = p.spatial_weight + dy * 2 * SPATIAL_SIZE;
+        float w[2 * SPATIAL_SIZE];
+        for (int64_t i = 0; i < 2 * SPATIAL_SIZE; ++i) w[i] = weight[i];
+        const float *DFE_RESTRICT mean = means + dy * p.pitch, *DFE_RESTRICT top = tops + dy * p.pitch;
+        for (int64_t i = 0; i < count; ++i) {
+            s[i] += w[0] * mean[i] + w[1] * top[i] + w[2] * mean[i + 1] + w[3] * top[i + 1] + w[4] * mean[i + 2] + w[5] * top[i + 2] +
+                    w[6] * mean[i + 3] + w[7] * top[i + 3] + w[8] * mean[i + 4] + w[9] * top[i + 4] + w[10] * mean[i + 5] +
+                    w[11] * top[i + 5] + w[12] * mean[i + 6] + w[13] * top[i + 6];
+        }
+    }
+    for (int64_t i = 0; i < count; ++i) s[i] = sigmoid(s[i]);
+}
+
+// One copy of it: another could round differently.
+template <typename T, bool Residual>
+DFE_NOINLINE void write_pixel(const T* DFE_RESTRICT x, const float* DFE_RESTRICT gate, float s, const T* DFE_RESTRICT residual, int64_t channels,
+                 T* DFE_RESTRICT y) {
+    for (int64_t c = 0; c < channels; ++c) store(y + c, load(x + c) * gate[c] * s + (Residual ? load(residual + c) : 0.0f));
+}
+
+template <typename T, bool Residual>
+void apply(const ChannelAttentionArguments& p, int64_t n, int64_t begin, int64_t end, float* scratch) {
+    const int64_t width = p.width, channels = p.channels, rows = end - begin + 2 * SPATIAL_REACH;
+    float *const means = scratch, *const tops = scratch + rows * p.pitch, *const s = tops + rows * p.pitch;
+    T* const staged = reinterpret_cast<T*>(s + p.step_rows * p.pitch);
+    const float* const gate = p.gate + n * channels;
+    const int64_t origin = n * p.height * width;
+    const T* const x = static_cast<const T*>(p.x) + origin * p.x_stride;
+    const T* const residual = static_cast<const T*>(p.residual) + (Residual ? origin * p.residual_stride : 0);
+    T* const y = static_cast<T*>(p.y) + origin * p.y_stride;
+    const bool spatial = p.spatial_weight != nullptr;
+    if (spatial) fill(means, 2 * rows * p.pitch, 0.0f);
+    else fill(s, p.step_rows * p.pitch, 1.0f);
+
+    int64_t mapped = begin > SPATIAL_REACH ? begin - SPATIAL_REACH : 0;
+    for (int64_t row = begin; row < end; row += p.step_rows) {
+        const int64_t after = end - row < p.step_rows ? end : row + p.step_rows;
+        if (spatial) {
+            const int64_t needed = after + SPATIAL_REACH < p.height ? after + SPATIAL_REACH : p.height;
+            for (; mapped < needed; ++mapped) {
+                const int64_t at = (mapped - begin + SPATIAL_REACH) * p.pitch + SPATIAL_REACH;
+                const T* const from = x + mapped * width * p.x_stride;
+                for (int64_t i = 0; i < width; ++i) map_pixel(from + i * p.x_stride, gate, channels, means + at + i, tops + at + i);
+            }
+            const int64_t from = (row - begin) * p.pitch;
+            spatial_gate(p, means + from, tops + from, (after - row) * p.pitch - 2 * SPATIAL_REACH, s);
+        }
+        for (int64_t at = row; at < after; ++at) {
+            for (int64_t i = 0; i < width; ++i) {
+                const int64_t pixel = at * width + i;
+                T* const to = p.stream ? staged : y + pixel * p.y_stride;
+                write_pixel<T, Residual>(x + pixel * p.x_stride, gate, s[(at - row) * p.pitch + i], residual + pixel * p.residual_stride,
+                                         channels, to);
+                if (p.stream) stream_copy(y + pixel * p.y_stride, staged, channels * static_cast<int64_t>(sizeof(T)));
+            }
+        }
+    }
+    if (p.stream) stream_fence();
+}
+
+template <typename T>
+ChannelAttentionPasses passes(const ChannelAttentionArguments& p) {
+    return {pool<T>, make_gate, p.residual == nullptr ? apply<T, false> : apply<T, true>};
+}
+
+}  // namespace
+
+ChannelAttentionPasses channel_attention(const ChannelAttentionArguments& p) {
+    switch (p.type) {
+        case FloatType::float16: return passes<half>(p);
+        case FloatType::bfloat16: return passes<bfloat16>(p);
+        default: return passes<float>(p);
+    }
+}
+
+}  // namespace DFE_ISA
+}  // namespace dfe

@@ -1,0 +1,542 @@
+"""channel_attention: the two gates of CBAM and the residual sum, which end a DACM block (DF 3.1).
+
+    avg, max = mean and maximum of x over the pixels                         (N, C)
+    gate     = sigmoid(W2 gelu(W1 avg) + W2 gelu(W1 max))                    channel gate: no bias, erf GELU; optional
+    u        = x gate
+    s        = sigmoid(conv7x7(mean over channels of u, maximum over channels of u) + b)     spatial gate; optional
+    y        = u s + residual                                                residual: optional
+
+The window of conv7x7 reaches 3 pixels to each side; outside of the image are zeros. At least one gate is given.
+
+Shapes: x, residual, y (N, H, W, C), each may be a channel slice (kernels/slices.py); w1, w2 (R, C), w2 being W2
+transposed; spatial_weight (7, 7, 2), its last dimension the mean and the maximum; spatial_bias (1,). `pack_gate` and
+`pack_spatial` make these of a module's weights. workspace: `workspace_size(x.shape)` floats, which hold nothing before
+or after a call.
+Types: x, residual, y share float32, float16 or bfloat16 (the reference also float64); the others are float32 (float64).
+Arithmetic is float32, and y is rounded once. Not-a-number spreads as in torch: by the means, which go along with every
+maximum.
+
+An image's y depends on that image alone, on neither batch nor threads. On a GPU, images of at most 64 pixels (the
+middle of the U-Net at its own size) take one launch, a block for each image; larger ones four: sums and maxima of tiles
+of pixels, the channel gate, the two maps, y.
+Backends: reference (any device), triton (GPU; CPU through the interpreter), cuda (csrc/cuda/channel_attention.cu), cpu
+(csrc/cpu/channel_attention.cpp).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dfengine import native
+from dfengine.kernels import cuda_launch, registry, triton_import
+from dfengine.kernels.registry import CannotRunError, Op
+from dfengine.kernels.slices import pixel_stride
+from dfengine.kernels.triton_import import tl, triton
+
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""Codes of csrc/common/convert.h: FloatType."""
+ONE_LAUNCH_PIXELS = 64
+"""Images of at most so many pixels are one launch on a GPU."""
+TILES = 32
+"""Tiles of an image, at most."""
+
+
+def tile_pixels(pixels: int) -> int:
+    """Pixels of a tile: a power of two, at least 16, which gives at most TILES tiles."""
+    return max(16, 1 << (-(-pixels // TILES) - 1).bit_length())
+
+
+def workspace_size(shape: tuple[int, ...]) -> int:
+    """Floats that an x of this shape needs: sums and maxima of tiles, the channel gate, the two maps."""
+    batch, height, width, channels = shape
+    pixels = height * width
+    tiles = -(-pixels // tile_pixels(pixels)) if pixels else 0
+    return batch * (2 * tiles * channels + channels + 2 * pixels)
+
+
+def _rooms(x: torch.Tensor, workspace: torch.Tensor) -> list[torch.Tensor]:
+    """The parts of the workspace: partials (N, T, 2, C), gate (N, C), maps (N, H W, 2)."""
+    batch, height, width, channels = x.shape
+    sizes = [0, batch * channels, 2 * batch * height * width]
+    sizes[0] = workspace_size(x.shape) - sum(sizes)
+    return list(workspace[: sum(sizes)].split(sizes))
+
+
+def pack_gate(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(w1, w2) of the weights of the shared MLP's two linear layers, (R, C) and (C, R)."""
+    return first.contiguous(), second.t().contiguous()
+
+
+def pack_spatial(weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(spatial_weight, spatial_bias) of a convolution's weight (1, 2, 7, 7) and bias (1,)."""
+    return weight[0].permute(1, 2, 0).contiguous(), bias.contiguous()
+
+
+def reference(
+    x: torch.Tensor,
+    w1: torch.Tensor | None = None,
+    w2: torch.Tensor | None = None,
+    spatial_weight: torch.Tensor | None = None,
+    spatial_bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y of the module's formula in torch; float64 throughout for float64, else float32, rounded once."""
+    u = x.to(torch.promote_types(x.dtype, torch.float32))
+    if w1 is not None:
+        hidden = F.gelu(u.mean(dim=(1, 2)) @ w1.t()) + F.gelu(u.amax(dim=(1, 2)) @ w1.t())
+        u = u * (hidden @ w2).sigmoid()[:, None, None, :]
+    y = u
+    if spatial_weight is not None:
+        maps = torch.stack((u.mean(dim=-1), u.amax(dim=-1)), dim=1)
+        s = F.conv2d(maps, spatial_weight.permute(2, 0, 1)[None], spatial_bias, padding=3).sigmoid()
+        y = u * s.movedim(1, -1)
+    return (y if residual is None else y + residual).to(x.dtype)
+
+
+def channel_attention(
+    x: torch.Tensor,
+    w1: torch.Tensor | None = None,
+    w2: torch.Tensor | None = None,
+    spatial_weight: torch.Tensor | None = None,
+    spatial_bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Return a new y (N, H, W, C), written by the chosen backend; None for w1 and w2 or the spatial ones: no such gate.
+
+    Raises ValueError for arguments no backend accepts, CannotRunError when the forced backend does not serve them.
+    """
+    if x.ndim != 4:
+        raise ValueError(f"x: expected (N, H, W, C), got {tuple(x.shape)}")
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    workspace = torch.empty(workspace_size(x.shape), device=x.device)
+    channel_attention_into(x, w1, w2, spatial_weight, spatial_bias, residual, y, workspace, backend=backend)
+    return y
+
+
+def channel_attention_into(
+    x, w1, w2, spatial_weight, spatial_bias, residual, y, workspace, backend: str | None = None
+) -> None:
+    """As `channel_attention`, into a given y, every element of which is written, with a given workspace."""
+    _check(x, w1, w2, spatial_weight, spatial_bias, residual, y, workspace)
+    torch.ops.dfengine.channel_attention(x, w1, w2, spatial_weight, spatial_bias, residual, y, workspace, backend or "")
+
+
+@torch.library.custom_op("dfengine::channel_attention", mutates_args=("y", "workspace"))
+def _channel_attention(
+    x: torch.Tensor,
+    w1: torch.Tensor | None,
+    w2: torch.Tensor | None,
+    spatial_weight: torch.Tensor | None,
+    spatial_bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    y: torch.Tensor,
+    workspace: torch.Tensor,
+    backend: str,
+) -> None:
+    OP(x, w1, w2, spatial_weight, spatial_bias, residual, y, workspace, backend=backend)
+
+
+@_channel_attention.register_fake
+def _(x, w1, w2, spatial_weight, spatial_bias, residual, y, workspace, backend) -> None:
+    return None
+
+
+def _check(x, w1, w2, spatial_weight, spatial_bias, residual, y, workspace) -> None:
+    """Raise ValueError for arguments that are wrong whatever the backend."""
+    if x.ndim != 4:
+        raise ValueError(f"x: expected (N, H, W, C), got {tuple(x.shape)}")
+    if (w1 is None) != (w2 is None):
+        raise ValueError("w1 and w2: give both or neither")
+    if (spatial_weight is None) != (spatial_bias is None):
+        raise ValueError("spatial_weight and spatial_bias: give both or neither")
+    if w1 is None and spatial_weight is None:
+        raise ValueError("neither gate is given")
+    for name, tensor in (("x", x), ("residual", residual), ("y", y)):
+        if tensor is None:
+            continue
+        if tensor.shape != x.shape or tensor.dtype != x.dtype:
+            raise ValueError(f"{name}: expected {tuple(x.shape)} {x.dtype}, got {tuple(tensor.shape)} {tensor.dtype}")
+        pixel_stride(name, tensor)
+    hidden = 0 if w1 is None else w1.shape[0]
+    precise, size = torch.promote_types(x.dtype, torch.float32), workspace_size(x.shape)
+    if workspace.dtype != torch.float32 or workspace.ndim != 1 or workspace.numel() < size:
+        raise ValueError(f"workspace: expected {size} float32, got {tuple(workspace.shape)} {workspace.dtype}")
+    small = dict(
+        w1=(w1, (hidden, x.shape[3])),
+        w2=(w2, (hidden, x.shape[3])),
+        spatial_weight=(spatial_weight, (7, 7, 2)),
+        spatial_bias=(spatial_bias, (1,)),
+    )
+    for name, (tensor, shape) in small.items():
+        if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != precise):
+            raise ValueError(f"{name}: expected {shape} {precise}, got {tuple(tensor.shape)} {tensor.dtype}")
+    others = dict(residual=residual, y=y, workspace=workspace) | {name: tensor for name, (tensor, _) in small.items()}
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: on {tensor.device}, x on {x.device}")
+        if tensor is not None and name not in ("residual", "y") and not tensor.is_contiguous():
+            raise ValueError(f"{name}: not contiguous")
+
+
+def can_run(x, *args) -> None:
+    """Raise CannotRunError with the reason where the compiled backends do not serve these (checked) arguments."""
+    if x.dtype not in TYPES:
+        raise CannotRunError(f"x: {x.dtype} is none of float32, float16, bfloat16")
+
+
+def _run_reference(x, w1, w2, spatial_weight, spatial_bias, residual, y, workspace) -> None:
+    y.copy_(reference(x, w1, w2, spatial_weight, spatial_bias, residual))
+
+
+def _strides(x, residual, y) -> list[int]:
+    named = dict(x=x, residual=x if residual is None else residual, y=y)
+    return [pixel_stride(name, tensor) for name, tensor in named.items()]
+
+
+@triton.jit
+def _tile(rows, at, mask):
+    return tl.load(rows + at, mask=mask, other=0).to(tl.float32)
+
+
+@triton.jit
+def _pooled(tile, mask, AXIS: tl.constexpr):
+    """Sum and maximum along an axis; tl.max passes over not-a-number, which the sum carries."""
+    return tl.sum(tile, axis=AXIS), tl.max(tl.where(mask, tile, float("-inf")), axis=AXIS)
+
+
+@triton.jit
+def _add_hidden(of_average, of_top, w1, average, top, channel, HIDDEN: tl.constexpr, CHANNELS: tl.constexpr):
+    """W1 avg and W1 max (padded to a power of two) with the part of these channels added."""
+    r = tl.arange(0, of_average.shape[0])
+    mask = (r < HIDDEN)[:, None] & (channel < CHANNELS)[None, :]
+    w = tl.load(w1 + r[:, None] * CHANNELS + channel[None, :], mask=mask, other=0)
+    of_average += tl.sum(w * average[None, :], axis=1)
+    of_top += tl.sum(w * tl.where(channel < CHANNELS, top, 0)[None, :], axis=1)
+    return of_average, of_top
+
+
+@triton.jit
+def _gelu(z):
+    return 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
+
+
+@triton.jit
+def _gate(hidden, w2, channel, HIDDEN: tl.constexpr, CHANNELS: tl.constexpr):
+    """The channel gate at `channel`, from gelu(W1 avg) + gelu(W1 max)."""
+    r = tl.arange(0, hidden.shape[0])
+    mask = (r < HIDDEN)[:, None] & (channel < CHANNELS)[None, :]
+    w = tl.load(w2 + r[:, None] * CHANNELS + channel[None, :], mask=mask, other=0)
+    return tl.sigmoid(tl.sum(w * hidden[:, None], axis=0))
+
+
+@triton.jit
+def sample_kernel(
+    x, w1, w2, spatial_weight, spatial_bias, residual, y, height, width, x_stride, residual_stride, y_stride,
+    CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, SPATIAL: tl.constexpr, RESIDUAL: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Program n: sample n, of at most BLOCK_P pixels; no channel gate for HIDDEN 0."""
+    n = tl.program_id(0).to(tl.int64)
+    pixels = height * width
+    pixel = tl.arange(0, BLOCK_P)
+    live = pixel < pixels
+    x_rows = x + n * pixels * x_stride + (pixel * x_stride)[:, None]
+    residual_rows = residual + n * pixels * residual_stride + (pixel * residual_stride)[:, None]
+    y_rows = y + n * pixels * y_stride + (pixel * y_stride)[:, None]
+
+    hidden = tl.zeros([BLOCK_R], tl.float32)
+    if HIDDEN > 0:
+        of_average, of_top = hidden, hidden
+        for first in range(0, CHANNELS, BLOCK_C):
+            channel = first + tl.arange(0, BLOCK_C)
+            mask = live[:, None] & (channel < CHANNELS)[None, :]
+            total, top = _pooled(_tile(x_rows, channel[None, :], mask), mask, 0)
+            of_average, of_top = _add_hidden(of_average, of_top, w1, total / pixels, top, channel, HIDDEN, CHANNELS)
+        hidden = _gelu(of_average) + _gelu(of_top)
+
+    s = tl.full([BLOCK_P], 1.0, tl.float32)
+    if SPATIAL:
+        mean = tl.zeros([BLOCK_P], tl.float32)
+        top = tl.full([BLOCK_P], float("-inf"), tl.float32)
+        for first in range(0, CHANNELS, BLOCK_C):
+            channel = first + tl.arange(0, BLOCK_C)
+            mask = live[:, None] & (channel < CHANNELS)[None, :]
+            u = _tile(x_rows, channel[None, :], mask)
+            if HIDDEN > 0:
+                u = u * _gate(hidden, w2, channel, HIDDEN, CHANNELS)[None, :]
+            part, part_top = _pooled(u, mask, 1)
+            mean += part
+            top = tl.maximum(top, part_top)
+        mean = mean / CHANNELS
+        # The convolution as a product with the matrix of the weights from every pixel of the sample to every other.
+        other = tl.arange(0, BLOCK_P)
+        dy = (other // width)[None, :] - (pixel // width)[:, None] + 3
+        dx = (other % width)[None, :] - (pixel % width)[:, None] + 3
+        near = (dy >= 0) & (dy < 7) & (dx >= 0) & (dx < 7) & (other < pixels)[None, :]
+        tap = spatial_weight + (dy * 7 + dx) * 2
+        w_mean = tl.load(tap, mask=near, other=0)
+        w_top = tl.load(tap + 1, mask=near, other=0)
+        terms = tl.where(near, w_mean * mean[None, :] + w_top * top[None, :], 0)
+        s = tl.sigmoid(tl.sum(terms, axis=1) + tl.load(spatial_bias))
+
+    for first in range(0, CHANNELS, BLOCK_C):
+        channel = first + tl.arange(0, BLOCK_C)
+        mask = live[:, None] & (channel < CHANNELS)[None, :]
+        u = _tile(x_rows, channel[None, :], mask)
+        if HIDDEN > 0:
+            u = u * _gate(hidden, w2, channel, HIDDEN, CHANNELS)[None, :]
+        u = u * s[:, None]
+        if RESIDUAL:
+            u += _tile(residual_rows, channel[None, :], mask)
+        tl.store(y_rows + channel[None, :], u.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def pool_kernel(
+    x, partials, pixels, tile_pixels, x_stride, CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """Program (t, k, n): sums and maxima of BLOCK_C channels over tile t of sample n."""
+    tile, n = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = channel < CHANNELS
+    rows = x + n * pixels * x_stride + channel[None, :]
+    after = tl.minimum((tile + 1) * tile_pixels, pixels)
+    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    top = tl.full([BLOCK_P, BLOCK_C], float("-inf"), tl.float32)
+    for first in range(tile * tile_pixels, after, BLOCK_P):
+        pixel = first + tl.arange(0, BLOCK_P)
+        mask = (pixel < after)[:, None] & inside[None, :]
+        values = _tile(rows, (pixel * x_stride)[:, None], mask)
+        total += values
+        top = tl.maximum(top, tl.where(mask, values, float("-inf")))
+    to = partials + (n * tl.num_programs(0) + tile) * 2 * CHANNELS + channel
+    tl.store(to, tl.sum(total, axis=0), mask=inside)
+    tl.store(to + CHANNELS, tl.max(top, axis=0), mask=inside)
+
+
+@triton.jit
+def gate_kernel(
+    partials, w1, w2, gate, pixels, tiles, CHANNELS: tl.constexpr, HIDDEN: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Program n: the channel gate of sample n, from the at most BLOCK_T tiles."""
+    n = tl.program_id(0).to(tl.int64)
+    tile = tl.arange(0, BLOCK_T)
+    of_average = tl.zeros([BLOCK_R], tl.float32)
+    of_top = of_average
+    for first in range(0, CHANNELS, BLOCK_C):
+        channel = first + tl.arange(0, BLOCK_C)
+        mask = (tile < tiles)[:, None] & (channel < CHANNELS)[None, :]
+        at = partials + ((n * tiles + tile) * 2 * CHANNELS)[:, None] + channel[None, :]
+        total = tl.sum(tl.load(at, mask=mask, other=0), axis=0)
+        top = tl.max(tl.load(at + CHANNELS, mask=mask, other=float("-inf")), axis=0)
+        of_average, of_top = _add_hidden(of_average, of_top, w1, total / pixels, top, channel, HIDDEN, CHANNELS)
+    hidden = _gelu(of_average) + _gelu(of_top)
+    for first in range(0, CHANNELS, BLOCK_C):
+        channel = first + tl.arange(0, BLOCK_C)
+        tl.store(gate + n * CHANNELS + channel, _gate(hidden, w2, channel, HIDDEN, CHANNELS), mask=channel < CHANNELS)
+
+
+@triton.jit
+def maps_kernel(
+    x, gate, maps, pixels, x_stride,
+    CHANNELS: tl.constexpr, GATED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Program (i, n): mean and maximum over the channels at BLOCK_P pixels of sample n."""
+    n = tl.program_id(1).to(tl.int64)
+    pixel = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    live = pixel < pixels
+    rows = x + n * pixels * x_stride + (pixel * x_stride)[:, None]
+    mean = tl.zeros([BLOCK_P], tl.float32)
+    top = tl.full([BLOCK_P], float("-inf"), tl.float32)
+    for first in range(0, CHANNELS, BLOCK_C):
+        channel = first + tl.arange(0, BLOCK_C)
+        mask = live[:, None] & (channel < CHANNELS)[None, :]
+        u = _tile(rows, channel[None, :], mask)
+        if GATED:
+            u = u * tl.load(gate + n * CHANNELS + channel, mask=channel < CHANNELS, other=0)[None, :]
+        part, part_top = _pooled(u, mask, 1)
+        mean += part
+        top = tl.maximum(top, part_top)
+    to = maps + (n * pixels + pixel) * 2
+    tl.store(to, mean / CHANNELS, mask=live)
+    tl.store(to + 1, top, mask=live)
+
+
+@triton.jit
+def apply_kernel(
+    x, gate, maps, spatial_weight, spatial_bias, residual, y, height, width, x_stride, residual_stride, y_stride,
+    CHANNELS: tl.constexpr, GATED: tl.constexpr, SPATIAL: tl.constexpr, RESIDUAL: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Program (i, n): y at BLOCK_P pixels of sample n."""
+    n = tl.program_id(1).to(tl.int64)
+    pixels = height * width
+    pixel = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    live = pixel < pixels
+    s = tl.full([BLOCK_P], 1.0, tl.float32)
+    if SPATIAL:
+        tap = tl.arange(0, 64)[None, :]
+        row = (pixel // width)[:, None] + tap // 7 - 3
+        column = (pixel % width)[:, None] + tap % 7 - 3
+        near = (tap < 49) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        at = maps + (n * pixels + row * width + column) * 2
+        z = tl.load(spatial_weight + 2 * tap, mask=tap < 49, other=0) * tl.load(at, mask=near, other=0)
+        z += tl.load(spatial_weight + 2 * tap + 1, mask=tap < 49, other=0) * tl.load(at + 1, mask=near, other=0)
+        s = tl.sigmoid(tl.sum(z, axis=1) + tl.load(spatial_bias))
+    for first in range(0, CHANNELS, BLOCK_C):
+        channel = first + tl.arange(0, BLOCK_C)
+        mask = live[:, None] & (channel < CHANNELS)[None, :]
+        u = _tile(x + n * pixels * x_stride, (pixel * x_stride)[:, None] + channel[None, :], mask)
+        if GATED:
+            u = u * tl.load(gate + n * CHANNELS + channel, mask=channel < CHANNELS, other=0)[None, :]
+        u = u * s[:, None]
+        if RESIDUAL:
+            at = (pixel * residual_stride)[:, None] + channel[None, :]
+            u += _tile(residual + n * pixels * residual_stride, at, mask)
+        to = y + n * pixels * y_stride + (pixel * y_stride)[:, None] + channel[None, :]
+        tl.store(to, u.to(y.dtype.element_ty), mask=mask)
+
+
+CONFIGURATIONS = (
+    dict(BLOCK_P=32, BLOCK_C=64, num_warps=4),
+    dict(BLOCK_P=16, BLOCK_C=128, num_warps=4),
+    dict(BLOCK_P=64, BLOCK_C=32, num_warps=8),
+)
+"""Launch configurations, each tested; the first is used until they have been timed on a device."""
+MAX_HIDDEN = {"triton": 64, "cuda": 1024}
+
+
+def _run_triton(x, w1, w2, spatial_weight, spatial_bias, residual, y, workspace, configuration=None) -> None:
+    if x.numel() == 0:
+        return
+    batch, height, width, channels = x.shape
+    pixels, hidden = height * width, 0 if w1 is None else w1.shape[0]
+    x_stride, residual_stride, y_stride = _strides(x, residual, y)
+    options = dict(configuration or CONFIGURATIONS[0])
+    block_p = options.pop("BLOCK_P")
+    block_r = triton.next_power_of_2(max(hidden, 1))
+    flags = dict(SPATIAL=spatial_weight is not None, RESIDUAL=residual is not None)
+    tensors = [x if tensor is None else tensor for tensor in (spatial_weight, spatial_bias, residual)]
+    tail = (height, width, x_stride, residual_stride, y_stride, channels)
+    if pixels <= ONE_LAUNCH_PIXELS:
+        gates = (x, x) if w1 is None else (w1, w2)
+        block_p = triton.next_power_of_2(pixels)
+        sample_kernel[(batch,)](
+            x, *gates, *tensors, y, *tail, HIDDEN=hidden, **flags, BLOCK_P=block_p, BLOCK_R=block_r, **options
+        )
+        return
+    partials, gate, maps = _rooms(x, workspace)
+    per_tile, blocks = tile_pixels(pixels), triton.cdiv(pixels, block_p)
+    tiles, gated = triton.cdiv(pixels, per_tile), w1 is not None
+    if gated:
+        pool_kernel[(tiles, triton.cdiv(channels, options["BLOCK_C"]), batch)](
+            x, partials, pixels, per_tile, x_stride, channels, BLOCK_P=block_p, **options
+        )
+        gate_kernel[(batch,)](
+            partials, w1, w2, gate, pixels, tiles, channels, HIDDEN=hidden, BLOCK_T=TILES, BLOCK_R=block_r, **options
+        )
+    if flags["SPATIAL"]:
+        maps_kernel[(blocks, batch)](x, gate, maps, pixels, x_stride, channels, GATED=gated, BLOCK_P=block_p, **options)
+    apply_kernel[(blocks, batch)](x, gate, maps, *tensors, y, *tail, GATED=gated, **flags, BLOCK_P=block_p, **options)
+
+
+def _can_run_gpu(backend: str):
+    def can_run_gpu(x, w1, w2, spatial_weight, spatial_bias, residual, y, workspace) -> None:
+        can_run(x)
+        if w1 is not None and w1.shape[0] > MAX_HIDDEN[backend]:
+            raise CannotRunError(f"{w1.shape[0]} hidden channels are more than {MAX_HIDDEN[backend]}")
+        if x.shape[1] * x.shape[2] * max(_strides(x, residual, y)) >= 2**31 - 2**20:
+            raise CannotRunError("more than 2^31 - 2^20 values an image")
+        if x.shape[0] > 65535 or x.shape[3] > 4096:
+            raise CannotRunError(f"a batch of {x.shape[0]} with {x.shape[3]} channels is beyond 65535 with 4096")
+
+    return can_run_gpu
+
+
+THREADS, SAMPLE_THREADS = 256, 512
+"""Threads of a CUDA block, and of one that serves a whole sample."""
+
+
+def _values_at_a_time(tensors, strides, channels: int) -> int:
+    """Values in 16 bytes where rows of all tensors can be moved so, else 1."""
+    size = tensors[0].element_size()
+    count = 16 // size
+    fits = channels % count == 0 and all(stride % count == 0 for stride in strides)
+    return count if fits and all(tensor.data_ptr() % 16 == 0 for tensor in tensors if tensor is not None) else 1
+
+
+def _run_cuda(x, w1, w2, spatial_weight, spatial_bias, residual, y, workspace) -> None:
+    if x.numel() == 0:
+        return
+    batch, height, width, channels = x.shape
+    pixels, hidden = height * width, 0 if w1 is None else w1.shape[0]
+    strides = _strides(x, residual, y)
+    count = _values_at_a_time((x, residual, y), strides, channels)
+    name = f"{str(x.dtype).removeprefix('torch.')}"
+    spatial, rows = (spatial_weight, spatial_bias), [np.int64(stride) for stride in strides]
+
+    def launch(kernel, grid, threads, arguments, floats=0):
+        cuda_launch.launch(
+            "channel_attention", f"channel_attention_{kernel}", grid, (threads, 1, 1), arguments, shared=4 * floats
+        )
+
+    def columns(threads: int) -> int:
+        return min(threads, 1 << (-(-channels // count) - 1).bit_length())
+
+    if pixels <= ONE_LAUNCH_PIXELS:
+        sizes = (*map(np.int32, (height, width, channels, hidden)), *rows)
+        floats = 2 * count * SAMPLE_THREADS + 3 * channels + hidden + 2 * pixels
+        arguments = (x, w1, w2, *spatial, residual, y, *sizes, np.int32(columns(SAMPLE_THREADS)), np.int32(count))
+        launch(f"sample_{name}", (batch, 1, 1), SAMPLE_THREADS, arguments, floats)
+        return
+    partials, gate, maps = _rooms(x, workspace)
+    per_tile = tile_pixels(pixels)
+    tiles, blocks = -(-pixels // per_tile), -(-pixels // (THREADS // 32))
+    if w1 is None:
+        gate = None
+    else:
+        wide = columns(THREADS)
+        arguments = (
+            x,
+            partials,
+            *map(np.int32, (pixels, per_tile, channels)),
+            rows[0],
+            np.int32(wide),
+            np.int32(count),
+        )
+        grid = (tiles, -(-channels // (wide * count)), batch)
+        launch(f"pool_{name}", grid, THREADS, arguments, 2 * count * THREADS)
+        sizes = map(np.int32, (pixels, tiles, channels, hidden))
+        launch("gate", (batch, 1, 1), THREADS, (partials, w1, w2, gate, *sizes), 2 * channels + hidden)
+    if spatial_weight is not None:
+        arguments = (x, gate, maps, np.int32(pixels), np.int32(channels), rows[0], np.int32(count))
+        launch(f"maps_{name}", (blocks, batch, 1), THREADS, arguments)
+    sizes = (*map(np.int32, (height, width, channels)), *rows, np.int32(count))
+    launch(f"apply_{name}", (blocks, batch, 1), THREADS, (x, gate, maps, *spatial, residual, y, *sizes))
+
+
+STREAM_BYTES = 24 * 2**20
+"""Outputs larger than this bypass the caches; smaller ones are likely read from them by the next op."""
+
+
+def _run_cpu(x, w1, w2, spatial_weight, spatial_bias, residual, y, workspace, level="") -> None:
+    if x.numel() == 0:
+        return
+    partials, gate, _ = _rooms(x, workspace)
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (w1, w2, spatial_weight, spatial_bias)]
+    native.module.channel_attention(
+        tuple(x.shape), TYPES[x.dtype], x.data_ptr(), 0 if residual is None else residual.data_ptr(), y.data_ptr(),
+        _strides(x, residual, y), 0 if w1 is None else w1.shape[0], *addresses, partials.data_ptr(), gate.data_ptr(),
+        threads=torch.get_num_threads(), stream=y.nbytes > STREAM_BYTES, level=level,
+    )  # fmt: skip
+
+
+OP = Op("channel_attention")
+OP.register("triton", _run_triton, triton_import.available, _can_run_gpu("triton"))
+OP.register("cuda", _run_cuda, cuda_launch.available, _can_run_gpu("cuda"))
+OP.register("cpu", _run_cpu, registry.cpu_available("channel_attention"), can_run)
+OP.register("reference", _run_reference, registry.always, registry.always)
