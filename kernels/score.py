@@ -45,9 +45,14 @@ def threshold_tensor(threshold: float | None, device: torch.device | str = "cpu"
     return torch.tensor([below], dtype=torch.float32, device=device)
 
 
+def workspace_shape(batch: int, height: int, width: int) -> tuple[int, int]:
+    """Of what a call needs besides its outputs."""
+    return batch, 2 * -(-height * width // GROUP)
+
+
 def new_workspace(batch: int, height: int, width: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """What a call needs besides its outputs; its contents mean nothing before or after."""
-    return torch.empty((batch, 2 * -(-height * width // GROUP)), dtype=torch.int32, device=device)
+    return torch.empty(workspace_shape(batch, height, width), dtype=torch.int32, device=device)
 
 
 def reference(logits: torch.Tensor, threshold: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -131,7 +136,7 @@ def _check_outputs(logits, anomaly_map, pred_score, pred_label, workspace) -> No
         anomaly_map=(anomaly_map, (batch, height, width), precise),
         pred_score=(pred_score, (batch,), precise),
         pred_label=(pred_label, (batch,), torch.bool),
-        workspace=(workspace, (batch, 2 * -(-height * width // GROUP)), torch.int32),
+        workspace=(workspace, workspace_shape(batch, height, width), torch.int32),
     )
     for name, (tensor, shape, dtype) in wanted.items():
         if tensor is None and name == "workspace":

@@ -14,7 +14,7 @@ from dfengine.diffusion import Schedule
 from dfengine.engine.builder import Builder, Feature, Fusion, Norm
 from dfengine.engine.program import Constant, Program, Value
 from dfengine.errors import DfengineError
-from dfengine.kernels import channel_attention, ingest
+from dfengine.kernels import channel_attention, ingest, score
 from dfengine.kernels.one_step import coefficients
 from dfengine.models import Model
 from dfengine.models.blocks import AttentionBlock, ResBlock
@@ -117,12 +117,13 @@ class _Lowered:
         b, config, batch, size = self.emitter, self.config, self.batch, self.config.image_size
         k = max(1, round(config.top_k * size * size / 65536))
         b.emit(
-            "score", "score", ("anomaly_map", "pred_score", "pred_label"),
+            "score", "score", ("anomaly_map", "pred_score", "pred_label", "workspace"),
             logits=Value(logits.buffer, view=(maps, batch, size, size)),
             threshold=b.buffer("threshold", (1,), torch.float32, "input"), k=k,
             anomaly_map=b.buffer("anomaly_map", (batch, size, size), b.precise, "output"),
             pred_score=b.buffer("pred_score", (batch,), b.precise, "output"),
             pred_label=b.buffer("pred_label", (batch,), torch.bool, "output"),
+            workspace=b.buffer("score.workspace", score.workspace_shape(batch, size, size), torch.int32),
         )  # fmt: skip
 
     # ---- the reconstruction network ----------------------------------------------------------------------------------
@@ -205,7 +206,7 @@ class _Lowered:
         b.emit(
             f"{name}.gates", "channel_attention", ("y", "workspace"), x=h.value,
             w1=channel and b.constant(f"{weights}.mlp1", channel.mlp[0].weight),
-            w2=channel and b.constant(f"{weights}.mlp2", channel.mlp[2].weight),
+            w2=channel and b.constant(f"{weights}.mlp2", channel.mlp[2].weight.t()),
             spatial_weight=window, spatial_bias=spatial and b.constant(f"{weights}.spatial.bias", spatial.conv.bias),
             residual=residual.value, y=y, workspace=workspace,
         )  # fmt: skip

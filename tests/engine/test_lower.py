@@ -48,7 +48,10 @@ def run(model, batch: torch.Tensor, dtype=torch.float64, fusion=None, backend="r
 
 def exact(model, batch: torch.Tensor, seed=5) -> Output:
     """By the modules, in float64 from the float32 noise on."""
-    runner = ModuleRunner(model.double(), seed=seed)
+    model = model.double()
+    embed = model.reconstruction.time_embedding[0]
+    embed.register_forward_hook(lambda _module, _inputs, output: output.double())
+    runner = ModuleRunner(model, seed=seed)
     drawn = runner._draw
     runner._draw = lambda *key: drawn(*key).double()
     with torch.inference_mode():
