@@ -13,12 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import os
-import platform
-import re
 import statistics
-import subprocess
 import sys
 import time
 from functools import cache
@@ -30,9 +25,8 @@ sys.path.append(str(ROOT))
 
 import torch  # noqa: E402
 
-import dfengine.native  # noqa: E402
 from bench.kernels import Case  # noqa: E402
-from dfengine._version import __version__  # noqa: E402
+from bench.measuring import environment, results_path, write  # noqa: E402
 
 ROTATED_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
 """Inputs and outputs of the rotation together: beyond the last-level cache."""
@@ -40,49 +34,6 @@ MOST_SETS = {"cpu": 4096, "cuda": 256}
 CLOCKS = {"elapsed": time.perf_counter, "cpu": time.process_time}
 MATMUL = {"cpu": 2048, "cuda": 8192}
 """Side of the matrices whose product is the ceiling of arithmetic."""
-
-
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-        name = re.search(r"model name\s*:\s*(.+)", text).group(1)
-        family, model = (re.search(rf"^{key}\s*:\s*(\d+)", text, re.M).group(1) for key in ("cpu family", "model"))
-        return f"{name} family {family} model {model}, {os.cpu_count()} cores"
-    except (OSError, AttributeError):
-        return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-def command_output(*command: str) -> str | None:
-    try:
-        return subprocess.run(command, cwd=ROOT, text=True, check=True, capture_output=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def environment(device: str) -> dict:
-    """Where and with what the numbers were measured."""
-    result = {
-        "device": device_name(device),
-        "dfengine": __version__,
-        "commit": command_output("git", "describe", "--always", "--dirty"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "native": dfengine.native.status(),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
-    }
-    if device == "cuda":
-        import triton
-
-        query = "--query-gpu=driver_version,clocks.sm,clocks.mem,power.draw,power.limit"
-        result |= {
-            "triton": triton.__version__,
-            "cuda": torch.version.cuda,
-            "driver, clocks, power": command_output("nvidia-smi", query, "--format=csv,noheader"),
-        }
-    return result
 
 
 def on_cpu(function, sets: list, clock: str):
@@ -229,16 +180,9 @@ def main() -> None:
             show(rows[-1])
         collected += rows
         if arguments.json is None and rows:
-            folder = arguments.out / re.sub(r"[^A-Za-z0-9.]+", "-", head["device"]).strip("-").lower()
-            write(folder / f"{op}.json", head | {"rows": rows})
+            write(results_path(head, op, arguments.out), head | {"rows": rows})
     if arguments.json is not None:
         write(arguments.json, head | {"rows": collected})
-
-
-def write(path: Path, result: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

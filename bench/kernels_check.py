@@ -3,7 +3,8 @@
     python bench/kernels_check.py [--json OUT] [--quick]
 
 Prints a table; exits with 1 when a kernel spills or does not compile. Triton compiles in every shipped configuration
-and type (`compilations` of bench/kernels/<op>.py); CUDA files compile by nvcc and by NVRTC, where these are found.
+and type (`compilations` of bench/kernels/<op>.py, whose options may name the arguments that are "divisible" by 16);
+CUDA files compile by nvcc and by NVRTC, where these are found.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import argparse
 import ctypes
 import importlib
 import importlib.util
-import itertools
 import json
 import os
 import re
@@ -26,8 +26,9 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compil
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from dfengine import native  # noqa: E402
-from dfengine.kernels import OPS, cuda_launch  # noqa: E402
+from dfengine.kernels import cuda_launch  # noqa: E402
 
+OPS = sorted(path.stem for path in (Path(__file__).parent / "kernels").glob("[!_]*.py"))
 ARCHITECTURES = (89, 90)
 FIELDS = ("registers", "shared", "stack", "local")
 
@@ -57,10 +58,14 @@ def check_triton(op: str, architecture: int, quick: bool) -> list[dict]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    rows = []
-    compilations = importlib.import_module(f"bench.kernels.{op}").compilations()
-    for label, kernel, signature, constants, options in itertools.islice(compilations, 1 if quick else None):
-        source = ASTSource(kernel, signature=signature, constexprs=constants)
+    rows, seen = [], set()
+    for label, kernel, signature, constants, options in importlib.import_module(f"bench.kernels.{op}").compilations():
+        if quick and kernel in seen:
+            continue
+        seen.add(kernel)
+        known = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in options.get("divisible", ())}
+        options = {name: value for name, value in options.items() if name != "divisible"}
+        source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=known)
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
         (used,) = resources(compiled.asm["cubin"], triton_tool("cuobjdump")).values()
         used["shared"] = compiled.metadata.shared

@@ -5,7 +5,19 @@ An op is called through its file (``dfengine.kernels.ingest.ingest``); ``OPS`` h
 
 from __future__ import annotations
 
-from dfengine.kernels import channel_attention, group_norm, ingest
+from dfengine.kernels import (
+    attention,
+    channel_attention,
+    conv2d,
+    conv2d_cpu,  # noqa: F401  (registers itself)
+    group_norm,
+    group_norm_stages,
+    ingest,
+    one_step,
+    resample,
+    reverse_step,
+    score,
+)
 from dfengine.kernels.registry import BACKENDS, PRIORITY, CannotRunError, Op, forced_backend
 
 __all__ = ["BACKENDS", "OPS", "PRIORITY", "CannotRunError", "Op", "forced_backend", "table"]
@@ -14,8 +26,18 @@ OPS: dict[str, Op] = {
     op.name: op
     for op in (
         ingest.OP,
+        conv2d.OP,
         group_norm.OP,
+        group_norm_stages.MOMENTS,
+        group_norm_stages.MERGE,
+        group_norm_stages.APPLY,
         channel_attention.OP,
+        attention.OP,
+        one_step.OP,
+        reverse_step.OP,
+        resample.UPSAMPLE,
+        resample.MAX_POOL,
+        score.OP,
     )
 }
 

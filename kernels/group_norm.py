@@ -16,22 +16,22 @@ Arithmetic is float32; variances are centred: means and squared differences of t
 
 A sample's y, dx and dshift depend on that sample alone; dweight and dbias are sums of a part for each sample, in their
 order. Results are the same bits whatever the number of threads (DESIGN section 3, Numerics).
-Backends: reference (any device), cpu (csrc/cpu/group_norm.cpp).
+Backends: reference (any device), cpu (csrc/cpu/group_norm.cpp); of the forward pass also triton and cuda, which run the
+three stages of kernels/group_norm_stages.py one after the other.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dfengine import native
-from dfengine.kernels import registry
+from dfengine.kernels import cuda_launch, group_norm_stages, registry, triton_import
+from dfengine.kernels.group_norm_stages import ACTIVATIONS, TYPES
 from dfengine.kernels.registry import CannotRunError, Op
-
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-ACTIVATIONS = {"none": 0, "gelu": 1, "silu": 2, "relu": 3}
-"""Codes of csrc/common: FloatType, Activation."""
 
 
 def group_norm(
@@ -212,7 +212,8 @@ def _shape(x: Tensor, groups: int) -> tuple[int, int, int, int]:
 def _run_cpu(x, weight, bias, shift, groups, eps, act, y, mean, rstd, level="") -> None:
     native.module.group_norm(
         _shape(x, groups), TYPES[x.dtype], ACTIVATIONS[act], eps, x.data_ptr(), weight.data_ptr(), bias.data_ptr(),
-        _address(shift), mean.data_ptr(), rstd.data_ptr(), y.data_ptr(), threads=torch.get_num_threads(), level=level,
+        _address(shift), mean.data_ptr(), rstd.data_ptr(), y.data_ptr(),
+        stream=y.nbytes > group_norm_stages.STREAM_BYTES, threads=torch.get_num_threads(), level=level,
     )  # fmt: skip
 
 
@@ -224,7 +225,32 @@ def _run_cpu_backward(dy, x, weight, bias, shift, mean, rstd, act, dx, dweight, 
     )  # fmt: skip
 
 
+def _run_stages(backend: str, x, weight, bias, shift, groups, eps, act, y, mean, rstd) -> None:
+    pixels, channels = x.shape[1] * x.shape[2], x.shape[3]
+    tile = group_norm_stages.default_tile_pixels(pixels)
+    counts = group_norm_stages.tile_counts(pixels, tile, x.device)
+    moments = torch.empty((x.shape[0], len(counts), 2, channels), device=x.device)
+    scale, offset = (torch.empty((x.shape[0], channels), device=x.device) for _ in range(2))
+    stages = group_norm_stages.MOMENTS, group_norm_stages.MERGE, group_norm_stages.APPLY
+    run_moments, run_merge, run_apply = (op.implementations[backend].run for op in stages)
+    run_moments(x, tile, moments)
+    run_merge(moments, counts, None, None, weight, bias, shift, groups, eps, scale, offset, mean, rstd)
+    run_apply(x, None, scale, offset, act, "none", y)
+
+
+def _can_run_on_gpu(x, weight, bias, shift, groups, *rest) -> None:
+    can_run(x, weight, bias, shift)
+    group_norm_stages.can_run_on_gpu(x)
+
+
+def _can_run_triton(x, weight, bias, shift, groups, *rest) -> None:
+    _can_run_on_gpu(x, weight, bias, shift, groups)
+    group_norm_stages.can_merge_groups_of(weight.shape[0] // groups)
+
+
 OP = Op("group_norm")
+OP.register("triton", partial(_run_stages, "triton"), triton_import.available, _can_run_triton)
+OP.register("cuda", partial(_run_stages, "cuda"), cuda_launch.available, _can_run_on_gpu)
 OP.register("cpu", _run_cpu, registry.cpu_available("group_norm"), can_run)
 OP.register("reference", _run_reference, registry.always, registry.always)
 

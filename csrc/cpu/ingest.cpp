@@ -2,43 +2,12 @@
 #include "ingest.h"
 
 #include "../common/convert.h"
-#include "../common/philox.h"
 #include "isa.h"
+#include "noise.h"
 
 namespace dfe {
 namespace DFE_ISA {
 namespace {
-
-// Noise of pixels [first, first + count) into noise (count, channels); rows: scratch of 4 * count floats.
-void draw_noise(const IngestArguments& p, int scale, int64_t first, int64_t count, float* DFE_RESTRICT noise, float* DFE_RESTRICT rows) {
-    const uint32_t step_scale = 2 * p.step + static_cast<uint32_t>(scale);
-    const uint32_t key0 = p.key[0], key1 = p.key[1], draw = p.draw;
-    const int64_t channels = p.channels;
-    float *DFE_RESTRICT n0 = rows, *DFE_RESTRICT n1 = rows + count;
-    float *DFE_RESTRICT n2 = rows + 2 * count, *DFE_RESTRICT n3 = rows + 3 * count;
-    for (int64_t c = 0; c < channels; c += 4) {
-        const uint32_t group = static_cast<uint32_t>(c / 4), start = static_cast<uint32_t>(first);
-        const int32_t length = static_cast<int32_t>(count);
-        for (int32_t i = 0; i < length; ++i) {
-            const Normals n = normals(start + static_cast<uint32_t>(i), group, step_scale, draw, key0, key1);
-            n0[i] = n.n0;
-            n1[i] = n.n1;
-            n2[i] = n.n2;
-            n3[i] = n.n3;
-        }
-        if (channels == 3) {
-            for (int64_t i = 0; i < count; ++i) {
-                noise[3 * i] = n0[i];
-                noise[3 * i + 1] = n1[i];
-                noise[3 * i + 2] = n2[i];
-            }
-        } else {
-            for (int64_t lane = 0; lane < 4 && c + lane < channels; ++lane) {
-                for (int64_t i = 0; i < count; ++i) noise[i * channels + c + lane] = rows[lane * count + i];
-            }
-        }
-    }
-}
 
 template <int Scales, typename Pixel, typename Output>
 void noised(const IngestArguments& p, const Pixel* DFE_RESTRICT pixels, int64_t count, const float* DFE_RESTRICT noise_0,
@@ -77,8 +46,8 @@ void tiles(const IngestArguments& p, bool stream, int64_t begin, int64_t end, fl
             noise_0 = p.noise + first * channels;
             noise_1 = noise_0 + image_size;
         } else {
-            draw_noise(p, 0, first, count, drawn_0, rows);
-            if (p.scales == 2) draw_noise(p, 1, first, count, drawn_1, rows);
+            draw_noise(channels, 2 * p.step, p.draw, p.key[0], p.key[1], first, count, drawn_0, rows);
+            if (p.scales == 2) draw_noise(channels, 2 * p.step + 1, p.draw, p.key[0], p.key[1], first, count, drawn_1, rows);
         }
 
         for (int64_t n = 0; n < p.batch; ++n) {

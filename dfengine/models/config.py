@@ -73,7 +73,8 @@ class ModelConfig:
         if not self.multipliers:
             if self.image_size not in _MULTIPLIERS:
                 sizes = ", ".join(map(str, _MULTIPLIERS))
-                raise ConfigError(f"image_size must be one of {sizes}, not {self.image_size}, or with `multipliers`")
+                size = self.image_size
+                raise ConfigError(f"image size must be one of {sizes}, not {size} (another needs `multipliers`)")
             object.__setattr__(self, "multipliers", _MULTIPLIERS[self.image_size])
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
         object.__setattr__(self, "attention_factors", tuple(self.attention_factors))

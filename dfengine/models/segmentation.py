@@ -43,6 +43,7 @@ class _Encoder(nn.Module):
 class _Decoder(nn.Module):
     def __init__(self, widths: list[int], act: str):
         super().__init__()
+        self.levels = _LEVEL_NAMES
         width = widths[-1]
         # Each level's up-convolution narrows to the next partner's width; its join reads the partner beside that.
         narrowed = [*reversed(widths[:-2]), widths[0]]
@@ -55,7 +56,7 @@ class _Decoder(nn.Module):
 
     def forward(self, features: list[Tensor]) -> Tensor:
         x = features[-1]
-        for (up, join), partner in zip(_LEVEL_NAMES, reversed(features[:-1]), strict=True):
+        for (up, join), partner in zip(self.levels, reversed(features[:-1]), strict=True):
             x = getattr(self, join)(torch.cat((getattr(self, up)(x), partner), dim=1))
         return self.fin_out(x)
 

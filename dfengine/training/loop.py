@@ -123,14 +123,14 @@ class _Run:
         if not resume:
             self._refuse_unfinished()
         self.plan = settle(wanted, config, data, self.state_path if resume else None, world)
-        if self.plan.reason:
-            self._say(self.plan.reason)
         self.model_config = model_config = self.plan.model
         self.config = config = config.replace(init=self.plan.init).resolve(model_config)
 
         size = model_config.image_size
         before = load_checkpoint(start_path(config.init)).training if config.init else None
         self.normals = read_normals(data, size, config.holdout, config.seed, before)
+        if self.plan.reason:
+            self._say(self.plan.reason)
         self._report_data()
         folder = config.textures
         textures = TextureSource.from_folder(folder, size) if folder else TextureSource.procedural(size)

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from dfengine import native
-from dfengine.kernels import CannotRunError, group_norm
+from dfengine.kernels import CannotRunError, group_norm, group_norm_stages
+from tests.kernels import launchers
 from tests.kernels.contract import assert_numeric_contract
 
 LAUNCHERS = ("cpu-base", "cpu-avx2", "cpu-avx512", "reference")
@@ -112,6 +113,24 @@ def check_contract(launcher, inputs, groups, act) -> None:
             assert_numeric_contract(result, exact[name], torchs[name].to(result.dtype))
 
 
+@pytest.mark.parametrize("name", [n for n in launchers.names([{}], cpu=False) if n != "reference"])
+@pytest.mark.parametrize("dtype", group_norm.TYPES, ids=str)
+def test_the_forward_pass_in_stages_meets_the_numeric_contract(name, dtype, monkeypatch):
+    """The triton and cuda backends; their stages have tests of their own."""
+    launcher = launchers.launcher(name, monkeypatch, [{}])
+    forward = group_norm.OP.implementations[launcher.backend].run
+    cases = [((2, 5, 7, 12), 3, "gelu"), ((1, 33, 16, 16), 4, "silu"), ((2, 1, 1, 6), 1, "none")]
+    for number, (shape, groups, act) in enumerate(cases):
+        x, dy, *small = make(shape, dtype, seed=number)
+        results = dict(y=x, mean=torch.empty(shape[0], groups), rstd=torch.empty(shape[0], groups))
+        outputs = [torch.full_like(t, float("nan"), device=launcher.device) for t in results.values()]
+        forward(*(t.to(launcher.device) for t in (x, *small)), groups, EPS, act, *outputs)
+        exact = through_torch(x, dy, *small, groups, act, torch.float64)
+        torchs = through_torch(x, dy, *small, groups, act, dtype)
+        for key, result in zip(results, outputs, strict=True):
+            assert_numeric_contract(result.cpu(), exact[key], torchs[key].to(result.dtype))
+
+
 def rough_scale(dy, rstd, weight) -> torch.Tensor:
     return dy.double().abs().sum(dim=(1, 2)).max() * rstd.max() * weight.abs().max()
 
@@ -141,13 +160,14 @@ def test_runs_agree_bit_for_bit_whatever_the_batch(launcher):
 
 @pytest.mark.skipif(not native.available(), reason="dfengine._native is missing")
 @pytest.mark.parametrize("dtype", group_norm.TYPES, ids=str)
-def test_cpu_threads_change_nothing(dtype):
+def test_cpu_threads_and_streaming_change_nothing(dtype, monkeypatch):
     inputs = make((2, 70, 50, 24), dtype)
     threads, results = torch.get_num_threads(), []
     launchers = group_norm._run_cpu, group_norm._run_cpu_backward
     try:
         for count in (1, 2, 3, 64):  # whole samples a thread for 1 and 2, tiles for 3 and 64
             torch.set_num_threads(count)
+            monkeypatch.setattr(group_norm_stages, "STREAM_BYTES", 0 if count in (2, 64) else 2**30)
             results.append(run_into_nan(launchers, *inputs, 6, "gelu"))
     finally:
         torch.set_num_threads(threads)

@@ -13,8 +13,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_REGISTERS = {
-    "ingest": 96,
     "channel_attention": 128,
+    "conv2d": 255,
+    "group_norm_stages": 128,
+    "ingest": 96,
+    "max_pool": 64,
+    "one_step": 80,
+    "reverse_step": 96,
+    "score": 64,
+    "upsample_bilinear": 96,
 }
 """Registers a thread, in the first configuration."""
 
@@ -29,7 +36,8 @@ def test_kernels_compile_and_do_not_spill(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     rows = json.loads(report.read_text())
     for op, bound in MAX_REGISTERS.items():
-        for backend in ["triton"] + (["cuda"] if shutil.which("nvcc") else []):
+        written = shutil.which("nvcc") and (ROOT / "csrc" / "cuda" / f"{op}.cu").is_file()
+        for backend in ["triton"] + (["cuda"] if written else []):
             mine = [row for row in rows if (row["op"], row["backend"]) == (op, backend)]
             assert {row["architecture"] for row in mine} == {89, 90}
             assert max(row["registers"] for row in mine) <= bound

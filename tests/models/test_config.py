@@ -30,7 +30,7 @@ def test_a_new_size_brings_its_multipliers():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        (dict(image_size=100), "image_size must be one of 32, 64"),
+        (dict(image_size=100), "image size must be one of 32, 64"),
         (dict(image_size=100, multipliers=(1, 2)), "multiple of 32"),
         (dict(activation="tanh"), "activation"),
         (dict(mode="magic"), "mode"),

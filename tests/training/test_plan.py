@@ -118,7 +118,7 @@ def test_fixed_fields_narrow_the_choice():
     assert names(Automatic().candidates()) == names(CANDIDATES)
     ranges = {c.model.pixel_range for c in Automatic(pixel_range="signed").candidates()}
     assert ranges == {"signed"} and len(Automatic(pixel_range="signed").candidates()) == 5
-    with pytest.raises(ConfigError, match="image_size must be one of"):
+    with pytest.raises(ConfigError, match="image size must be one of"):
         Automatic(100).candidates()
 
 

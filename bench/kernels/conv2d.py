@@ -1,0 +1,149 @@
+"""What is timed and compiled for the op `conv2d` (bench/run.py, bench/kernels_check.py)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from dfengine.kernels import conv2d
+from dfengine.kernels.conv2d_triton import (
+    HALF_CONFIGURATIONS,
+    SINGLE_CONFIGURATIONS,
+    configuration_for,
+    conv2d_kernel,
+    launch_options,
+)
+
+# (N, H, W), channels of each source, outputs, kernel, dilation: of the U-Net at 256 (two scales of one image), the
+# middle with DACM, decoder blocks that read a skip, a 1x1 skip, the first and last convs, and the segmentation net.
+SHAPES = [
+    ((2, 256, 256), (128,), 128, 3, 1),
+    ((2, 64, 64), (256,), 256, 3, 1),
+    ((2, 8, 8), (512,), 512, 3, 2),
+    ((2, 256, 256), (128, 128), 128, 3, 1),
+    ((2, 64, 64), (256, 128), 256, 1, 1),
+    ((2, 256, 256), (3,), 128, 3, 1),
+    ((2, 256, 256), (128,), 3, 3, 1),
+    ((1, 256, 256), (6,), 64, 3, 1),
+    ((1, 256, 256), (64,), 1, 3, 1),
+]
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float16, torch.bfloat16)}
+
+
+def cases(device: str):
+    """Yield (shape of y, dtype, bytes moved at least, make, rivals); on a CPU only where it has its own backend.
+
+    make() returns fresh tensors; rivals: "torch" is channels-last F.conv2d with its bias, then GELU; "chain" has a
+    normalisation and GELU before both, "kernel chain" the same as a prologue.
+    """
+    if device == "cpu" and conv2d.OP.status("cpu").get("cpu"):
+        return
+    for size, sources, outputs, kernel_size, dilation in SHAPES:
+        for dtype in DTYPES[device]:
+            generator = torch.Generator().manual_seed(0)
+
+            def make(size=size, sources=sources, outputs=outputs, k=kernel_size, d=dilation, dtype=dtype, g=generator):
+                def normal(*shape, dtype=dtype):
+                    return torch.randn(shape, generator=g).to(device, dtype)
+
+                xs = [normal(*size, c) for c in sources]
+                full = normal(outputs, sum(sources), k, k) * (k * k * sum(sources)) ** -0.5
+                scale, offset = (normal(size[0], sum(sources), dtype=torch.float32) for _ in range(2))
+                joined = torch.cat(xs, dim=3).permute(0, 3, 1, 2)
+                return Case(xs, joined, full, d, normal(outputs, dtype=torch.float32), scale, offset)
+
+            y_bytes = size[0] * size[1] * size[2] * outputs * dtype.itemsize
+            x_bytes = size[0] * size[1] * size[2] * sum(sources) * dtype.itemsize
+            weight_bytes = outputs * sum(sources) * kernel_size**2 * dtype.itemsize
+            rivals = {"kernel": kernel, "torch": torch_conv, "kernel chain": kernel_chain, "chain": torch_chain}
+            yield (*size, outputs), dtype, x_bytes + y_bytes + weight_bytes, (lambda make=make: (make(),)), rivals
+
+
+class Case:
+    """The tensors of one case, in the form each rival wants, and an output."""
+
+    def __init__(self, xs, joined, full, dilation, bias, scale, offset) -> None:
+        self.x, self.x2 = xs[0], xs[1] if len(xs) == 2 else None
+        self.joined, self.bias, self.scale, self.offset = joined, bias, scale, offset
+        self.weight = conv2d.ConvWeight.pack(full, dilation)
+        self.full, self.half_bias = full.to(memory_format=torch.channels_last), bias.to(full.dtype)
+        self.y = torch.zeros(conv2d.output_shape(self.x, self.weight, "none"), dtype=full.dtype, device=full.device)
+
+
+def kernel(case: Case) -> None:
+    conv2d.OP(
+        case.x, case.x2, case.weight, case.bias, None, None, "none", "none", None, "none", "gelu", case.y, None, 0
+    )
+
+
+def kernel_chain(case: Case) -> None:
+    conv2d.OP(
+        case.x, case.x2, case.weight, case.bias, case.scale, case.offset, "gelu", "none", None, "none", "gelu", case.y,
+        None, 0,
+    )  # fmt: skip
+
+
+def torch_conv(case: Case) -> None:
+    d = case.weight.dilation
+    padding = d * (case.weight.kernel[0] // 2)
+    F.gelu(F.conv2d(case.joined, case.full, case.half_bias, padding=padding, dilation=d))
+
+
+def torch_chain(case: Case) -> None:
+    """What the prologue replaces: x again through memory, normalised and activated, before the same convolution."""
+    d = case.weight.dilation
+    padding = d * (case.weight.kernel[0] // 2)
+    scale, offset = (t[:, :, None, None].to(case.joined.dtype) for t in (case.scale, case.offset))
+    activated = F.gelu(torch.addcmul(offset, case.joined, scale))
+    F.gelu(F.conv2d(activated, case.full, case.half_bias, padding=padding, dilation=d))
+
+
+def compilations():
+    """Yield (label, kernel, signature, constants, options): every configuration and type, and the shapes above.
+
+    The first is what the quick check of the tests compiles.
+    """
+    for configuration in HALF_CONFIGURATIONS:
+        for dtype in (torch.float16, torch.bfloat16):
+            yield compilation(configuration, dtype, (128,), 128, residual="none")
+    for configuration in SINGLE_CONFIGURATIONS:
+        for precision in ("ieee", "tf32"):
+            yield compilation({**configuration, "PRECISION": precision}, torch.float32, (128,), 128, residual="none")
+    for size, sources, outputs, kernel_size, dilation in SHAPES:
+        chosen = configuration_for((*size, outputs), torch.float16)
+        yield compilation(chosen, torch.float16, sources, outputs, kernel_size, dilation)
+    widest = HALF_CONFIGURATIONS[0]
+    for sources in ((128,), (128, 128)):
+        for resample in conv2d.RESAMPLES:
+            changes = dict(resample=resample, prologue="gelu", residual=resample)
+            yield compilation(widest, torch.float16, sources, 128, **changes)
+
+
+def compilation(
+    configuration, dtype, sources, outputs, kernel_size=3, dilation=1, resample="none", prologue="none", residual="",
+):  # fmt: skip
+    scaled = prologue != "none"
+    options = launch_options(configuration, sources, resample, scaled)
+    warps, stages = options.pop("num_warps"), options.pop("num_stages")
+    constants = dict(
+        C1=sources[0], C2=sum(sources[1:]), OUTPUTS=outputs, K=kernel_size, DILATION=dilation, RESAMPLE=resample,
+        PROLOGUE=prologue, RESIDUAL=residual, ACT="gelu", WIDEN=False, **options,
+    )  # fmt: skip
+    constants |= dict.fromkeys(["x2"] if len(sources) == 1 else [])
+    constants |= dict.fromkeys([] if scaled else ["scale", "offset"]) | dict.fromkeys([] if residual else ["residual"])
+    activations = ("x", "x2", "weight", "residual", "y")
+    types = dict.fromkeys(conv2d_kernel.arg_names, "i32") | dict.fromkeys(activations, "*" + TYPES[dtype])
+    types |= dict.fromkeys(("bias", "scale", "offset", "moments"), "*fp32") | dict.fromkeys(constants, "constexpr")
+    pitches = dict(pitch=sources[0], pitch2=sources[-1], pitch_residual=outputs, pitch_y=outputs, pitch_bias=outputs)
+    whole = {name for name, size in pitches.items() if size % 16 == 0} | {"height", "width", "height_in", "width_in"}
+    divisible = [name for name, kind in types.items() if kind.startswith("*") or name in whole]
+    label = (
+        f"{TYPES[dtype]} {options['BLOCK_M']}x{options['BLOCK_N']}x{options['BLOCK_K']} "
+        f"{'+'.join(map(str, sources))}-{outputs} {kernel_size}x{kernel_size}"
+    )
+    label += f"/{dilation}" if dilation > 1 else ""
+    label += f" {options['PRECISION']}" if dtype == torch.float32 else ""
+    label += f" {prologue} {resample}" if scaled else ""
+    signature = {name: types[name] for name in conv2d_kernel.arg_names}
+    return label, conv2d_kernel, signature, constants, dict(num_warps=warps, num_stages=stages, divisible=divisible)

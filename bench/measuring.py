@@ -1,0 +1,71 @@
+"""What the benchmarks share: where they ran, and where their results go."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+import dfengine.native
+from dfengine._version import __version__
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        name = re.search(r"model name\s*:\s*(.+)", text).group(1)
+        family, model = (re.search(rf"^{key}\s*:\s*(\d+)", text, re.M).group(1) for key in ("cpu family", "model"))
+        return f"{name} family {family} model {model}, {os.cpu_count()} cores"
+    except (OSError, AttributeError):
+        return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def command_output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, cwd=ROOT, text=True, check=True, capture_output=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def environment(device: str) -> dict:
+    """Where and with what the numbers were measured."""
+    result = {
+        "device": device_name(device),
+        "dfengine": __version__,
+        "commit": command_output("git", "describe", "--always", "--dirty"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "native": dfengine.native.status(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+    }
+    if device == "cuda":
+        import triton
+
+        query = "--query-gpu=driver_version,clocks.sm,clocks.mem,power.draw,power.limit"
+        result |= {
+            "triton": triton.__version__,
+            "cuda": torch.version.cuda,
+            "driver, clocks, power": command_output("nvidia-smi", query, "--format=csv,noheader"),
+        }
+    return result
+
+
+def results_path(head: dict, name: str, folder: Path = ROOT / "bench" / "results") -> Path:
+    """<folder>/<device name>/<name>.json, for the `environment` of a run."""
+    return folder / re.sub(r"[^A-Za-z0-9.]+", "-", head["device"]).strip("-").lower() / f"{name}.json"
+
+
+def write(path: Path, result: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"wrote {path}")

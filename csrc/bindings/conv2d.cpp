@@ -1,0 +1,140 @@
+// The op `conv2d` over raw pointers.
+#include "../cpu/conv2d.h"
+
+#include <numeric>
+
+#if !defined(_WIN32)
+#include <unistd.h>
+#endif
+
+#include "common.h"
+
+namespace dfe {
+namespace {
+
+// Of the second-level cache, with what is usual where the system does not tell.
+int64_t cache_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    static const int64_t found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (found > 0) return found;
+#endif
+    return 1 << 20;
+}
+
+bool supported(Product product) {
+#if defined(DFE_BFLOAT16_PRODUCTS)
+    if (product == Product::pairs) return pairs_supported();
+    if (product == Product::tiles) return tiles_supported();
+#endif
+    return product == Product::float32;
+}
+
+// The product taken for a type: the best that the processor has.
+int conv2d_product(int type) {
+    if (static_cast<FloatType>(type) == FloatType::bfloat16) {
+        for (Product product : {Product::tiles, Product::pairs}) {
+            if (supported(product)) return static_cast<int>(product);
+        }
+    }
+    return static_cast<int>(Product::float32);
+}
+
+Multiplier multiplier_of(Product product, Level level, int64_t outputs) {
+#if defined(DFE_BFLOAT16_PRODUCTS)
+    if (product == Product::pairs) return pairs_multiplier(outputs);
+    if (product == Product::tiles) return tiles_multiplier(outputs);
+#endif
+    return DFE_AT_LEVEL(level, float_multiplier)(outputs);
+}
+
+// shape: (batch, height, width, outputs) of y, channels of x and of x2; pitches: of x, x2, residual, y; codes: type, resample,
+// residual_resample, prologue, activation, product.
+void conv2d(std::array<int64_t, 6> shape, std::array<int64_t, 4> pitches, std::array<int, 6> codes, int64_t kernel, int64_t dilation, uintptr_t x,
+            uintptr_t x2, uintptr_t residual, uintptr_t y, uintptr_t scale, uintptr_t offset, uintptr_t bias, int64_t bias_pitch, uintptr_t moments,
+            int64_t tile_pixels, uintptr_t weights, int64_t padded, int64_t block_outputs, int threads, const std::string& level_name) {
+    Conv2dArguments p{};
+    p.batch = shape[0], p.height = shape[1], p.width = shape[2], p.outputs = shape[3], p.channels_1 = shape[4], p.channels_2 = shape[5];
+    p.pitch_x = pitches[0], p.pitch_x2 = pitches[1], p.pitch_residual = pitches[2], p.pitch_y = pitches[3];
+    p.type = static_cast<FloatType>(codes[0]);
+    p.resample = static_cast<Resample>(codes[1]), p.residual_resample = static_cast<Resample>(codes[2]);
+    p.prologue = static_cast<Activation>(codes[3]), p.activation = static_cast<Activation>(codes[4]);
+    p.product = static_cast<Product>(codes[5]);
+    p.kernel = kernel, p.dilation = dilation;
+    p.x = pointer<const void>(x), p.x2 = pointer<const void>(x2), p.residual = pointer<const void>(residual), p.y = pointer<void>(y);
+    p.scale = pointer<const float>(scale), p.offset = pointer<const float>(offset);
+    p.bias = pointer<const float>(bias), p.bias_pitch = bias_pitch;
+    p.moments = pointer<float>(moments), p.tile_pixels = tile_pixels;
+    p.weights = pointer<const void>(weights), p.padded = padded;
+    const Level level = level_named(level_name);
+    if (!supported(p.product)) throw std::invalid_argument("this processor does not have the instructions of this product");
+    if (p.product != Product::float32 && p.type != FloatType::bfloat16) throw std::invalid_argument("this product takes bfloat16");
+    p.multiplier = multiplier_of(p.product, level, block_outputs);
+    const int64_t items = plan_conv2d(p, threads);
+    const Conv2dPasses passes = DFE_AT_LEVEL(level, conv2d_passes)(p);
+
+    py::gil_scoped_release unlocked;
+    const Scratch scratch(p.scratch_floats, pieces_of(items, threads));
+    parallel_for(items, threads, [&](int piece, int64_t begin, int64_t end) { passes.items(p, begin, end, scratch.of(piece)); });
+    if (p.moments != nullptr && !p.fused_moments) {
+        const int64_t tiles = p.batch * ((p.height * p.width + p.tile_pixels - 1) / p.tile_pixels);
+        parallel_for(tiles, threads, [&](int, int64_t begin, int64_t end) { passes.moments(p, begin, end); });
+    }
+}
+
+// A divisor of `length`, even and at most 32, the largest.
+int64_t step_of(int64_t length) {
+    int64_t step = 32;
+    while (length % step != 0) step -= 2;
+    return step;
+}
+
+}  // namespace
+
+int64_t plan_conv2d(Conv2dArguments& p, int threads) {
+    const int64_t size = p.product == Product::float32 ? 4 : 2, pixels = p.multiplier.most * p.multiplier.pixels;
+    p.margin = p.dilation * (p.kernel - 1) / 2;
+    p.row = p.width + p.margin;
+    p.runs = 0;
+    const bool together = p.kernel == 1 || p.dilation == 1;  // whether the taps of a row are neighbours in memory
+    p.length = together ? p.kernel * p.padded : p.padded;
+    for (int64_t i = 0; i < p.kernel; ++i) {
+        for (int64_t j = 0; j < (together ? 1 : p.kernel); ++j) p.starts[p.runs++] = (i * p.row + j) * p.dilation * p.padded;
+    }
+    p.step = p.product == Product::tiles ? step_of(p.length) : 0;
+
+    p.blocks = (p.outputs + p.multiplier.outputs - 1) / p.multiplier.outputs;
+    const int64_t cache = cache_bytes(), weight_bytes = p.blocks * p.runs * p.length * p.multiplier.outputs * size;
+    p.inner_blocks = weight_bytes <= cache / 2;
+    // Bands that fit the second-level cache; where the weights stay in it too, enough bands for several threads.
+    const int64_t row_bytes = p.row * p.padded * size;
+    int64_t rows = (p.inner_blocks ? cache / 4 : 5 * cache / 8) / row_bytes - 2 * p.margin;
+    if (p.inner_blocks) rows = std::min(rows, std::max((p.height + 7) / 8, (255 + p.width) / p.width));
+    rows = std::min(std::max<int64_t>(rows, 1), p.height);
+    if (p.moments != nullptr && rows < p.height) {
+        const int64_t whole = p.tile_pixels / std::gcd(p.tile_pixels, p.width);  // rows that hold whole tiles
+        if (whole <= 2 * rows) rows = std::min(std::max(rows / whole, int64_t{1}) * whole, p.height);
+    }
+    p.band_rows = rows;
+    p.bands = (p.height + rows - 1) / rows;
+    p.fused_moments = p.moments != nullptr && (p.bands == 1 || rows * p.width % p.tile_pixels == 0);
+
+    const int64_t items = p.batch * p.bands;
+    p.splits = items < threads ? std::min<int64_t>(p.blocks, (threads + items - 1) / items) : 1;
+    p.split_blocks = (p.blocks + p.splits - 1) / p.splits;
+    p.splits = (p.blocks + p.split_blocks - 1) / p.split_blocks;
+    const int64_t band_pixels = (rows + 2 * p.margin) * p.row + 3 * p.margin + pixels;  // the last block reads past the last row
+    p.scratch_floats = 16 + pixels * p.multiplier.outputs + (band_pixels * p.padded * size + 3) / 4;
+    return items * p.splits;
+}
+
+void bind_conv2d(py::module_& module) {
+    module.def("conv2d_product", &conv2d_product, py::arg("type"), "The product (csrc/cpu/conv2d.h) taken here for a type.");
+    module.def("conv2d_supported", [](int product) { return supported(static_cast<Product>(product)); }, py::arg("product"),
+               "Whether this processor has the instructions of a product.");
+    module.def("conv2d", &conv2d, py::arg("shape"), py::arg("pitches"), py::arg("codes"), py::arg("kernel"), py::arg("dilation"), py::arg("x"),
+               py::arg("x2"), py::arg("residual"), py::arg("y"), py::arg("scale"), py::arg("offset"), py::arg("bias"), py::arg("bias_pitch"),
+               py::arg("moments"), py::arg("tile_pixels"), py::arg("weights"), py::arg("padded"), py::arg("block_outputs"), py::arg("threads"),
+               py::arg("level") = "", "The op `conv2d` over raw pointers; see kernels/conv2d_cpu.py.");
+}
+
+}  // namespace dfe

@@ -1,0 +1,103 @@
+// The op `one_step` (formula: kernels/one_step.py), one tile of pixels at a time: values are computed along the tile, whatever the number of
+// channels, and then laid out in pairs.
+#include "one_step.h"
+
+#include "isa.h"
+#include "slices.h"
+
+namespace dfe {
+namespace DFE_ISA {
+namespace {
+
+template <int Scales, bool Unit, typename X, typename T>
+void reconstruct(const OneStepNumbers numbers, int64_t size, const X* DFE_RESTRICT x_s, const T* DFE_RESTRICT e_s, const X* DFE_RESTRICT x_b,
+                 const T* DFE_RESTRICT e_b, T* DFE_RESTRICT result, float* DFE_RESTRICT unit) {
+    for (int64_t i = 0; i < size; ++i) {
+        const float r = reconstructed<Scales>(numbers, load(x_s + i), load(e_s + i), Scales == 2 ? load(x_b + i) : 0.0f,
+                                              Scales == 2 ? load(e_b + i) : 0.0f);
+        store(result + i, r);
+        if (Unit) unit[i] = unit_pixel(numbers, r);
+    }
+}
+
+// x_0 in the type of the pair.
+template <typename T>
+const T* converted(const T* values, int64_t, T*) {
+    return values;
+}
+template <typename T>
+const T* converted(const float* DFE_RESTRICT values, int64_t size, T* DFE_RESTRICT room) {
+    for (int64_t i = 0; i < size; ++i) store(room + i, values[i]);
+    return room;
+}
+const float* converted(const float* values, int64_t, float*) { return values; }
+
+template <typename T>
+void lay_out(const T* DFE_RESTRICT x_0, const T* DFE_RESTRICT result, int64_t channels, int64_t count, int64_t stride, T* DFE_RESTRICT pair) {
+    if (channels == 3) {
+        for (int64_t i = 0; i < count; ++i, pair += stride) {
+            memcpy(pair, x_0 + 3 * i, 3 * sizeof(T));
+            memcpy(pair + 3, result + 3 * i, 3 * sizeof(T));
+        }
+        return;
+    }
+    for (int64_t i = 0; i < count; ++i, pair += stride) {
+        for (int64_t c = 0; c < channels; ++c) {
+            pair[c] = x_0[i * channels + c];
+            pair[channels + c] = result[i * channels + c];
+        }
+    }
+}
+
+template <typename X, typename T>
+void tiles(const OneStepArguments& p, bool stream, int64_t begin, int64_t end, float* scratch) {
+    const int64_t channels = p.channels, capacity = p.tile_pixels * channels;
+    X* rooms_of_x[3];
+    T* rooms[4];
+    for (int k = 0; k < 3; ++k) rooms_of_x[k] = reinterpret_cast<X*>(scratch + k * capacity);
+    for (int k = 0; k < 4; ++k) rooms[k] = reinterpret_cast<T*>(scratch + (3 + k) * capacity);
+    float* const unit_room = scratch + 7 * capacity;
+    T* const pair_room = reinterpret_cast<T*>(scratch + 8 * capacity);
+    const bool second = p.scales == 2, stream_pair = stream && p.pair_stride == 2 * channels;
+
+    for (int64_t tile = begin; tile < end; ++tile) {
+        const int64_t first = tile * p.tile_pixels, left = p.pixels - first;
+        const int64_t count = left < p.tile_pixels ? left : p.tile_pixels, size = count * channels;
+        const X *x_t[2] = {nullptr, nullptr}, *x_0 = static_cast<const X*>(p.x_0) + first * p.x_0_stride;
+        const T* eps[2] = {nullptr, nullptr};
+        for (int s = 0; s < p.scales; ++s) {
+            const int64_t pixel = s * p.pixels + first;
+            x_t[s] = packed(static_cast<const X*>(p.x_t) + pixel * p.x_t_stride, p.x_t_stride, channels, count, rooms_of_x[s]);
+            eps[s] = packed(static_cast<const T*>(p.eps) + pixel * p.eps_stride, p.eps_stride, channels, count, rooms[s]);
+        }
+        x_0 = packed(x_0, p.x_0_stride, channels, count, rooms_of_x[2]);
+
+        T* const result = rooms[2];
+        float* const unit = p.reconstruction == nullptr ? nullptr : p.reconstruction + first * channels;
+        float* const to = stream ? unit_room : unit;
+        if (second && unit != nullptr) reconstruct<2, true>(p.numbers, size, x_t[0], eps[0], x_t[1], eps[1], result, to);
+        if (second && unit == nullptr) reconstruct<2, false>(p.numbers, size, x_t[0], eps[0], x_t[1], eps[1], result, to);
+        if (!second && unit != nullptr) reconstruct<1, true>(p.numbers, size, x_t[0], eps[0], x_t[0], eps[0], result, to);
+        if (!second && unit == nullptr) reconstruct<1, false>(p.numbers, size, x_t[0], eps[0], x_t[0], eps[0], result, to);
+
+        T* const pair = static_cast<T*>(p.pair) + first * p.pair_stride;
+        lay_out(converted(x_0, size, rooms[3]), static_cast<const T*>(result), channels, count, p.pair_stride, stream_pair ? pair_room : pair);
+        if (stream_pair) stream_copy(pair, pair_room, 2 * size * static_cast<int64_t>(sizeof(T)));
+        if (stream && unit != nullptr) stream_copy(unit, unit_room, size * static_cast<int64_t>(sizeof(float)));
+    }
+    if (stream) stream_fence();
+}
+
+}  // namespace
+
+void one_step_tiles(const OneStepArguments& p, bool stream, int64_t begin, int64_t end, float* scratch) {
+    const bool mixed = p.image_type == FloatType::float32;
+    switch (p.type) {
+        case FloatType::float32: return tiles<float, float>(p, stream, begin, end, scratch);
+        case FloatType::float16: return (mixed ? tiles<float, half> : tiles<half, half>)(p, stream, begin, end, scratch);
+        case FloatType::bfloat16: return (mixed ? tiles<float, bfloat16> : tiles<bfloat16, bfloat16>)(p, stream, begin, end, scratch);
+    }
+}
+
+}  // namespace DFE_ISA
+}  // namespace dfe

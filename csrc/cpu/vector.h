@@ -1,0 +1,170 @@
+// Sixteen floats at a time, in whatever vectors the level has: the compiler divides them. For loops that it vectorises badly by itself, such as
+// those from 16-bit to 32-bit values. The rules of isa.h hold.
+#pragma once
+
+#include "../common/activation.h"
+#include "../common/convert.h"
+#include "isa.h"
+
+namespace dfe {
+namespace DFE_ISA {
+
+constexpr int WIDTH = 16;
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Integers __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+DFE_HD Floats broadcast(float value) { return value - Floats{}; }
+
+DFE_HD Floats load_vector(const float* in) {
+    Floats result;
+    memcpy(&result, in, sizeof result);
+    return result;
+}
+DFE_HD Floats load_vector(const bfloat16* in) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in))), 16));
+#else
+    Halves bits;
+    memcpy(&bits, in, sizeof bits);
+    return reinterpret_cast<Floats>(__builtin_convertvector(bits, Words) << 16);
+#endif
+}
+DFE_HD Floats load_vector(const half* in) {
+#if defined(__AVX512F__)
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)));
+#else
+    Floats result;
+    for (int i = 0; i < WIDTH; ++i) result[i] = load(in + i);
+    return result;
+#endif
+}
+
+// The bits of what `value` rounds to in bfloat16, in the upper halves.
+DFE_HD Words bfloat16_words(Floats value) {
+    const Words bits = reinterpret_cast<Words>(value);
+    const Words nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+    return value == value ? nearest : Words{} + 0x7fc00000u;
+}
+
+DFE_HD void store_vector(float* out, Floats value) { memcpy(out, &value, sizeof value); }
+DFE_HD void store_vector(bfloat16* out, Floats value) {
+    const Words bits = bfloat16_words(value) >> 16;
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(bits)));
+#else
+    const Halves narrow = __builtin_convertvector(bits, Halves);
+    memcpy(out, &narrow, sizeof narrow);
+#endif
+}
+DFE_HD void store_vector(half* out, Floats value) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int i = 0; i < WIDTH; ++i) store(out + i, value[i]);
+#endif
+}
+
+// The first `count` of the sixteen.
+template <typename T>
+DFE_HD Floats load_some(const T* in, int count) {
+    Floats result = {};
+    for (int i = 0; i < count; ++i) result[i] = load(in + i);
+    return result;
+}
+template <typename T>
+DFE_HD void store_some(T* out, Floats value, int count) {
+    for (int i = 0; i < count; ++i) store(out + i, value[i]);
+}
+
+// What is read back after a store.
+DFE_HD Floats rounded(Floats value, const float*) { return value; }
+DFE_HD Floats rounded(Floats value, const bfloat16*) { return reinterpret_cast<Floats>(bfloat16_words(value)); }
+DFE_HD Floats rounded(Floats value, const half*) {
+    half bits[WIDTH];
+    store_vector(bits, value);
+    return load_vector(bits);
+}
+
+// Digits of an activation: those of float32, or four, for results that are rounded to bfloat16.
+enum class Digits { all, few };
+template <typename T>
+constexpr Digits digits_of() {
+    return Digits::all;
+}
+template <>
+constexpr Digits digits_of<bfloat16>() {
+    return Digits::few;
+}
+
+DFE_HD Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return _mm512_max_ps(a, b);  // b where a is NaN
+#else
+    return a > b ? a : b;
+#endif
+}
+
+template <Digits D>
+DFE_HD Floats reciprocal(Floats value) {
+#if defined(__AVX512F__)
+    const Floats near = _mm512_rcp14_ps(value);
+    return D == Digits::all ? near * (2.0f - value * near) : near;
+#else
+    return 1.0f / value;
+#endif
+}
+
+// 2^x for x <= 0, as 2^n 2^f with a polynomial through the Chebyshev points of [-1/2, 1/2]; 2^-125 for smaller x.
+template <Digits D>
+DFE_HD Floats power_of_two(Floats x) {
+    x = larger(x, broadcast(-125.0f));
+#if defined(__AVX512F__)
+    const Floats n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT), f = x - n;
+#else
+    const Integers n = __builtin_convertvector(x - 0.5f, Integers);
+    const Floats f = x - __builtin_convertvector(n, Floats);
+#endif
+    Floats power;
+    if (D == Digits::all) {
+        power = 1.00000008f + f * (0.693147188f + f * (0.240221075f + f * (0.0555035711f + f * (0.00967603192f + f * 0.00133908634f))));
+    } else {
+        power = 0.999924557f + f * (0.693136734f + f * (0.242639479f + f * 0.055838283f));
+    }
+#if defined(__AVX512F__)
+    return _mm512_scalef_ps(power, n);
+#else
+    return power * reinterpret_cast<Floats>((n + 127) << 23);
+#endif
+}
+
+DFE_HD Floats magnitude_of(Floats z) { return reinterpret_cast<Floats>(reinterpret_cast<Words>(z) & 0x7fffffffu); }
+
+constexpr int SIGMOID = 4;  // beside those of Activation
+
+// The formulas of activation.h; for few digits the tail of the normal distribution by Abramowitz and Stegun 7.1.25.
+template <int A, Digits D>
+DFE_HD Floats activated(Floats z) {
+    if (A == static_cast<int>(Activation::gelu)) {
+        const Floats magnitude = magnitude_of(z), bell = power_of_two<D>(z * z * -0.721347520f);
+        Floats tail;
+        if (D == Digits::all) {
+            const Floats t = reciprocal<D>(1.0f + 0.231641888f * magnitude);
+            tail = bell * t * (0.127414796f + t * (-0.142248368f + t * (0.710706871f + t * (-0.726576014f + t * 0.530702714f))));
+        } else {
+            const Floats t = reciprocal<D>(1.0f + 0.332672527f * magnitude);
+            tail = bell * t * (0.1740121f + t * (-0.0479399f + t * 0.3739278f));
+        }
+        return larger(z, Floats{}) - magnitude * tail;
+    }
+    if (A == static_cast<int>(Activation::silu) || A == SIGMOID) {
+        const Floats e = power_of_two<D>(magnitude_of(z) * -1.44269504f), share = (z > 0.0f ? broadcast(1.0f) : e) * reciprocal<D>(1.0f + e);
+        return A == SIGMOID ? share : z * share;
+    }
+    if (A == static_cast<int>(Activation::relu)) return z < 0.0f ? Floats{} : z;
+    return z;
+}
+
+}  // namespace DFE_ISA
+}  // namespace dfe

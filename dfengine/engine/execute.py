@@ -1,0 +1,70 @@
+"""Runs a program: its buffers in one arena, its kernels chosen once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dfengine.engine.arena import ALIGNMENT, Arena, plan
+from dfengine.engine.program import Buffer, Constant, Op, Program, Value
+from dfengine.kernels import OPS
+from dfengine.kernels.conv2d import ConvWeight
+
+
+class Executor:
+    """A program bound to memory on a device.
+
+    `run` reads inputs and gives new tensors; nothing that it returned is changed by a later call. `backend` forces an
+    implementation, as in `dfengine.kernels.Op.choose`. Not for two threads at once.
+    """
+
+    def __init__(self, program: Program, device: str | torch.device = "cpu", backend: str | None = None):
+        self.program = program
+        self.device = torch.device(device)
+        self.arena: Arena = plan(program)
+        block = torch.empty(self.arena.nbytes + ALIGNMENT, dtype=torch.uint8, device=self.device)
+        self._block = block[-block.data_ptr() % ALIGNMENT :]
+        self._tensors = {buffer: self._tensor(buffer) for buffer in program.buffers}
+        self._calls = [self._bound(op, backend) for op in program.ops]
+        self._inputs = {b.name: t for b, t in self._tensors.items() if b.role == "input"}
+        self._outputs = {b.name: t for b, t in self._tensors.items() if b.role == "output"}
+        self.backends = {op.name: chosen for op, (chosen, _, _) in zip(program.ops, self._calls, strict=True)}
+        """The implementation of each op, by its name."""
+
+    def _tensor(self, buffer: Buffer) -> torch.Tensor:
+        start = self.arena.offsets[buffer]
+        return self._block[start : start + buffer.nbytes].view(buffer.dtype).view(buffer.shape)
+
+    def _bound(self, op: Op, backend: str | None) -> tuple[str, Callable[..., None], list[Any]]:
+        kernel = OPS[op.kernel]
+        arguments = [self._argument(argument) for argument in op.arguments.values()]
+        # Where torch is all there is (attention), no backend can be forced.
+        alone = list(kernel.implementations) == ["reference"]
+        chosen = kernel.choose(*arguments, backend="reference" if alone else backend)
+        return chosen, kernel.implementations[chosen].run, arguments
+
+    def _argument(self, argument: Any) -> torch.Tensor | ConvWeight | Any:
+        if isinstance(argument, Value):
+            return argument.of(self._tensors[argument.buffer])
+        return argument.content if isinstance(argument, Constant) else argument
+
+    @torch.inference_mode()
+    def run(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The outputs by name, for all inputs of the program by name."""
+        if inputs.keys() != self._inputs.keys():
+            raise ValueError(f"inputs: expected {', '.join(self._inputs)}; got {', '.join(inputs)}")
+        for name, tensor in inputs.items():
+            self._inputs[name].copy_(tensor)
+        self.launch()
+        return {name: tensor.clone() for name, tensor in self._outputs.items()}
+
+    def launch(self) -> None:
+        """Run every op on the inputs that are in place."""
+        for _, run, arguments in self._calls:
+            run(*arguments)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The memory of the buffer called `name`, which later ops of a run may use for another."""
+        return self._tensors[self.program.buffer(name)]

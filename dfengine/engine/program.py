@@ -1,0 +1,193 @@
+"""A program: a flat list of kernel calls over buffers (DESIGN section 2, "The engine").
+
+An `Op` names a kernel of `dfengine.kernels.OPS` and gives its arguments by name, in the order of the kernel's `run`;
+an argument is a `Value` (a buffer, or a slice of its channels), a `Constant` (a tensor or packed weight made when the
+program was lowered) or plain data. Buffers have fixed shapes, so a program serves one batch size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+ROLES = ("input", "output", "workspace")
+
+
+@dataclass(frozen=True, eq=False)
+class Buffer:
+    """A tensor that the executor places: contiguous, of `shape`, written anew in every run.
+
+    role: "input" is filled by the caller before a run, "output" is read after it, "workspace" lives between ops.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    role: str = "workspace"
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(f"{self.name}: role {self.role!r} is none of {', '.join(ROLES)}")
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Value:
+    """A buffer as an op sees it: `part` [begin, end) of the first axis and `channels` [begin, end) of the last, both
+    whole by default, or all of it in another shape, `view`."""
+
+    buffer: Buffer
+    part: tuple[int, int] | None = None
+    channels: tuple[int, int] | None = None
+    view: tuple[int, ...] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = list(self.buffer.shape)
+        if self.part is not None:
+            shape[0] = self.part[1] - self.part[0]
+        if self.channels is not None:
+            shape[-1] = self.channels[1] - self.channels[0]
+        return tuple(shape) if self.view is None else self.view
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.buffer.dtype.itemsize
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This value in the buffer's tensor: a view of it."""
+        if self.part is not None:
+            tensor = tensor[self.part[0] : self.part[1]]
+        if self.channels is not None:
+            tensor = tensor[..., self.channels[0] : self.channels[1]]
+        return tensor if self.view is None else tensor.view(self.view)
+
+    def __str__(self) -> str:
+        part = "" if self.part is None else f"[{self.part[0]}:{self.part[1]}]"
+        channels = "" if self.channels is None else f"[..., {self.channels[0]}:{self.channels[1]}]"
+        return self.buffer.name + part + channels
+
+
+@dataclass(frozen=True, eq=False)
+class Constant:
+    """What lowering computed from the weights: a tensor, or an object that a kernel packed."""
+
+    name: str
+    content: Any
+    nbytes: int = 0
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """One kernel call. name: readable and unique in its program; writes: the names of the arguments that it writes.
+
+    flops: of its matrix products, 2 for each multiply and add.
+    """
+
+    name: str
+    kernel: str
+    arguments: dict[str, Any]
+    writes: tuple[str, ...]
+    flops: int = 0
+
+    def values(self, written: bool | None = None) -> Iterator[Value]:
+        """The buffers it touches: all, only those it writes, or only those it reads."""
+        for name, argument in self.arguments.items():
+            if isinstance(argument, Value) and written in (None, name in self.writes):
+                yield argument
+
+    @property
+    def moved(self) -> int:
+        """Bytes that must be read and written at least."""
+        constants = (a.nbytes for a in self.arguments.values() if isinstance(a, Constant))
+        return sum(value.nbytes for value in self.values()) + sum(constants)
+
+    def __str__(self) -> str:
+        def shown(argument: Any) -> str:
+            return f"{argument:.6g}" if isinstance(argument, float) else str(argument)
+
+        reads = [
+            f"{name}={shown(argument)}"
+            for name, argument in self.arguments.items()
+            if name not in self.writes and argument is not None and argument != "none"
+        ]
+        results = [
+            f"{self.arguments[name]}({'x'.join(map(str, self.arguments[name].shape))})"
+            for name in self.writes
+            if self.arguments[name] is not None
+        ]
+        return f"{', '.join(results)} = {self.kernel}({', '.join(reads)})"
+
+
+@dataclass(eq=False)
+class Program:
+    """Ops in the order in which they run. `buffers` in the order of their first use."""
+
+    ops: list[Op]
+    batch: int
+    dtype: torch.dtype
+    buffers: list[Buffer] = field(init=False)
+
+    def __post_init__(self) -> None:
+        found: dict[Buffer, None] = {}
+        names: set[str] = set()
+        for op in self.ops:
+            if op.name in names:
+                raise ValueError(f"two ops are called {op.name}")
+            names.add(op.name)
+            for value in op.values():
+                found.setdefault(value.buffer)
+        self.buffers = list(found)
+        self._check_order()
+
+    def _check_order(self) -> None:
+        """Every buffer that is read was written before, or is an input."""
+        written = {buffer for buffer in self.buffers if buffer.role == "input"}
+        for op in self.ops:
+            for value in op.values(written=False):
+                if value.buffer not in written:
+                    raise ValueError(f"{op.name} reads {value.buffer.name}, which nothing wrote before")
+            written.update(value.buffer for value in op.values(written=True))
+
+    def buffer(self, name: str) -> Buffer:
+        """The buffer called `name`. Raises KeyError."""
+        for buffer in self.buffers:
+            if buffer.name == name:
+                return buffer
+        raise KeyError(name)
+
+    @property
+    def flops(self) -> int:
+        return sum(op.flops for op in self.ops)
+
+    @property
+    def moved(self) -> int:
+        return sum(op.moved for op in self.ops)
+
+    def lifetimes(self) -> dict[Buffer, tuple[int, int]]:
+        """First and last op that touches each buffer; inputs live from the start, outputs to the end."""
+        spans: dict[Buffer, tuple[int, int]] = {}
+        for index, op in enumerate(self.ops):
+            for value in op.values():
+                first, _ = spans.get(value.buffer, (index, index))
+                spans[value.buffer] = first, index
+        for buffer, (first, last) in spans.items():
+            first = 0 if buffer.role == "input" else first
+            spans[buffer] = first, len(self.ops) - 1 if buffer.role == "output" else last
+        return spans
+
+    def __str__(self) -> str:
+        head = f"program: batch {self.batch}, {str(self.dtype).removeprefix('torch.')}, {len(self.ops)} ops, "
+        head += f"{self.flops / 1e9:.2f} GFLOP, {self.moved / 1e6:.1f} MB moved"
+        width = max((len(op.name) for op in self.ops), default=0)
+        return "\n".join([head, *(f"{i:4} {op.name:{width}}  {op}" for i, op in enumerate(self.ops))])

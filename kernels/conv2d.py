@@ -1,0 +1,381 @@
+"""conv2d: the dilated convolution with all that stands around it, as one implicit GEMM.
+
+    v      = cat(x, x2) along the channels                  x2 may be absent; the concatenation is never stored
+    p      = resample(prologue_act(scale v + offset))       scale, offset: a value for each sample and channel, or none
+    acc    = sum over taps (i, j) and channels c of p[h + d (i - r), w + d (j - r), c] weight[i, j, c, o]
+    y      = act(acc + bias) + residual_resample(residual)
+    moments[n, t, :, o] = (mean, sum of squared differences from it) of the written y[n, tile t, o]
+
+`scale v + offset` is a GroupNorm, folded; resample is "none", "down" (mean of 2 x 2 values, after the activation) or
+"up" (nearest, x2), and H, W are the sizes after it. Taps outside the image are 0: the padding comes after the
+prologue. r = (K - 1) / 2 and d is the dilation, so that H and W are kept; the stride is 1. The residual comes after
+the activation, as at the end of a residual block (act none); "down" is the 2 x 2 mean of a (2H, 2W) residual, "up"
+reads an (H/2, W/2) one twice in each direction.
+
+Shapes: x (N, H0, W0, C1), x2 (N, H0, W0, C2), C1 + C2 = C; weight a ConvWeight; bias (O,) or (N, O), the latter with
+the time embedding folded in; scale, offset (N, C); residual and y (N, H, W, O) (residual before its resampling);
+moments (N, T, 2, O), tile t being the pixels [t tile_pixels, (t + 1) tile_pixels) of a sample in row order, the last
+one shorter: T = ceil(H W / tile_pixels), see `tile_counts`.
+Layouts: x, x2, residual and y are channels-last and may be channel slices of wider buffers: strides
+(H W P, W P, P, 1) with P >= the number of channels. The others are contiguous.
+Types: x, x2, residual, y and weight share float32, float16 or bfloat16 (the reference also float64); the others are
+float32 (float64). Products are summed in float32; the prologue is computed in float32 and rounded once, to x's dtype.
+
+Compiled backends serve 1x1 and 3x3 kernels with dilation 1 or 2; the reference every odd one.
+Backends: reference (any device), triton (GPU; CPU through the interpreter).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfengine.kernels import registry, triton_import
+from dfengine.kernels.conv2d_triton import configuration_for, conv2d_kernel, launch_options
+from dfengine.kernels.registry import CannotRunError, Op
+from dfengine.kernels.triton_import import triton
+
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+ACTIVATIONS = {"none": 0, "gelu": 1, "silu": 2, "relu": 3, "sigmoid": 4}
+PROLOGUE_ACTIVATIONS = ("none", "gelu", "silu", "relu")
+RESAMPLES = {"none": 0, "down": 1, "up": 2}
+
+
+@dataclass(frozen=True, eq=False)
+class ConvWeight:
+    """A weight packed once for the GEMM.
+
+    packed: (KH, KW, C, O), contiguous, of the activations' dtype. prepacked: what other backends make of it on first
+    use, by backend; the weight must not change afterwards.
+    """
+
+    packed: Tensor
+    dilation: int = 1
+    prepacked: dict[str, object] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.packed.ndim != 4 or self.packed.numel() == 0 or not self.packed.is_contiguous():
+            raise ValueError(f"weight: expected contiguous (KH, KW, C, O), got {tuple(self.packed.shape)}")
+        if self.packed.shape[0] % 2 == 0 or self.packed.shape[1] % 2 == 0:
+            raise ValueError(f"weight: a kernel of {self.kernel[0]} x {self.kernel[1]} has no centre")
+        if self.dilation < 1:
+            raise ValueError(f"weight: dilation {self.dilation} is below 1")
+
+    @classmethod
+    def pack(cls, weight: Tensor, dilation: int = 1, dtype: torch.dtype | None = None) -> ConvWeight:
+        """From torch's (O, C, KH, KW), in `dtype` (by default the weight's own)."""
+        return cls(weight.detach().permute(2, 3, 1, 0).to(dtype or weight.dtype).contiguous(), dilation)
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        return tuple(self.packed.shape[:2])
+
+    @property
+    def inputs(self) -> int:
+        return self.packed.shape[2]
+
+    @property
+    def outputs(self) -> int:
+        return self.packed.shape[3]
+
+
+def conv2d(
+    x: Tensor,
+    weight: ConvWeight,
+    bias: Tensor | None = None,
+    *,
+    x2: Tensor | None = None,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
+    prologue_act: str = "none",
+    resample: str = "none",
+    residual: Tensor | None = None,
+    residual_resample: str = "none",
+    act: str = "none",
+    backend: str | None = None,
+) -> Tensor:
+    """Return a new y (N, H, W, O), written by the chosen backend.
+
+    Raises ValueError for arguments no backend accepts, CannotRunError when the forced backend does not serve them.
+    """
+    y = torch.empty(output_shape(x, weight, resample), dtype=x.dtype, device=x.device)
+    conv2d_into(
+        x, x2, weight, bias, scale, offset, prologue_act, resample, residual, residual_resample, act, y, backend=backend
+    )
+    return y
+
+
+def dilated_conv_gelu(x: Tensor, weight: ConvWeight, bias: Tensor | None = None, **options) -> Tensor:
+    """gelu(conv(x) + bias): `conv2d` with act="gelu", and its other options."""
+    return conv2d(x, weight, bias, act="gelu", **options)
+
+
+def conv2d_into(
+    x, x2, weight, bias, scale, offset, prologue_act, resample, residual, residual_resample, act, y,
+    moments=None, tile_pixels=0, *, backend=None,
+) -> None:  # fmt: skip
+    """As `conv2d`, into given outputs, every element of which is written: y, and moments of tiles of `tile_pixels`."""
+    before = (bias, scale, offset, prologue_act, resample, residual, residual_resample, act, y, moments, tile_pixels)
+    _check(x, x2, weight, *before)
+    torch.ops.dfengine.conv2d(x, x2, weight.packed, weight.dilation, *before, backend or "")
+
+
+@torch.library.custom_op("dfengine::conv2d", mutates_args=("y", "moments"))
+def _conv2d(
+    x: Tensor,
+    x2: Tensor | None,
+    packed: Tensor,
+    dilation: int,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    prologue_act: str,
+    resample: str,
+    residual: Tensor | None,
+    residual_resample: str,
+    act: str,
+    y: Tensor,
+    moments: Tensor | None,
+    tile_pixels: int,
+    backend: str,
+) -> None:
+    """What a backend keeps in ConvWeight.prepacked is lost here: the engine calls OP."""
+    OP(
+        x, x2, ConvWeight(packed, dilation), bias, scale, offset, prologue_act, resample, residual, residual_resample,
+        act, y, moments, tile_pixels, backend=backend,
+    )  # fmt: skip
+
+
+@_conv2d.register_fake
+def _(x, x2, packed, dilation, *rest) -> None:
+    return None
+
+
+def output_shape(x: Tensor, weight: ConvWeight, resample: str) -> tuple[int, int, int, int]:
+    """(N, H, W, O)."""
+    return (x.shape[0], *_resampled(x.shape[1:3], resample), weight.outputs)
+
+
+def tile_counts(pixels: int, tile_pixels: int) -> list[int]:
+    """The number of pixels in each tile of a sample of `pixels` = H W pixels."""
+    return [min(tile_pixels, pixels - start) for start in range(0, pixels, tile_pixels)]
+
+
+def moment_tile(shape: tuple[int, int, int, int], dtype: torch.dtype) -> int:
+    """The tile_pixels to allocate moments for, from the shape (N, H, W, O) of y: the BLOCK_M of `configuration_for`."""
+    return configuration_for(shape, dtype)["BLOCK_M"]
+
+
+def pixel_stride(name: str, tensor: Tensor) -> int:
+    """P of a tensor with strides (H W P, W P, P, 1), P >= C. Raises ValueError for another layout."""
+    batch, height, width, channels = tensor.shape
+    pixels = (height * width, width, 1)
+    steps = zip((width, height, batch), tensor.stride()[2::-1], pixels[::-1], strict=True)
+    pitch = next((stride // k for size, stride, k in steps if size > 1), channels)
+    wanted = (*(pitch * k for k in pixels), 1)
+    differs = any(n > 1 and s != w for n, s, w in zip(tensor.shape, tensor.stride(), wanted, strict=True))
+    if pitch < channels or differs:
+        raise ValueError(f"{name}: strides {tensor.stride()} of {tuple(tensor.shape)} are not those of a channel slice")
+    return pitch
+
+
+def _resampled(size, resample: str) -> tuple[int, int]:
+    if resample == "down":
+        return size[0] // 2, size[1] // 2
+    return (2 * size[0], 2 * size[1]) if resample == "up" else tuple(size)
+
+
+def _check(
+    x,
+    x2,
+    weight,
+    bias,
+    scale,
+    offset,
+    prologue_act,
+    resample,
+    residual,
+    residual_resample,
+    act,
+    y,
+    moments,
+    tile_pixels,
+) -> None:
+    """Raise ValueError for arguments that are wrong whatever the backend."""
+    for name, value, known in (
+        ("prologue_act", prologue_act, PROLOGUE_ACTIVATIONS),
+        ("resample", resample, RESAMPLES),
+        ("residual_resample", residual_resample, RESAMPLES),
+        ("act", act, ACTIVATIONS),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}: {value!r} is none of {', '.join(known)}")
+    if x.ndim != 4 or x.numel() == 0:
+        raise ValueError(f"x: expected (N, H, W, C), none of them 0, got {tuple(x.shape)}")
+    batch, height, width = x.shape[:3]
+    channels = x.shape[3] + (0 if x2 is None else x2.shape[-1])
+    if channels != weight.inputs:
+        raise ValueError(f"x: {channels} channels for a weight of {weight.inputs}")
+    if resample == "down" and (height % 2 or width % 2):
+        raise ValueError(f"x: {height} x {width} pixels have no 2 x 2 means")
+    shape = output_shape(x, weight, resample)
+    size = shape[1:3]
+    if residual_resample == "up" and (size[0] % 2 or size[1] % 2):
+        raise ValueError(f"residual: {size[0]} x {size[1]} pixels are not twice a whole number")
+    of_residual = _resampled(size, {"down": "up", "up": "down", "none": "none"}[residual_resample])
+    if (scale is None) != (offset is None):
+        raise ValueError("scale and offset come together")
+    if moments is not None and tile_pixels < 1:
+        raise ValueError(f"tile_pixels: {tile_pixels} is below 1")
+    tiles = 0 if moments is None else -(-size[0] * size[1] // tile_pixels)
+    precise = torch.promote_types(x.dtype, torch.float32)
+    activations = dict(
+        x=(x, tuple(x.shape)),
+        x2=(x2, (batch, height, width, channels - x.shape[3])),
+        residual=(residual, (batch, *of_residual, weight.outputs)),
+        y=(y, shape),
+    )
+    small = dict(
+        bias=(bias, (weight.outputs,) if bias is not None and bias.ndim == 1 else (batch, weight.outputs)),
+        scale=(scale, (batch, channels)),
+        offset=(offset, (batch, channels)),
+        moments=(moments, (batch, tiles, 2, weight.outputs)),
+    )
+    for name, (tensor, wanted) in (activations | small).items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != wanted:
+            raise ValueError(f"{name}: expected {wanted}, got {tuple(tensor.shape)}")
+        if tensor.dtype != (x.dtype if name in activations else precise):
+            raise ValueError(f"{name}: {tensor.dtype} beside an x of {x.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: on {tensor.device}, x on {x.device}")
+        if name in activations:
+            pixel_stride(name, tensor)
+        elif not tensor.is_contiguous():
+            raise ValueError(f"{name}: not contiguous")
+    if weight.packed.dtype != x.dtype or weight.packed.device != x.device:
+        raise ValueError(f"weight: {weight.packed.dtype} on {weight.packed.device}, x {x.dtype} on {x.device}")
+
+
+def can_run(x, x2, weight, *rest) -> None:
+    """Raise CannotRunError with the reason where the compiled backends do not serve these (checked) arguments."""
+    if x.dtype not in TYPES:
+        raise CannotRunError(f"x: {x.dtype} is none of float32, float16, bfloat16")
+    if weight.kernel not in ((1, 1), (3, 3)):
+        raise CannotRunError(f"a kernel of {weight.kernel[0]} x {weight.kernel[1]} is neither 1 x 1 nor 3 x 3")
+    if weight.dilation not in (1, 2):
+        raise CannotRunError(f"dilation {weight.dilation} is neither 1 nor 2")
+
+
+def _activated(z: Tensor, act: str) -> Tensor:
+    if act == "none":
+        return z
+    return torch.sigmoid(z) if act == "sigmoid" else getattr(F, act)(z)
+
+
+def _resample(p: Tensor, resample: str) -> Tensor:
+    if resample == "down":
+        batch, height, width, channels = p.shape
+        return p.reshape(batch, height // 2, 2, width // 2, 2, channels).mean(dim=(2, 4))
+    return p.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2) if resample == "up" else p
+
+
+def reference(
+    x, x2, weight, bias, scale, offset, prologue_act, resample, residual, residual_resample, act
+) -> Tensor:  # fmt: skip
+    """y of the module's formula in torch, in float64 for float64 and else in float32; a matrix product for each tap."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    p = (x if x2 is None else torch.cat((x, x2), dim=3)).to(dtype)
+    if scale is not None:
+        p = torch.addcmul(offset[:, None, None], p, scale[:, None, None])
+    p = _resample(_activated(p, prologue_act), resample)
+    height, width = p.shape[1:3]
+    d, (rows, columns) = weight.dilation, weight.kernel
+    margin_y, margin_x = d * (rows - 1) // 2, d * (columns - 1) // 2
+    p = F.pad(p, (0, 0, margin_x, margin_x, margin_y, margin_y))
+    taps = weight.packed.to(dtype)
+    z = torch.zeros((p.shape[0], height, width, weight.outputs), dtype=dtype, device=x.device)
+    for i in range(rows):
+        for j in range(columns):
+            z += p[:, d * i : d * i + height, d * j : d * j + width] @ taps[i, j]
+    if bias is not None:
+        z += bias.view(-1, 1, 1, weight.outputs)
+    y = _activated(z, act)
+    if residual is not None:
+        y = y + _resample(residual.to(dtype), residual_resample)
+    return y.to(x.dtype)
+
+
+def reference_moments(y: Tensor, tile_pixels: int) -> Tensor:
+    """moments (N, T, 2, O) of y (N, H, W, O), in float64 for float64 and else in float32."""
+    values = y.flatten(1, 2).to(torch.promote_types(y.dtype, torch.float32))
+    tiles = []
+    for tile in values.split(tile_pixels, dim=1):
+        mean = tile.mean(dim=1)
+        tiles.append(torch.stack((mean, (tile - mean[:, None]).square().sum(dim=1)), dim=1))
+    return torch.stack(tiles, dim=1)
+
+
+def _run_reference(
+    x,
+    x2,
+    weight,
+    bias,
+    scale,
+    offset,
+    prologue_act,
+    resample,
+    residual,
+    residual_resample,
+    act,
+    y,
+    moments,
+    tile_pixels,
+) -> None:
+    y.copy_(reference(x, x2, weight, bias, scale, offset, prologue_act, resample, residual, residual_resample, act))
+    if moments is not None:
+        moments.copy_(reference_moments(y, tile_pixels))
+
+
+def _run_triton(
+    x, x2, weight, bias, scale, offset, prologue_act, resample, residual, residual_resample, act, y,
+    moments, tile_pixels, configuration=None,
+) -> None:  # fmt: skip
+    batch, height, width, outputs = y.shape
+    capability = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
+    wanted = tile_pixels if moments is not None else 0
+    chosen = configuration or configuration_for(tuple(y.shape), x.dtype, wanted, capability)
+    if moments is not None and chosen["BLOCK_M"] != tile_pixels:
+        raise CannotRunError(f"tile_pixels {tile_pixels} is not the BLOCK_M of {chosen}")
+    sources = [t.shape[3] for t in (x, x2) if t is not None]
+    options = launch_options(chosen, sources, resample, scale is not None)
+    tiles = triton.cdiv(height * width, options["BLOCK_M"])
+    pitches = (0 if t is None else pixel_stride("", t) for t in (x, x2, residual, y))
+    conv2d_kernel[(batch * tiles * triton.cdiv(outputs, options["BLOCK_N"]),)](
+        x, x2, weight.packed, bias, scale, offset, residual, y, moments,
+        batch, tiles, height, width, *x.shape[1:3], *pitches, 0 if bias is None or bias.ndim == 1 else outputs,
+        C1=sources[0], C2=sum(sources[1:]), OUTPUTS=outputs, K=weight.kernel[0], DILATION=weight.dilation,
+        RESAMPLE=resample, PROLOGUE=prologue_act, RESIDUAL="" if residual is None else residual_resample, ACT=act,
+        WIDEN=triton_import.INTERPRETED and x.dtype == torch.bfloat16, **options,
+    )  # fmt: skip
+
+
+def _can_run_triton(
+    x, x2, weight, bias, scale, offset, prologue_act, resample, residual, residual_resample, act, y,
+    moments, tile_pixels,
+) -> None:  # fmt: skip
+    can_run(x, x2, weight)
+    for tensor in (x, x2, residual, y):
+        if tensor is not None and tensor.shape[1] * tensor.shape[2] * pixel_stride("", tensor) >= 2**31 - 2**24:
+            raise CannotRunError("a sample of more than 2^31 - 2^24 values")
+    if moments is not None:
+        configuration_for(tuple(y.shape), x.dtype, tile_pixels)
+
+
+OP = Op("conv2d")
+OP.register("triton", _run_triton, triton_import.available, _can_run_triton)
+OP.register("reference", _run_reference, registry.always, registry.always)

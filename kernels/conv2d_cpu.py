@@ -1,0 +1,135 @@
+"""conv2d on the CPU: packing of the weight, the launcher of csrc/cpu/conv2d.cpp, and torch's convolution where that is
+missing (formula: kernels/conv2d.py).
+
+The GEMM takes a block of output channels at a time and reads its weights in order: (blocks, K K C', B), with C' the
+padded channels and B the outputs of a block; where it multiplies bfloat16, channels come in pairs:
+(blocks, K K C' / 2, B, 2). A product is how it multiplies: float32 vectors (every type, every processor), pairs of
+bfloat16 (AVX512_BF16) or tiles of bfloat16 (AMX).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfengine import native
+from dfengine.kernels.conv2d import (
+    ACTIVATIONS,
+    OP,
+    RESAMPLES,
+    TYPES,
+    ConvWeight,
+    _activated,
+    _resample,
+    can_run,
+    pixel_stride,
+    reference_moments,
+)
+from dfengine.kernels.registry import CannotRunError
+
+PRODUCTS = {"float32": 0, "pairs": 1, "tiles": 2}
+"""Codes of csrc/cpu/conv2d.h: Product."""
+
+
+def padded_channels(channels: int) -> int:
+    """Channels of a pixel in the band: even for the pairs, and many times eight where that costs little."""
+    return -(-channels // 8) * 8 if channels > 16 else -(-channels // 2) * 2
+
+
+def block_outputs(outputs: int, product: str, level: str) -> int:
+    """Output channels of a block: 32, or 16 where that leaves fewer idle, and where vectors are short."""
+    wide = product != "float32" or native.module is None or level == "avx512"
+    return 32 if wide and (-(-outputs // 16) % 2 == 0 or outputs > 128) else 16
+
+
+def pack(packed: Tensor, product: str, block: int) -> Tensor:
+    """The weight (KH, KW, C, O) in the order of the module's docstring, zeros where there is no channel or output."""
+    kernel_height, kernel_width, channels, outputs = packed.shape
+    padded, blocks = padded_channels(channels), -(-outputs // block)
+    weight = F.pad(packed, (0, blocks * block - outputs, 0, padded - channels))
+    weight = weight.reshape(-1, blocks, block).permute(1, 0, 2)
+    if product == "float32":
+        return weight.to(torch.float32).contiguous()
+    return weight.reshape(blocks, -1, 2, block).transpose(2, 3).contiguous()
+
+
+def best_level() -> str:
+    """The instruction set taken here by default."""
+    return [name for name, usable in native.cpu_levels().items() if usable][-1]
+
+
+def default_product(dtype: torch.dtype) -> str:
+    """The product taken here for activations of this dtype."""
+    code = native.module.conv2d_product(TYPES[dtype])
+    return next(name for name, known in PRODUCTS.items() if known == code)
+
+
+def prepacked(weight: ConvWeight, product: str, level: str) -> tuple[Tensor, int, int]:
+    """(weight as `pack` gives it, channels of a pixel in the band, outputs of a block), made once."""
+    key = f"cpu {product} {level}"
+    if key not in weight.prepacked:
+        block = block_outputs(weight.outputs, product, level)
+        weight.prepacked[key] = pack(weight.packed, product, block), padded_channels(weight.inputs), block
+    return weight.prepacked[key]
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def run_native(
+    x, x2, weight, bias, scale, offset, prologue_act, resample, residual, residual_resample, act, y, moments,
+    tile_pixels, level="", product="",
+) -> None:  # fmt: skip
+    """The compiled kernel, at the best instruction set and with the best product unless they are named."""
+    level, product = level or best_level(), product or default_product(x.dtype)
+    weights, padded, block = prepacked(weight, product, level)
+    codes = (
+        TYPES[x.dtype], RESAMPLES[resample], RESAMPLES[residual_resample], ACTIVATIONS[prologue_act], ACTIVATIONS[act],
+        PRODUCTS[product],
+    )  # fmt: skip
+    pitches = [0 if tensor is None else pixel_stride("", tensor) for tensor in (x, x2, residual, y)]
+    native.module.conv2d(
+        (*y.shape, x.shape[3], weight.inputs - x.shape[3]), pitches, codes, weight.kernel[0], weight.dilation,
+        x.data_ptr(), _address(x2), _address(residual), y.data_ptr(), _address(scale), _address(offset), _address(bias),
+        weight.outputs if bias is not None and bias.ndim == 2 else 0, _address(moments), tile_pixels,
+        weights.data_ptr(), padded, block, torch.get_num_threads(), level,
+    )  # fmt: skip
+
+
+def run_library(
+    x, x2, weight, bias, scale, offset, prologue_act, resample, residual, residual_resample, act, y, moments,
+    tile_pixels,
+) -> None:  # fmt: skip
+    """torch's convolution (oneDNN) between passes of elementwise operations, in x's dtype."""
+    if "library" not in weight.prepacked:
+        taps = weight.packed.permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)
+        weight.prepacked["library"] = taps
+    p = x if x2 is None else torch.cat((x, x2), dim=3)
+    if scale is not None:
+        p = torch.addcmul(offset[:, None, None], p.float(), scale[:, None, None])
+    p = _resample(_activated(p, prologue_act), resample).to(x.dtype)
+    padding = weight.dilation * (weight.kernel[0] // 2)
+    z = F.conv2d(p.permute(0, 3, 1, 2), weight.prepacked["library"], None, 1, padding, weight.dilation)
+    z = z.permute(0, 2, 3, 1)
+    if bias is not None:
+        z = z + bias.view(-1, 1, 1, weight.outputs)
+    z = _activated(z, act)
+    if residual is not None:
+        z = z + _resample(residual, residual_resample)
+    y.copy_(z)
+    if moments is not None:
+        moments.copy_(reference_moments(y, tile_pixels))
+
+
+def _run_cpu(*args, **options) -> None:
+    (run_library if native.module is None or not hasattr(native.module, "conv2d") else run_native)(*args, **options)
+
+
+def _available(device: str) -> None:
+    if device != "cpu":
+        raise CannotRunError(f"the cpu backend does not run on {device}")
+
+
+OP.register("cpu", _run_cpu, _available, can_run)

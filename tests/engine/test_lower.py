@@ -1,0 +1,158 @@
+"""Programs against the modules that they were lowered from."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from dfengine.engine.builder import Fusion
+from dfengine.engine.execute import Executor
+from dfengine.engine.lower import Lowering, NotLoweredError
+from dfengine.engine.modules import ModuleRunner, Output
+from dfengine.kernels import OPS
+from tests.helpers import tiny_model
+
+CONFIGURATIONS = {
+    "diff-fastener": {},
+    "signed": dict(pixel_range="signed"),
+    "plain middle": dict(dilation=1, channel_attention=False, spatial_attention=False),
+    "dilation only": dict(channel_attention=False, spatial_attention=False),
+    "channel gate only": dict(spatial_attention=False),
+    "spatial gate only": dict(channel_attention=False),
+    "diffusionad": dict(
+        activation="silu", seg_activation="relu", skip_every=1, dilation=1, channel_attention=False,
+        spatial_attention=False,
+    ),
+    "averaged": dict(mode="averaged", t_s=100, t_b=200),
+    "two draws": dict(noise_draws=2),
+    "averaged, two draws": dict(mode="averaged", t_s=100, t_b=200, noise_draws=2),
+    "three levels": dict(multipliers=(1, 2, 3), attention_factors=(2, 4), blocks=1, heads=4),
+    "no guidance": dict(guidance=0.0),
+}  # fmt: skip
+SPLIT = Fusion(prologue=False, two_sources=False, residual_resample=False, moments=False, tile_pixels=100)
+
+
+def images(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).random((count, 32, 32, 3), dtype=np.float32))
+
+
+def run(model, batch: torch.Tensor, dtype=torch.float64, fusion=None, backend="reference", seed=5) -> Output:
+    program = Lowering(model, dtype, fusion=fusion).program(len(batch), seed)
+    outputs = Executor(program, backend=backend).run(images=batch, threshold=torch.tensor([0.5]))
+    assert torch.equal(outputs["pred_label"], outputs["pred_score"] > 0.5)
+    return Output(outputs["anomaly_map"], outputs["reconstruction"].mean(dim=0), outputs["pred_score"])
+
+
+def exact(model, batch: torch.Tensor, seed=5) -> Output:
+    """By the modules, in float64 from the float32 noise on."""
+    model = model.double()
+    embed = model.reconstruction.time_embedding[0]
+    embed.register_forward_hook(lambda _module, _inputs, output: output.double())
+    runner = ModuleRunner(model, seed=seed)
+    drawn = runner._draw
+    runner._draw = lambda *key: drawn(*key).double()
+    with torch.inference_mode():
+        x = batch.double().permute(0, 3, 1, 2)
+        x_0 = x * 2 - 1 if model.config.pixel_range == "signed" else x
+        found = []
+        for draw in range(model.config.noise_draws):
+            for r in runner.reconstruct(x_0, draw):
+                pair = torch.cat((x_0, r), dim=1)
+                unit = ((r + 1) / 2 if model.config.pixel_range == "signed" else r).clamp(0, 1)
+                found.append((model.segmentation(pair).sigmoid()[:, 0], unit.permute(0, 2, 3, 1)))
+    maps, reconstruction = (torch.stack(part).mean(dim=0) for part in zip(*found, strict=True))
+    score = maps.flatten(1).topk(max(1, round(50 * 32 * 32 / 65536))).values.mean(dim=1)
+    return Output(maps, reconstruction, score)
+
+
+@pytest.mark.parametrize("fusion", [Fusion(), SPLIT], ids=["fused", "split"])
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_program_is_its_module(name, fusion):
+    batch = images(3)
+    got = run(tiny_model(**CONFIGURATIONS[name]), batch, fusion=fusion)
+    want = exact(tiny_model(**CONFIGURATIONS[name]), batch)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["diff-fastener", "diffusionad", "averaged"])
+def test_in_float32_through_the_compiled_kernels(name):
+    batch = images(3)
+    got = run(tiny_model(**CONFIGURATIONS[name]), batch, torch.float32, backend=None)
+    want = exact(tiny_model(**CONFIGURATIONS[name]), batch)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-4)
+
+
+def test_an_image_scores_the_same_in_any_batch_and_place():
+    model, batch = tiny_model(), images(4)
+    together = run(model, batch, torch.float32, backend=None)
+    for order in ([2], [3, 1], [3, 2, 1, 0]):
+        apart = run(model, batch[order], torch.float32, backend=None)
+        for a, b in zip(apart, together, strict=True):
+            torch.testing.assert_close(a, b[order], rtol=0, atol=1e-5)
+
+
+def test_every_op_matters():
+    """Whatever op leaves ones instead of its result, the map or the reconstruction is another."""
+    model, batch = tiny_model(noise_draws=1), images(2)
+    program = Lowering(model, torch.float32).program(2)
+    executor = Executor(program)
+    inputs = dict(images=batch, threshold=torch.tensor([0.5]))
+    names = [op.name for op in program.ops]
+    right, calls = executor.run(**inputs), list(executor._calls)
+    for index, op in enumerate(program.ops):
+        written = [value.of(executor._tensors[value.buffer]) for value in op.values(written=True)]
+
+        def spoilt(*_arguments, written=written):
+            for tensor in written:
+                tensor.fill_(1)
+
+        executor._calls = [*calls[:index], ("", spoilt, []), *calls[index + 1 :]]
+        wrong = executor.run(**inputs)
+        assert any(not torch.equal(right[key], wrong[key]) for key in right), names[index]
+
+
+def test_memory_is_near_the_lower_bound_and_is_asked_for_once():
+    for batch, fusion in itertools.product((1, 4), (Fusion(), SPLIT)):
+        executor = Executor(Lowering(tiny_model(), fusion=fusion).program(batch))
+        assert executor.arena.nbytes <= 1.1 * executor.arena.lower_bound
+
+
+def test_constants_are_shared_by_the_programs_of_a_model():
+    lowering = Lowering(tiny_model())
+    one = {id(a) for op in lowering.program(1).ops for a in op.arguments.values()}
+    before = len(lowering.constants)
+    other = [a for op in lowering.program(2).ops for a in op.arguments.values() if a in lowering.constants.values()]
+    weights = [a for a in other if id(a) in one]
+    assert len(weights) > 40
+    assert all("shift" in name for name in list(lowering.constants)[before:])
+
+
+def test_every_op_is_a_kernel_and_the_program_can_be_read():
+    program = Lowering(tiny_model()).program(2)
+    assert {op.kernel for op in program.ops} <= OPS.keys()
+    text = str(program)
+    assert text.startswith("program: batch 2, float32, ")
+    assert len(text.splitlines()) == 1 + len(program.ops)
+    assert "middle.0.conv1(4x16x16x16)" in text and "conv2d(" in text
+
+
+def test_flops_are_those_of_the_modules():
+    from dfengine.models import cost
+
+    config = tiny_model().config
+    program = Lowering(tiny_model()).program(1)
+    convolutions = sum(op.flops for op in program.ops if op.name.startswith("segment."))
+    assert convolutions == cost(config).segmentation_flops
+    evaluation = sum(op.flops for op in program.ops if not op.name.startswith("segment."))
+    linear = 2 * (2 * 8 * 32 + 2 * 32 * 32)  # the time embedding, folded away; with each block's and the gates' MLP
+    assert 0.97 * 2 * cost(config).reconstruction_flops - linear <= evaluation <= 2 * cost(config).reconstruction_flops
+
+
+def test_the_iterative_mode_is_refused():
+    with pytest.raises(NotLoweredError, match="iterative"):
+        Lowering(tiny_model(mode="iterative", t_b=3))
