@@ -70,15 +70,9 @@ def compilations():
             kernel = getattr(channel_attention, f"{name}_kernel")
             warps = options["num_warps"]
             constants = {"CHANNELS": 512} | {key: value for key, value in options.items() if key in kernel.arg_names}
-            types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(FLOATS, "*fp32")
-            types |= dict.fromkeys(("x", "residual", "y"), "*" + TRITON_TYPES[dtype])
+            types = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(("x", "residual", "y"), "*" + TRITON_TYPES[dtype])
             types |= dict.fromkeys(constants, "constexpr")
-            signature = {argument: types[argument] for argument in kernel.arg_names}
-            block = "x".join(str(options[key]) for key in ("BLOCK_P", "BLOCK_C"))
-            yield (
-                f"{name} {TRITON_TYPES[dtype]} {block} warps={warps}",
-                kernel,
-                signature,
-                constants,
-                {"num_warps": warps},
-            )
+            signature = {argument: types.get(argument, "i32") for argument in kernel.arg_names}
+            divisible = [key for key, kind in signature.items() if kind.startswith("*") or key.endswith("stride")]
+            label = f"{name} {TRITON_TYPES[dtype]} {options['BLOCK_P']}x{options['BLOCK_C']} warps={warps}"
+            yield label, kernel, signature, constants, {"num_warps": warps, "divisible": divisible}
