@@ -8,7 +8,7 @@ import itertools
 import torch
 
 from bench.kernels import Case
-from dfengine.kernels import channel_attention
+from dfengine.kernels import channel_attention, channel_attention_triton
 from dfengine.models.blocks import ChannelAttention, SpatialAttention
 
 SHAPES = [(batch, *image) for image in ((8, 8, 512), (64, 64, 256)) for batch in (1, 8, 16)]
@@ -55,7 +55,7 @@ def torch_composition(x, residual, channel, spatial) -> torch.Tensor:
 
 def compilations():
     """Yield (label, kernel, signature, constants, options) for every shipped configuration and type."""
-    for configuration, dtype in itertools.product(channel_attention.CONFIGURATIONS, TRITON_TYPES):
+    for configuration, dtype in itertools.product(channel_attention_triton.CONFIGURATIONS, TRITON_TYPES):
         passes = {name: value for name, value in configuration.items() if name != "sample"}
         one_launch = {"BLOCK_P": channel_attention.ONE_LAUNCH_PIXELS, **configuration["sample"]}
         mlp, last = {"HIDDEN": 32, "BLOCK_R": 32}, {"SPATIAL": True, "RESIDUAL": True}
@@ -67,7 +67,7 @@ def compilations():
             "apply": {"GATED": True, **last, **passes},
         }
         for name, options in kernels.items():
-            kernel = getattr(channel_attention, f"{name}_kernel")
+            kernel = getattr(channel_attention_triton, f"{name}_kernel")
             warps = options["num_warps"]
             constants = {"CHANNELS": 512} | {key: value for key, value in options.items() if key in kernel.arg_names}
             types = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(("x", "residual", "y"), "*" + TRITON_TYPES[dtype])
