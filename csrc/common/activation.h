@@ -43,8 +43,8 @@ DFE_HD float gelu_deficit(float magnitude) {
 // 1 / (1 + e^-z); not a number stays one.
 DFE_HD float sigmoid(float z) {
     const float e = exp_of_negative(-magnitude_of(z));
-    const float share = 1.0f / (1.0f + e);
-    return z != z ? z : z > 0.0f ? share : e * share;
+    const float share = 1.0f / (1.0f + e), value = z > 0.0f ? share : e * share;
+    return z == z ? value : z;
 }
 
 template <Activation A>
