@@ -56,12 +56,11 @@ def workspace_size(shape: tuple[int, ...]) -> int:
     return batch * (2 * tiles * channels + channels + 2 * pixels)
 
 
-def _rooms(x: torch.Tensor, workspace: torch.Tensor) -> list[torch.Tensor]:
-    """The parts of the workspace: partials (N, T, 2, C), gate (N, C), maps (N, H W, 2)."""
+def _room_sizes(x: torch.Tensor) -> list[int]:
+    """Floats of the parts of the workspace: partials (N, T, 2, C), gate (N, C), maps (N, H W, 2)."""
     batch, height, width, channels = x.shape
-    sizes = [0, batch * channels, 2 * batch * height * width]
-    sizes[0] = workspace_size(x.shape) - sum(sizes)
-    return list(workspace[: sum(sizes)].split(sizes))
+    gate, maps = batch * channels, 2 * batch * height * width
+    return [workspace_size(x.shape) - gate - maps, gate, maps]
 
 
 def pack_gate(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -383,9 +382,9 @@ def apply_kernel(
         row = (pixel // width)[:, None] + tap // 7 - 3
         column = (pixel % width)[:, None] + tap % 7 - 3
         near = (tap < 49) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        at = maps + (n * pixels + row * width + column) * 2
-        z = tl.load(spatial_weight + 2 * tap, mask=tap < 49, other=0) * tl.load(at, mask=near, other=0)
-        z += tl.load(spatial_weight + 2 * tap + 1, mask=tap < 49, other=0) * tl.load(at + 1, mask=near, other=0)
+        map_at = maps + (n * pixels + row * width + column) * 2
+        z = tl.load(spatial_weight + 2 * tap, mask=tap < 49, other=0) * tl.load(map_at, mask=near, other=0)
+        z += tl.load(spatial_weight + 2 * tap + 1, mask=tap < 49, other=0) * tl.load(map_at + 1, mask=near, other=0)
         s = tl.sigmoid(tl.sum(z, axis=1) + tl.load(spatial_bias))
     for first in range(0, CHANNELS, BLOCK_C):
         channel = first + tl.arange(0, BLOCK_C)
@@ -402,11 +401,12 @@ def apply_kernel(
 
 
 CONFIGURATIONS = (
-    dict(BLOCK_P=32, BLOCK_C=64, num_warps=4),
-    dict(BLOCK_P=16, BLOCK_C=128, num_warps=4),
-    dict(BLOCK_P=64, BLOCK_C=32, num_warps=8),
+    dict(BLOCK_P=16, BLOCK_C=64, num_warps=4, sample=dict(BLOCK_C=64, num_warps=16)),
+    dict(BLOCK_P=32, BLOCK_C=64, num_warps=8, sample=dict(BLOCK_C=32, num_warps=16)),
+    dict(BLOCK_P=64, BLOCK_C=64, num_warps=8, sample=dict(BLOCK_C=16, num_warps=8)),
 )
-"""Launch configurations, each tested; the first is used until they have been timed on a device."""
+"""Launch configurations, each tested; the first is used until they have been timed on a device. `sample` is for small
+images, whose one block takes all pixels at once."""
 MAX_HIDDEN = {"triton": 64, "cuda": 1024}
 
 
@@ -417,7 +417,7 @@ def _run_triton(x, w1, w2, spatial_weight, spatial_bias, residual, y, workspace,
     pixels, hidden = height * width, 0 if w1 is None else w1.shape[0]
     x_stride, residual_stride, y_stride = _strides(x, residual, y)
     options = dict(configuration or CONFIGURATIONS[0])
-    block_p = options.pop("BLOCK_P")
+    block_p, small = options.pop("BLOCK_P"), options.pop("sample")
     block_r = triton.next_power_of_2(max(hidden, 1))
     flags = dict(SPATIAL=spatial_weight is not None, RESIDUAL=residual is not None)
     tensors = [x if tensor is None else tensor for tensor in (spatial_weight, spatial_bias, residual)]
@@ -426,10 +426,11 @@ def _run_triton(x, w1, w2, spatial_weight, spatial_bias, residual, y, workspace,
         gates = (x, x) if w1 is None else (w1, w2)
         block_p = triton.next_power_of_2(pixels)
         sample_kernel[(batch,)](
-            x, *gates, *tensors, y, *tail, HIDDEN=hidden, **flags, BLOCK_P=block_p, BLOCK_R=block_r, **options
+            x, *gates, *tensors, y, *tail, HIDDEN=hidden, **flags, BLOCK_P=block_p, BLOCK_R=block_r, **small
         )
         return
-    partials, gate, maps = _rooms(x, workspace)
+    sizes = _room_sizes(x)
+    partials, gate, maps = workspace[: sum(sizes)].split(sizes)
     per_tile, blocks = tile_pixels(pixels), triton.cdiv(pixels, block_p)
     tiles, gated = triton.cdiv(pixels, per_tile), w1 is not None
     if gated:
@@ -493,7 +494,8 @@ def _run_cuda(x, w1, w2, spatial_weight, spatial_bias, residual, y, workspace) -
         arguments = (x, w1, w2, *spatial, residual, y, *sizes, np.int32(columns(SAMPLE_THREADS)), np.int32(count))
         launch(f"sample_{name}", (batch, 1, 1), SAMPLE_THREADS, arguments, floats)
         return
-    partials, gate, maps = _rooms(x, workspace)
+    sizes = _room_sizes(x)
+    partials, gate, maps = workspace[: sum(sizes)].split(sizes)
     per_tile = tile_pixels(pixels)
     tiles, blocks = -(-pixels // per_tile), -(-pixels // (THREADS // 32))
     if w1 is None:
@@ -526,11 +528,12 @@ STREAM_BYTES = 24 * 2**20
 def _run_cpu(x, w1, w2, spatial_weight, spatial_bias, residual, y, workspace, level="") -> None:
     if x.numel() == 0:
         return
-    partials, gate, _ = _rooms(x, workspace)
+    partials = workspace.data_ptr()
+    gate = partials + 4 * _room_sizes(x)[0]
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (w1, w2, spatial_weight, spatial_bias)]
     native.module.channel_attention(
         tuple(x.shape), TYPES[x.dtype], x.data_ptr(), 0 if residual is None else residual.data_ptr(), y.data_ptr(),
-        _strides(x, residual, y), 0 if w1 is None else w1.shape[0], *addresses, partials.data_ptr(), gate.data_ptr(),
+        _strides(x, residual, y), 0 if w1 is None else w1.shape[0], *addresses, partials, gate,
         threads=torch.get_num_threads(), stream=y.nbytes > STREAM_BYTES, level=level,
     )  # fmt: skip
 
