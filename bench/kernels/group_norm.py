@@ -7,6 +7,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 
+from bench.kernels import Case
 from dfengine.kernels import group_norm
 
 SHAPES = [(1, 256, 256, 128), (1, 64, 64, 256), (1, 8, 8, 512)]
@@ -19,7 +20,7 @@ def groups_of(channels: int) -> int:
 
 
 def cases(device: str):
-    """Yield (shape, dtype, bytes moved at least, make, rivals, label).
+    """Yield a `Case` of each kind.
 
     make() returns fresh tensors; rivals maps a name to a function of those, "kernel" being the op. At least moved by
     the forward pass: x read twice, y written; in training, both passes together: x read twice, dy read, y and dx
@@ -35,7 +36,7 @@ def cases(device: str):
             return x, torch.zeros_like(x), weight, bias, *statistics
 
         rivals = {"kernel": forward, "torch": torch_forward}
-        yield shape, dtype, 3 * make()[0].nbytes, make, rivals, "group_norm"
+        yield Case(shape, dtype, 3 * make()[0].nbytes, make, rivals, "group_norm")
 
     for shape, dtype in itertools.product(TRAINING_SHAPES, DTYPES[device]):
         generator = torch.Generator().manual_seed(0)
@@ -46,7 +47,7 @@ def cases(device: str):
             return x, dy, torch.zeros_like(x), torch.zeros_like(x), weight, bias
 
         rivals = {"kernel": training, "torch": torch_training}
-        yield shape, dtype, 5 * make_training()[0].nbytes, make_training, rivals, "group_norm training"
+        yield Case(shape, dtype, 5 * make_training()[0].nbytes, make_training, rivals, "group_norm training")
 
 
 def forward(x, y, weight, bias, mean, rstd) -> None:

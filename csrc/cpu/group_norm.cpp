@@ -99,17 +99,6 @@ void forward_join(const GroupNormArguments& p, int64_t n, float* shared) {
     spread(offset, p.lanes, channels);
 }
 
-// The lines of the next tile, into the second-level cache.
-template <typename T>
-void fetch_ahead(const T* x, const T* y, int64_t count) {
-#if defined(__AVX512F__)
-    for (int64_t at = 0; at < count; at += 64 / static_cast<int64_t>(sizeof(T))) {
-        __builtin_prefetch(x + at, 0, 2);
-        if (y != nullptr) __builtin_prefetch(y + at, 1, 2);
-    }
-#endif
-}
-
 // From the last tile to the first: those that were read last are still in the cache.
 template <typename T, Activation A>
 void forward_apply(const GroupNormArguments& p, int64_t n, int64_t begin, int64_t end, float* shared, float* scratch) {

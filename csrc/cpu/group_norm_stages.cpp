@@ -76,6 +76,8 @@ void deliver(T* to, const T* from, int64_t count, bool stream) {
     }
 }
 
+constexpr int64_t AHEAD = 4096;  // values that are fetched before they are needed
+
 // One line of one source; y points at the source's channels in the first result pixel of the line.
 template <typename T, Activation A>
 void line(const ApplyArguments& p, const ApplySource& source, int64_t n, int64_t row, const float* scale, const float* offset, T* staged, T* y) {
@@ -86,17 +88,21 @@ void line(const ApplyArguments& p, const ApplySource& source, int64_t n, int64_t
         for (int64_t at = 0; at < p.width; at += p.row_pixels) {
             const int64_t count = smaller(lanes, (p.width - at) * source.channels);
             T* const to = y + at * p.y_stride;
+            fetch_ahead(x + at * stride + AHEAD, p.stream ? nullptr : to + AHEAD, count);
             activate_row<T, A, false>(x + at * stride, count, nullptr, scale, offset, p.stream ? staged : to);
             if (p.stream) stream_copy(to, staged, count * static_cast<int64_t>(sizeof(T)));
         }
     } else if (pool) {
         for (int64_t at = 0; at < p.width / 2; ++at, x += 2 * stride, y += p.y_stride) {
+            fetch_ahead<T>(x + AHEAD, nullptr, 2 * lanes);
+            fetch_ahead<T>(x + p.width * stride + AHEAD, p.stream ? nullptr : y + AHEAD / 2, 2 * lanes);
             activate_and_pool<T, A>(x, x + p.width * stride, stride, lanes, scale, offset, p.stream ? staged : y);
             if (p.stream) stream_copy(y, staged, lanes * static_cast<int64_t>(sizeof(T)));
         }
     } else {
         for (int64_t at = 0; at < p.width; ++at, x += stride, y += 2 * p.y_stride) {
             T* const below = y + 2 * p.width * p.y_stride;
+            if (!p.stream) fetch_ahead<T>(nullptr, y + AHEAD, 2 * lanes), fetch_ahead<T>(nullptr, below + AHEAD, 2 * lanes);
             activate_row<T, A, false>(x, lanes, nullptr, scale, offset, staged);
             deliver(y, staged, lanes, p.stream);
             deliver(y + p.y_stride, staged, lanes, p.stream);

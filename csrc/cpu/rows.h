@@ -22,6 +22,17 @@ static inline void spread(float* DFE_RESTRICT lanes, int64_t count, int64_t chan
     for (int64_t l = channels; l < count; ++l) lanes[l] = lanes[l - channels];
 }
 
+// Bring `count` values that will be read from x and written to y, either of them null, into the second-level cache; any address will do.
+template <typename T>
+inline void fetch_ahead([[maybe_unused]] const T* x, [[maybe_unused]] const T* y, [[maybe_unused]] int64_t count) {
+#if defined(__AVX512F__)
+    for (int64_t at = 0; at < count; at += 64 / static_cast<int64_t>(sizeof(T))) {
+        if (x != nullptr) __builtin_prefetch(x + at, 0, 2);
+        if (y != nullptr) __builtin_prefetch(y + at, 1, 2);
+    }
+#endif
+}
+
 static inline void clear(float* DFE_RESTRICT values, int64_t count) {
     for (int64_t i = 0; i < count; ++i) values[i] = 0.0f;
 }

@@ -1,4 +1,4 @@
-"""conv2d on the CPU: every instruction set and product against float64, by the cases of test_conv2d.py and larger ones."""
+"""conv2d on the CPU: every instruction set and product against float64, on the cases of test_conv2d.py and larger."""
 
 from __future__ import annotations
 
@@ -158,3 +158,10 @@ def test_is_taken_on_a_cpu_and_packs_once(monkeypatch):
     assert len(weight.prepacked) == 1 and next(iter(weight.prepacked.values())) is packed
     large = conv2d.ConvWeight.pack(torch.ones((3, 3, 5, 5)))
     assert conv2d.OP.choose(arguments[0], None, large, *arguments[3:], y, None, 0) == "reference"
+
+
+@pytest.mark.parametrize("case", FEATURES, ids=str)
+def test_torchs_convolution_stands_in_where_the_extension_is_missing(monkeypatch, case):
+    monkeypatch.setattr(native, "module", None)
+    for dtype in (torch.float32, torch.bfloat16):
+        check_contract(launchers.Launcher("cpu", "cpu"), case, dtype)
