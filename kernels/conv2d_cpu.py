@@ -9,6 +9,9 @@ bfloat16 (AVX512_BF16) or tiles of bfloat16 (AMX).
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,11 +57,13 @@ def pack(packed: Tensor, product: str, block: int) -> Tensor:
     return weight.reshape(blocks, -1, 2, block).transpose(2, 3).contiguous()
 
 
+@functools.cache
 def best_level() -> str:
     """The instruction set taken here by default."""
     return [name for name, usable in native.cpu_levels().items() if usable][-1]
 
 
+@functools.cache
 def default_product(dtype: torch.dtype) -> str:
     """The product taken here for activations of this dtype."""
     code = native.module.conv2d_product(TYPES[dtype])
@@ -78,24 +83,49 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def run_native(
+def _pitch(tensor: Tensor | None) -> int:
+    if tensor is None:
+        return 0
+    return tensor.stride(2) if tensor.shape[2] > 1 else pixel_stride("", tensor)
+
+
+def _call(
     x, x2, weight, bias, scale, offset, prologue_act, resample, residual, residual_resample, act, y, moments,
     tile_pixels, level="", product="",
-) -> None:  # fmt: skip
-    """The compiled kernel, at the best instruction set and with the best product unless they are named."""
+):  # fmt: skip
     level, product = level or best_level(), product or default_product(x.dtype)
     weights, padded, block = prepacked(weight, product, level)
-    codes = (
-        TYPES[x.dtype], RESAMPLES[resample], RESAMPLES[residual_resample], ACTIVATIONS[prologue_act], ACTIVATIONS[act],
-        PRODUCTS[product],
+    return native.module.Conv2d(
+        (*y.shape, x.shape[3], weight.inputs - x.shape[3]), (_pitch(x), _pitch(x2), _pitch(residual), _pitch(y)),
+        (
+            TYPES[x.dtype], RESAMPLES[resample], RESAMPLES[residual_resample], ACTIVATIONS[prologue_act],
+            ACTIVATIONS[act], PRODUCTS[product],
+        ),
+        weight.packed.shape[0], weight.dilation,
+        (
+            x.data_ptr(), _address(x2), _address(residual), y.data_ptr(), _address(scale), _address(offset),
+            _address(bias), _address(moments), weights.data_ptr(),
+        ),
+        weight.outputs if bias is not None and bias.ndim == 2 else 0, tile_pixels, padded, block, level,
     )  # fmt: skip
-    pitches = [0 if tensor is None else pixel_stride("", tensor) for tensor in (x, x2, residual, y)]
-    native.module.conv2d(
-        (*y.shape, x.shape[3], weight.inputs - x.shape[3]), pitches, codes, weight.kernel[0], weight.dilation,
-        x.data_ptr(), _address(x2), _address(residual), y.data_ptr(), _address(scale), _address(offset), _address(bias),
-        weight.outputs if bias is not None and bias.ndim == 2 else 0, _address(moments), tile_pixels,
-        weights.data_ptr(), padded, block, torch.get_num_threads(), level,
-    )  # fmt: skip
+
+
+def run_native(*args, level: str = "", product: str = "") -> None:
+    """The compiled kernel, at the best instruction set and with the best product unless they are named."""
+    _call(*args, level=level, product=product).run(torch.get_num_threads())
+
+
+def bind(*args, level: str = "", product: str = "") -> Callable[[], None]:
+    """The op on these very tensors, as a function to call again and again: about 1 us a call beside the kernel.
+
+    For buffers that stay where they are; what they hold may change, the weight may not.
+    """
+    call, kept = _call(*args, level=level, product=product), args
+
+    def run(kept=kept) -> None:
+        call.run(torch.get_num_threads())
+
+    return run
 
 
 def run_library(
@@ -124,7 +154,7 @@ def run_library(
 
 
 def _run_cpu(*args, **options) -> None:
-    (run_library if native.module is None or not hasattr(native.module, "conv2d") else run_native)(*args, **options)
+    (run_library if native.module is None or not hasattr(native.module, "Conv2d") else run_native)(*args, **options)
 
 
 def _available(device: str) -> None:

@@ -47,39 +47,50 @@ Multiplier multiplier_of(Product product, Level level, int64_t outputs) {
     return DFE_AT_LEVEL(level, float_multiplier)(outputs);
 }
 
-// shape: (batch, height, width, outputs) of y, channels of x and of x2; pitches: of x, x2, residual, y; codes: type, resample,
-// residual_resample, prologue, activation, product.
-void conv2d(std::array<int64_t, 6> shape, std::array<int64_t, 4> pitches, std::array<int, 6> codes, int64_t kernel, int64_t dilation, uintptr_t x,
-            uintptr_t x2, uintptr_t residual, uintptr_t y, uintptr_t scale, uintptr_t offset, uintptr_t bias, int64_t bias_pitch, uintptr_t moments,
-            int64_t tile_pixels, uintptr_t weights, int64_t padded, int64_t block_outputs, int threads, const std::string& level_name) {
-    Conv2dArguments p{};
-    p.batch = shape[0], p.height = shape[1], p.width = shape[2], p.outputs = shape[3], p.channels_1 = shape[4], p.channels_2 = shape[5];
-    p.pitch_x = pitches[0], p.pitch_x2 = pitches[1], p.pitch_residual = pitches[2], p.pitch_y = pitches[3];
-    p.type = static_cast<FloatType>(codes[0]);
-    p.resample = static_cast<Resample>(codes[1]), p.residual_resample = static_cast<Resample>(codes[2]);
-    p.prologue = static_cast<Activation>(codes[3]), p.activation = static_cast<Activation>(codes[4]);
-    p.product = static_cast<Product>(codes[5]);
-    p.kernel = kernel, p.dilation = dilation;
-    p.x = pointer<const void>(x), p.x2 = pointer<const void>(x2), p.residual = pointer<const void>(residual), p.y = pointer<void>(y);
-    p.scale = pointer<const float>(scale), p.offset = pointer<const float>(offset);
-    p.bias = pointer<const float>(bias), p.bias_pitch = bias_pitch;
-    p.moments = pointer<float>(moments), p.tile_pixels = tile_pixels;
-    p.weights = pointer<const void>(weights), p.padded = padded;
-    const Level level = level_named(level_name);
-    if (!supported(p.product)) throw std::invalid_argument("this processor does not have the instructions of this product");
-    if (p.product != Product::float32 && p.type != FloatType::bfloat16) throw std::invalid_argument("this product takes bfloat16");
-    p.multiplier = multiplier_of(p.product, level, block_outputs);
-    const int64_t items = plan_conv2d(p, threads);
-    const Conv2dPasses passes = DFE_AT_LEVEL(level, conv2d_passes)(p);
-
-    py::gil_scoped_release unlocked;
-    const Scratch scratch(p.scratch_floats, pieces_of(items, threads));
-    parallel_for(items, threads, [&](int piece, int64_t begin, int64_t end) { passes.items(p, begin, end, scratch.of(piece)); });
-    if (p.moments != nullptr && !p.fused_moments) {
-        const int64_t tiles = p.batch * ((p.height * p.width + p.tile_pixels - 1) / p.tile_pixels);
-        parallel_for(tiles, threads, [&](int, int64_t begin, int64_t end) { passes.moments(p, begin, end); });
+// One call with all of its arguments, to be run any number of times. shape: (batch, height, width, outputs) of y, channels of x and of x2;
+// pitches: of x, x2, residual, y; codes: type, resample, residual_resample, prologue, activation, product; tensors: x, x2, residual, y, scale,
+// offset, bias, moments, weights, 0 for those that are absent.
+class Conv2d {
+public:
+    Conv2d(std::array<int64_t, 6> shape, std::array<int64_t, 4> pitches, std::array<int, 6> codes, int64_t kernel, int64_t dilation,
+           std::array<uintptr_t, 9> tensors, int64_t bias_pitch, int64_t tile_pixels, int64_t padded, int64_t block_outputs, const std::string& level)
+        : level_(level_named(level)) {
+        Conv2dArguments& p = arguments_;
+        p.batch = shape[0], p.height = shape[1], p.width = shape[2], p.outputs = shape[3], p.channels_1 = shape[4], p.channels_2 = shape[5];
+        p.pitch_x = pitches[0], p.pitch_x2 = pitches[1], p.pitch_residual = pitches[2], p.pitch_y = pitches[3];
+        p.type = static_cast<FloatType>(codes[0]);
+        p.resample = static_cast<Resample>(codes[1]), p.residual_resample = static_cast<Resample>(codes[2]);
+        p.prologue = static_cast<Activation>(codes[3]), p.activation = static_cast<Activation>(codes[4]);
+        p.product = static_cast<Product>(codes[5]);
+        p.kernel = kernel, p.dilation = dilation;
+        p.x = pointer<const void>(tensors[0]), p.x2 = pointer<const void>(tensors[1]), p.residual = pointer<const void>(tensors[2]);
+        p.y = pointer<void>(tensors[3]);
+        p.scale = pointer<const float>(tensors[4]), p.offset = pointer<const float>(tensors[5]), p.bias = pointer<const float>(tensors[6]);
+        p.moments = pointer<float>(tensors[7]), p.weights = pointer<const void>(tensors[8]);
+        p.bias_pitch = bias_pitch, p.tile_pixels = tile_pixels, p.padded = padded;
+        if (!supported(p.product)) throw std::invalid_argument("this processor does not have the instructions of this product");
+        if (p.product != Product::float32 && p.type != FloatType::bfloat16) throw std::invalid_argument("this product takes bfloat16");
+        p.multiplier = multiplier_of(p.product, level_, block_outputs);
+        passes_ = DFE_AT_LEVEL(level_, conv2d_passes)(p);
     }
-}
+
+    void run(int threads) const {
+        Conv2dArguments p = arguments_;
+        const int64_t items = plan_conv2d(p, threads);
+        py::gil_scoped_release unlocked;
+        const Scratch scratch(p.scratch_floats, pieces_of(items, threads));
+        parallel_for(items, threads, [&](int piece, int64_t begin, int64_t end) { passes_.items(p, begin, end, scratch.of(piece)); });
+        if (p.moments != nullptr && !p.fused_moments) {
+            const int64_t tiles = p.batch * ((p.height * p.width + p.tile_pixels - 1) / p.tile_pixels);
+            parallel_for(tiles, threads, [&](int, int64_t begin, int64_t end) { passes_.moments(p, begin, end); });
+        }
+    }
+
+private:
+    Level level_;
+    Conv2dArguments arguments_{};
+    Conv2dPasses passes_;
+};
 
 // A divisor of `length`, even and at most 32, the largest.
 int64_t step_of(int64_t length) {
@@ -131,10 +142,12 @@ void bind_conv2d(py::module_& module) {
     module.def("conv2d_product", &conv2d_product, py::arg("type"), "The product (csrc/cpu/conv2d.h) taken here for a type.");
     module.def("conv2d_supported", [](int product) { return supported(static_cast<Product>(product)); }, py::arg("product"),
                "Whether this processor has the instructions of a product.");
-    module.def("conv2d", &conv2d, py::arg("shape"), py::arg("pitches"), py::arg("codes"), py::arg("kernel"), py::arg("dilation"), py::arg("x"),
-               py::arg("x2"), py::arg("residual"), py::arg("y"), py::arg("scale"), py::arg("offset"), py::arg("bias"), py::arg("bias_pitch"),
-               py::arg("moments"), py::arg("tile_pixels"), py::arg("weights"), py::arg("padded"), py::arg("block_outputs"), py::arg("threads"),
-               py::arg("level") = "", "The op `conv2d` over raw pointers; see kernels/conv2d_cpu.py.");
+    py::class_<Conv2d>(module, "Conv2d", "A call of the op `conv2d` over raw pointers; see kernels/conv2d_cpu.py.")
+        .def(py::init<std::array<int64_t, 6>, std::array<int64_t, 4>, std::array<int, 6>, int64_t, int64_t, std::array<uintptr_t, 9>, int64_t, int64_t,
+                      int64_t, int64_t, const std::string&>(),
+             py::arg("shape"), py::arg("pitches"), py::arg("codes"), py::arg("kernel"), py::arg("dilation"), py::arg("tensors"), py::arg("bias_pitch"),
+             py::arg("tile_pixels"), py::arg("padded"), py::arg("block_outputs"), py::arg("level") = "")
+        .def("run", &Conv2d::run, py::arg("threads"));
 }
 
 }  // namespace dfe
