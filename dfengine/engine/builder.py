@@ -27,6 +27,11 @@ class Fusion:
     moments: bool = True
     tile_pixels: int = 256
 
+    @classmethod
+    def of(cls, device: torch.device) -> Fusion:
+        """What the convolutions of a device fuse by default; 64 pixels are the tile of any Triton configuration."""
+        return cls(tile_pixels=64) if device.type == "cuda" else cls()
+
 
 @dataclass
 class Feature:

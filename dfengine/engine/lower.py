@@ -32,17 +32,27 @@ class Lowering:
     """The programs of one model: `program(batch)`; their constants are shared.
 
     dtype: of activations and weights: float32, float16, bfloat16 (and float64 through the reference kernels).
+    fusion: what a convolution does itself. keep_noise: noise is drawn once and read, as is quicker on a CPU, or drawn
+    in the kernel. Both by the device where they are None.
     The model must not change afterwards.
     """
 
-    def __init__(self, model: Model, dtype: torch.dtype = torch.float32, device="cpu", fusion: Fusion | None = None):
+    def __init__(
+        self,
+        model: Model,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        fusion: Fusion | None = None,
+        keep_noise: bool | None = None,
+    ):
         if model.config.mode == "iterative":
             raise NotLoweredError("mode iterative is not lowered: its reverse chain runs as modules")
         self.model = model
         self.config = model.config
         self.dtype = dtype
         self.device = torch.device(device)
-        self.fusion = fusion or Fusion()
+        self.fusion = fusion or Fusion.of(self.device)
+        self.keep_noise = self.device.type == "cpu" if keep_noise is None else keep_noise
         self.constants: dict[str, Constant] = {}
         schedule = Schedule.of(model.config)
         self.alpha_bar = [float(schedule.alpha_bar[t]) for t in (model.config.t_s, model.config.t_b)]
@@ -105,9 +115,9 @@ class _Lowered:
         self.program = Program(b.ops, batch, self.of.dtype)
 
     def noise(self, seed: int, draw: int) -> Constant | None:
-        """The noise of both scales, drawn once where reading it is quicker than drawing it: on a CPU."""
+        """The noise of both scales where it is drawn once."""
         b, size, name = self.emitter, self.config.image_size, f"noise.{seed}.{draw}"
-        if b.device.type != "cpu":
+        if not self.of.keep_noise:
             return None
         if name not in b.constants:
             b.constant(name, ingest.draw_noise((size, size, self.config.channels), 2, seed, draw), torch.float32)

@@ -12,7 +12,7 @@ from dfengine.engine.builder import Fusion
 from dfengine.engine.execute import Executor
 from dfengine.engine.lower import Lowering, NotLoweredError
 from dfengine.engine.modules import ModuleRunner, Output
-from dfengine.kernels import OPS
+from dfengine.kernels import OPS, CannotRunError, triton_import
 from tests.helpers import tiny_model
 
 CONFIGURATIONS = {
@@ -85,6 +85,24 @@ def test_in_float32_through_the_compiled_kernels(name):
     want = exact(tiny_model(**CONFIGURATIONS[name]), batch)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_through_the_triton_kernels():
+    """In the interpreter where there is no GPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    small, batch = dict(multipliers=(1, 1), blocks=1, attention_factors=(2,)), images(1)
+    try:
+        triton_import.available(device)
+    except CannotRunError as error:
+        pytest.skip(str(error))
+    lowering = Lowering(tiny_model(**small), device=device, fusion=Fusion(tile_pixels=64), keep_noise=False)
+    executor = Executor(lowering.program(1, seed=5), device, backend="triton")
+    assert set(executor.backends.values()) == {"triton", "reference"}
+    got = executor.run(images=batch, threshold=torch.tensor([0.5]))
+    want = exact(tiny_model(**small), batch)
+    torch.testing.assert_close(got["anomaly_map"].double().cpu(), want.anomaly_map, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["diff-fastener", "diffusionad", "averaged"])
