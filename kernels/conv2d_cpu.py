@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfengine import native
+from dfengine.kernels import group_norm_moments
 from dfengine.kernels.conv2d import (
     ACTIVATIONS,
     OP,
@@ -23,10 +24,9 @@ from dfengine.kernels.conv2d import (
     _activated,
     _resample,
     can_run,
-    pixel_stride,
-    reference_moments,
 )
 from dfengine.kernels.registry import CannotRunError
+from dfengine.kernels.slices import pixel_stride
 
 PRODUCTS = {"float32": 0, "pairs": 1, "tiles": 2}
 """Codes of csrc/cpu/conv2d.h: Product."""
@@ -74,10 +74,6 @@ def prepacked(weight: ConvWeight, product: str, level: str) -> tuple[Tensor, int
     return weight.prepacked[key]
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def run_native(
     x, x2, weight, bias, scale, offset, prologue_act, resample, residual, residual_resample, act, y, moments,
     tile_pixels, level="", product="",
@@ -92,8 +88,8 @@ def run_native(
     pitches = [0 if tensor is None else pixel_stride("", tensor) for tensor in (x, x2, residual, y)]
     native.module.conv2d(
         (*y.shape, x.shape[3], weight.inputs - x.shape[3]), pitches, codes, weight.kernel[0], weight.dilation,
-        x.data_ptr(), _address(x2), _address(residual), y.data_ptr(), _address(scale), _address(offset), _address(bias),
-        weight.outputs if bias is not None and bias.ndim == 2 else 0, _address(moments), tile_pixels,
+        *map(native.address, (x, x2, residual, y, scale, offset, bias)),
+        weight.outputs if bias is not None and bias.ndim == 2 else 0, native.address(moments), tile_pixels,
         weights.data_ptr(), padded, block, torch.get_num_threads(), level,
     )  # fmt: skip
 
@@ -120,7 +116,7 @@ def run_library(
         z = z + _resample(residual, residual_resample)
     y.copy_(z)
     if moments is not None:
-        moments.copy_(reference_moments(y, tile_pixels))
+        moments.copy_(group_norm_moments.reference(y, tile_pixels))
 
 
 def _run_cpu(*args, **options) -> None:
