@@ -49,6 +49,11 @@ def cpu_levels() -> dict[str, bool]:
     return {name: levels[name] for name in ("base", "avx2", "avx512") if name in levels}
 
 
+def address(tensor) -> int:
+    """A tensor as the extension takes it, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def source_folder() -> Path:
     """The C++ and CUDA sources: `csrc` of the repository, or its copy inside an installed package."""
     here = Path(__file__).resolve().parent

@@ -33,9 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfengine.kernels import registry, triton_import
+from dfengine.kernels import group_norm_moments, registry, triton_import
 from dfengine.kernels.conv2d_triton import configuration_for, conv2d_kernel, launch_options
-from dfengine.kernels.group_norm_stages import reference_moments
 from dfengine.kernels.registry import CannotRunError, Op
 from dfengine.kernels.slices import pixel_stride
 from dfengine.kernels.triton_import import triton
@@ -312,7 +311,7 @@ def _run_reference(
 ) -> None:
     y.copy_(reference(x, x2, weight, bias, scale, offset, prologue_act, resample, residual, residual_resample, act))
     if moments is not None:
-        moments.copy_(reference_moments(y, tile_pixels))
+        moments.copy_(group_norm_moments.reference(y, tile_pixels))
 
 
 def _run_triton(

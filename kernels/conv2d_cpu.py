@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfengine import native
+from dfengine.kernels import group_norm_moments
 from dfengine.kernels.conv2d import (
     ACTIVATIONS,
     OP,
@@ -26,10 +27,9 @@ from dfengine.kernels.conv2d import (
     _activated,
     _resample,
     can_run,
-    pixel_stride,
-    reference_moments,
 )
 from dfengine.kernels.registry import CannotRunError
+from dfengine.kernels.slices import pixel_stride
 
 PRODUCTS = {"float32": 0, "pairs": 1, "tiles": 2}
 """Codes of csrc/cpu/conv2d.h: Product."""
@@ -79,10 +79,6 @@ def prepacked(weight: ConvWeight, product: str, level: str) -> tuple[Tensor, int
     return weight.prepacked[key]
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _pitch(tensor: Tensor | None) -> int:
     if tensor is None:
         return 0
@@ -103,8 +99,8 @@ def _call(
         ),
         weight.packed.shape[0], weight.dilation,
         (
-            x.data_ptr(), _address(x2), _address(residual), y.data_ptr(), _address(scale), _address(offset),
-            _address(bias), _address(moments), weights.data_ptr(),
+            x.data_ptr(), native.address(x2), native.address(residual), y.data_ptr(), native.address(scale), native.address(offset),
+            native.address(bias), native.address(moments), weights.data_ptr(),
         ),
         weight.outputs if bias is not None and bias.ndim == 2 else 0, tile_pixels, padded, block, level,
     )  # fmt: skip
@@ -150,7 +146,7 @@ def run_library(
         z = z + _resample(residual, residual_resample)
     y.copy_(z)
     if moments is not None:
-        moments.copy_(reference_moments(y, tile_pixels))
+        moments.copy_(group_norm_moments.reference(y, tile_pixels))
 
 
 def _run_cpu(*args, **options) -> None:

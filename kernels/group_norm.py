@@ -17,7 +17,7 @@ Arithmetic is float32; variances are centred: means and squared differences of t
 A sample's y, dx and dshift depend on that sample alone; dweight and dbias are sums of a part for each sample, in their
 order. Results are the same bits whatever the number of threads (DESIGN section 3, Numerics).
 Backends: reference (any device), cpu (csrc/cpu/group_norm.cpp); of the forward pass also triton and cuda, which run the
-three stages of kernels/group_norm_stages.py one after the other.
+ops group_norm_moments, group_norm_merge and group_norm_apply one after the other.
 """
 
 from __future__ import annotations
@@ -29,8 +29,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfengine import native
-from dfengine.kernels import cuda_launch, group_norm_stages, registry, triton_import
-from dfengine.kernels.group_norm_stages import ACTIVATIONS, TYPES
+from dfengine.kernels import (
+    cuda_launch,
+    group_norm_apply,
+    group_norm_merge,
+    group_norm_moments,
+    registry,
+    triton_import,
+)
+from dfengine.kernels.group_norm_apply import ACTIVATIONS
+from dfengine.kernels.group_norm_moments import TYPES
 from dfengine.kernels.registry import CannotRunError, Op
 
 
@@ -201,10 +209,6 @@ def _run_reference_backward(dy, x, weight, bias, shift, mean, rstd, act, dx, dwe
             output.copy_(value)
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _shape(x: Tensor, groups: int) -> tuple[int, int, int, int]:
     return x.shape[0], x.shape[1] * x.shape[2], x.shape[3], groups
 
@@ -212,27 +216,27 @@ def _shape(x: Tensor, groups: int) -> tuple[int, int, int, int]:
 def _run_cpu(x, weight, bias, shift, groups, eps, act, y, mean, rstd, level="") -> None:
     native.module.group_norm(
         _shape(x, groups), TYPES[x.dtype], ACTIVATIONS[act], eps, x.data_ptr(), weight.data_ptr(), bias.data_ptr(),
-        _address(shift), mean.data_ptr(), rstd.data_ptr(), y.data_ptr(),
-        stream=y.nbytes > group_norm_stages.STREAM_BYTES, threads=torch.get_num_threads(), level=level,
+        native.address(shift), mean.data_ptr(), rstd.data_ptr(), y.data_ptr(),
+        stream=y.nbytes > group_norm_apply.STREAM_BYTES, threads=torch.get_num_threads(), level=level,
     )  # fmt: skip
 
 
 def _run_cpu_backward(dy, x, weight, bias, shift, mean, rstd, act, dx, dweight, dbias, dshift, level="") -> None:
     native.module.group_norm_backward(
         _shape(x, mean.shape[1]), TYPES[x.dtype], ACTIVATIONS[act], x.data_ptr(), weight.data_ptr(), bias.data_ptr(),
-        _address(shift), mean.data_ptr(), rstd.data_ptr(), dy.data_ptr(), dx.data_ptr(), dweight.data_ptr(),
-        dbias.data_ptr(), _address(dshift), threads=torch.get_num_threads(), level=level,
+        native.address(shift), mean.data_ptr(), rstd.data_ptr(), dy.data_ptr(), dx.data_ptr(), dweight.data_ptr(),
+        dbias.data_ptr(), native.address(dshift), threads=torch.get_num_threads(), level=level,
     )  # fmt: skip
 
 
 def _run_stages(backend: str, x, weight, bias, shift, groups, eps, act, y, mean, rstd) -> None:
     pixels, channels = x.shape[1] * x.shape[2], x.shape[3]
-    tile = group_norm_stages.default_tile_pixels(pixels)
-    counts = group_norm_stages.tile_counts(pixels, tile, x.device)
+    tile = group_norm_moments.default_tile_pixels(pixels)
+    counts = group_norm_moments.tile_counts(pixels, tile, x.device)
     moments = torch.empty((x.shape[0], len(counts), 2, channels), device=x.device)
     scale, offset = (torch.empty((x.shape[0], channels), device=x.device) for _ in range(2))
-    stages = group_norm_stages.MOMENTS, group_norm_stages.MERGE, group_norm_stages.APPLY
-    run_moments, run_merge, run_apply = (op.implementations[backend].run for op in stages)
+    stages = group_norm_moments, group_norm_merge, group_norm_apply
+    run_moments, run_merge, run_apply = (stage.OP.implementations[backend].run for stage in stages)
     run_moments(x, tile, moments)
     run_merge(moments, counts, None, None, weight, bias, shift, groups, eps, scale, offset, mean, rstd)
     run_apply(x, None, scale, offset, act, "none", y)
@@ -240,12 +244,12 @@ def _run_stages(backend: str, x, weight, bias, shift, groups, eps, act, y, mean,
 
 def _can_run_on_gpu(x, weight, bias, shift, groups, *rest) -> None:
     can_run(x, weight, bias, shift)
-    group_norm_stages.can_run_on_gpu(x)
+    group_norm_moments.can_run_on_gpu(x)
 
 
 def _can_run_triton(x, weight, bias, shift, groups, *rest) -> None:
     _can_run_on_gpu(x, weight, bias, shift, groups)
-    group_norm_stages.can_merge_groups_of(weight.shape[0] // groups)
+    group_norm_merge.can_merge_groups_of(weight.shape[0] // groups)
 
 
 OP = Op("group_norm")

@@ -77,5 +77,5 @@ def torch_training(x, dy, y, dx, weight, bias) -> None:
 
 
 def compilations():
-    """None of its own: on a GPU the op runs the kernels of group_norm_stages."""
+    """None of its own: on a GPU the op runs the kernels of its three stages."""
     return iter(())

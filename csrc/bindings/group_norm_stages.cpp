@@ -101,7 +101,7 @@ void plan_apply(ApplyArguments& p) {
 void bind_group_norm_stages(py::module_& module) {
     module.def("group_norm_moments", &group_norm_moments, py::arg("x"), py::arg("type"), py::arg("shape"), py::arg("pixel_stride"),
                py::arg("tile_pixels"), py::arg("moments"), py::arg("threads"), py::arg("level") = "",
-               "The op `group_norm_moments` over raw pointers; see kernels/group_norm_stages.py. shape: (batch, pixels, channels).");
+               "The op `group_norm_moments` over raw pointers; see kernels/group_norm_moments.py. shape: (batch, pixels, channels).");
     module.def("group_norm_merge", &group_norm_merge, py::arg("sources"), py::arg("batch"), py::arg("groups"), py::arg("weight"),
                py::arg("bias"), py::arg("shift"), py::arg("shift_stride"), py::arg("eps"), py::arg("scale"), py::arg("offset"), py::arg("mean"),
                py::arg("rstd"), py::arg("threads"), py::arg("level") = "",

@@ -1,5 +1,5 @@
-// The stages of `group_norm` at inference (formulas: kernels/group_norm_stages.py). Loops run along rows: the channels of one pixel, or of as many
-// as fill vectors where pixels follow each other without a gap; lane l of a row belongs to channel l % channels.
+// The stages of `group_norm` at inference (formulas: kernels/group_norm_{moments,merge,apply}.py). Loops run along rows: the channels of one
+// pixel, or of as many as fill vectors where pixels follow each other without a gap; lane l of a row belongs to channel l % channels.
 #include "group_norm_stages.h"
 
 #include "rows.h"

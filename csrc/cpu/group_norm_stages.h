@@ -1,4 +1,4 @@
-// The stages of `group_norm` at inference on the CPU (formulas: kernels/group_norm_stages.py).
+// The stages of `group_norm` at inference on the CPU (formulas: kernels/group_norm_{moments,merge,apply}.py).
 #pragma once
 
 #include <cstdint>

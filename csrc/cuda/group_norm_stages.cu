@@ -1,5 +1,5 @@
-// The stages of `group_norm` at inference on CUDA (formulas: kernels/group_norm_stages.py). A thread takes V channels, 16 bytes where layouts allow
-// it and else one: threadIdx.x runs along the vectors of a pixel, threadIdx.y along pixels or tiles.
+// The stages of `group_norm` at inference on CUDA (formulas: kernels/group_norm_{moments,merge,apply}.py). A thread takes V channels, 16 bytes
+// where layouts allow it and else one: threadIdx.x runs along the vectors of a pixel, threadIdx.y along pixels or tiles.
 #include "kernel.h"
 
 namespace dfe {

@@ -10,6 +10,7 @@ import torch
 
 from dfengine.engine.program import Buffer, Constant, Op, Value
 from dfengine.kernels.conv2d import ConvWeight
+from dfengine.kernels.group_norm_moments import tile_counts
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,7 @@ class Builder:
 
     def _counts(self, feature: Feature) -> Constant:
         pixels, tile = feature.shape[1] * feature.shape[2], self.fusion.tile_pixels
-        counts = [min(tile, pixels - start) for start in range(0, pixels, tile)]
-        return self.constant(f"counts.{pixels}.{tile}", torch.tensor(counts), torch.int32)
+        return self.constant(f"counts.{pixels}.{tile}", tile_counts(pixels, tile), torch.int32)
 
     def norm(self, name: str, module: torch.nn.GroupNorm, act: str, x: Feature, x2: Feature | None = None) -> Norm:
         """The GroupNorm of one feature, or of the concatenation of two."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfengine.kernels import CannotRunError, conv2d
+from dfengine.kernels import CannotRunError, conv2d, group_norm_moments
 from dfengine.kernels.conv2d_triton import CONFIGURATIONS, configuration_for, launch_options
 from tests.kernels import launchers
 from tests.kernels.contract import assert_numeric_contract
@@ -166,7 +166,7 @@ def check_contract(launcher, case: Case, dtype: torch.dtype, tile_pixels: int = 
     y, moments = run_into_nan(launcher, arguments, tile_pixels)
     assert_numeric_contract(y, through_torch(arguments, torch.float64), through_torch(arguments, dtype))
     tile = launcher.options["configuration"]["BLOCK_M"] if launcher.backend == "triton" else tile_pixels
-    mean, spread = conv2d.reference_moments(y.double(), tile).unbind(dim=2)
+    mean, spread = group_norm_moments.reference(y.double(), tile).unbind(dim=2)
     assert torch.isfinite(moments).all()
     assert (moments[:, :, 0] - mean).abs().max() <= 2e-6 * y.abs().max()
     assert (moments[:, :, 1] - spread).abs().max() <= 1e-5 * spread.max() + 1e-9
@@ -302,7 +302,7 @@ def test_public_functions(monkeypatch):
     assert torch.equal(y, conv2d.reference(*arguments))
     into, moments = torch.full_like(y, NAN), torch.full((2, 3, 2, 7), NAN)
     conv2d.conv2d_into(*arguments, into, moments, 12)
-    assert torch.equal(into, y) and torch.equal(moments, conv2d.reference_moments(y, 12))
+    assert torch.equal(into, y) and torch.equal(moments, group_norm_moments.reference(y, 12))
 
 
 def test_custom_op_is_registered_soundly():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dfengine import native
-from dfengine.kernels import CannotRunError, group_norm, group_norm_stages
+from dfengine.kernels import CannotRunError, group_norm, group_norm_apply
 from tests.kernels import launchers
 from tests.kernels.contract import assert_numeric_contract
 
@@ -167,7 +167,7 @@ def test_cpu_threads_and_streaming_change_nothing(dtype, monkeypatch):
     try:
         for count in (1, 2, 3, 64):  # whole samples a thread for 1 and 2, tiles for 3 and 64
             torch.set_num_threads(count)
-            monkeypatch.setattr(group_norm_stages, "STREAM_BYTES", 0 if count in (2, 64) else 2**30)
+            monkeypatch.setattr(group_norm_apply, "STREAM_BYTES", 0 if count in (2, 64) else 2**30)
             results.append(run_into_nan(launchers, *inputs, 6, "gelu"))
     finally:
         torch.set_num_threads(threads)
