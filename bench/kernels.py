@@ -176,7 +176,7 @@ def main() -> None:
         head = environment(arguments.device) | {"clock": clock, "note": arguments.note}
         rows = []
         for case in importlib.import_module(f"bench.kernels.{op}").cases(arguments.device):
-            rows.append(bench_case(op, Case(*case), arguments.device, arguments.seconds, clock, compiled))
+            rows.append(bench_case(op, case, arguments.device, arguments.seconds, clock, compiled))
             show(rows[-1])
         collected += rows
         if arguments.json is None and rows:

@@ -18,6 +18,7 @@ from dfengine.data.inputs import InputImage, collect_inputs
 from dfengine.detection import Detection, Refused, resize_map
 from dfengine.devices import resolve_device
 from dfengine.engine.modules import PRECISIONS, ModuleRunner
+from dfengine.engine.runner import make_runner
 from dfengine.errors import DfengineError, ImageError, UsageError
 from dfengine.models import Model
 
@@ -57,7 +58,7 @@ class Detector:
         _check_precision(precision, self.device)
         model = checkpoint.build()
         self.precision = _choose_precision(model, self.device, seed) if precision == "auto" else precision
-        self._runner = ModuleRunner(model, self.device, self.precision, seed)
+        self._runner = make_runner(model, self.device, self.precision, seed)
         self._lock = threading.Lock()
 
     @property

@@ -30,10 +30,11 @@ import torch
 import torch.nn.functional as F
 
 from dfengine import native
+from dfengine.kernels import channel_attention_triton as kernels
 from dfengine.kernels import cuda_launch, registry, triton_import
 from dfengine.kernels.registry import CannotRunError, Op
 from dfengine.kernels.slices import pixel_stride
-from dfengine.kernels.triton_import import tl, triton
+from dfengine.kernels.triton_import import triton
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Codes of csrc/common/convert.h: FloatType."""
@@ -56,12 +57,11 @@ def workspace_size(shape: tuple[int, ...]) -> int:
     return batch * (2 * tiles * channels + channels + 2 * pixels)
 
 
-def _rooms(x: torch.Tensor, workspace: torch.Tensor) -> list[torch.Tensor]:
-    """The parts of the workspace: partials (N, T, 2, C), gate (N, C), maps (N, H W, 2)."""
+def _room_sizes(x: torch.Tensor) -> list[int]:
+    """Floats of the parts of the workspace: partials (N, T, 2, C), gate (N, C), maps (N, H W, 2)."""
     batch, height, width, channels = x.shape
-    sizes = [0, batch * channels, 2 * batch * height * width]
-    sizes[0] = workspace_size(x.shape) - sum(sizes)
-    return list(workspace[: sum(sizes)].split(sizes))
+    gate, maps = batch * channels, 2 * batch * height * width
+    return [workspace_size(x.shape) - gate - maps, gate, maps]
 
 
 def pack_gate(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,221 +192,11 @@ def _run_reference(x, w1, w2, spatial_weight, spatial_bias, residual, y, workspa
 
 
 def _strides(x, residual, y) -> list[int]:
-    named = dict(x=x, residual=x if residual is None else residual, y=y)
-    return [pixel_stride(name, tensor) for name, tensor in named.items()]
+    """Pixel strides; that of x for a missing residual."""
+    channels, tensors = x.shape[3], dict(x=x, residual=x if residual is None else residual, y=y)
+    return [channels if t.is_contiguous() else pixel_stride(name, t) for name, t in tensors.items()]
 
 
-@triton.jit
-def _tile(rows, at, mask):
-    return tl.load(rows + at, mask=mask, other=0).to(tl.float32)
-
-
-@triton.jit
-def _pooled(tile, mask, AXIS: tl.constexpr):
-    """Sum and maximum along an axis; tl.max passes over not-a-number, which the sum carries."""
-    return tl.sum(tile, axis=AXIS), tl.max(tl.where(mask, tile, float("-inf")), axis=AXIS)
-
-
-@triton.jit
-def _add_hidden(of_average, of_top, w1, average, top, channel, HIDDEN: tl.constexpr, CHANNELS: tl.constexpr):
-    """W1 avg and W1 max (padded to a power of two) with the part of these channels added."""
-    r = tl.arange(0, of_average.shape[0])
-    mask = (r < HIDDEN)[:, None] & (channel < CHANNELS)[None, :]
-    w = tl.load(w1 + r[:, None] * CHANNELS + channel[None, :], mask=mask, other=0)
-    of_average += tl.sum(w * average[None, :], axis=1)
-    of_top += tl.sum(w * tl.where(channel < CHANNELS, top, 0)[None, :], axis=1)
-    return of_average, of_top
-
-
-@triton.jit
-def _gelu(z):
-    return 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
-
-
-@triton.jit
-def _gate(hidden, w2, channel, HIDDEN: tl.constexpr, CHANNELS: tl.constexpr):
-    """The channel gate at `channel`, from gelu(W1 avg) + gelu(W1 max)."""
-    r = tl.arange(0, hidden.shape[0])
-    mask = (r < HIDDEN)[:, None] & (channel < CHANNELS)[None, :]
-    w = tl.load(w2 + r[:, None] * CHANNELS + channel[None, :], mask=mask, other=0)
-    return tl.sigmoid(tl.sum(w * hidden[:, None], axis=0))
-
-
-@triton.jit
-def sample_kernel(
-    x, w1, w2, spatial_weight, spatial_bias, residual, y, height, width, x_stride, residual_stride, y_stride,
-    CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, SPATIAL: tl.constexpr, RESIDUAL: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Program n: sample n, of at most BLOCK_P pixels; no channel gate for HIDDEN 0."""
-    n = tl.program_id(0).to(tl.int64)
-    pixels = height * width
-    pixel = tl.arange(0, BLOCK_P)
-    live = pixel < pixels
-    x_rows = x + n * pixels * x_stride + (pixel * x_stride)[:, None]
-    residual_rows = residual + n * pixels * residual_stride + (pixel * residual_stride)[:, None]
-    y_rows = y + n * pixels * y_stride + (pixel * y_stride)[:, None]
-
-    hidden = tl.zeros([BLOCK_R], tl.float32)
-    if HIDDEN > 0:
-        of_average, of_top = hidden, hidden
-        for first in range(0, CHANNELS, BLOCK_C):
-            channel = first + tl.arange(0, BLOCK_C)
-            mask = live[:, None] & (channel < CHANNELS)[None, :]
-            total, top = _pooled(_tile(x_rows, channel[None, :], mask), mask, 0)
-            of_average, of_top = _add_hidden(of_average, of_top, w1, total / pixels, top, channel, HIDDEN, CHANNELS)
-        hidden = _gelu(of_average) + _gelu(of_top)
-
-    s = tl.full([BLOCK_P], 1.0, tl.float32)
-    if SPATIAL:
-        mean = tl.zeros([BLOCK_P], tl.float32)
-        top = tl.full([BLOCK_P], float("-inf"), tl.float32)
-        for first in range(0, CHANNELS, BLOCK_C):
-            channel = first + tl.arange(0, BLOCK_C)
-            mask = live[:, None] & (channel < CHANNELS)[None, :]
-            u = _tile(x_rows, channel[None, :], mask)
-            if HIDDEN > 0:
-                u = u * _gate(hidden, w2, channel, HIDDEN, CHANNELS)[None, :]
-            part, part_top = _pooled(u, mask, 1)
-            mean += part
-            top = tl.maximum(top, part_top)
-        mean = mean / CHANNELS
-        # The convolution as a product with the matrix of the weights from every pixel of the sample to every other.
-        other = tl.arange(0, BLOCK_P)
-        dy = (other // width)[None, :] - (pixel // width)[:, None] + 3
-        dx = (other % width)[None, :] - (pixel % width)[:, None] + 3
-        near = (dy >= 0) & (dy < 7) & (dx >= 0) & (dx < 7) & (other < pixels)[None, :]
-        tap = spatial_weight + (dy * 7 + dx) * 2
-        w_mean = tl.load(tap, mask=near, other=0)
-        w_top = tl.load(tap + 1, mask=near, other=0)
-        terms = tl.where(near, w_mean * mean[None, :] + w_top * top[None, :], 0)
-        s = tl.sigmoid(tl.sum(terms, axis=1) + tl.load(spatial_bias))
-
-    for first in range(0, CHANNELS, BLOCK_C):
-        channel = first + tl.arange(0, BLOCK_C)
-        mask = live[:, None] & (channel < CHANNELS)[None, :]
-        u = _tile(x_rows, channel[None, :], mask)
-        if HIDDEN > 0:
-            u = u * _gate(hidden, w2, channel, HIDDEN, CHANNELS)[None, :]
-        u = u * s[:, None]
-        if RESIDUAL:
-            u += _tile(residual_rows, channel[None, :], mask)
-        tl.store(y_rows + channel[None, :], u.to(y.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def pool_kernel(
-    x, partials, pixels, tile_pixels, x_stride, CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
-):  # fmt: skip
-    """Program (t, k, n): sums and maxima of BLOCK_C channels over tile t of sample n."""
-    tile, n = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = channel < CHANNELS
-    rows = x + n * pixels * x_stride + channel[None, :]
-    after = tl.minimum((tile + 1) * tile_pixels, pixels)
-    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    top = tl.full([BLOCK_P, BLOCK_C], float("-inf"), tl.float32)
-    for first in range(tile * tile_pixels, after, BLOCK_P):
-        pixel = first + tl.arange(0, BLOCK_P)
-        mask = (pixel < after)[:, None] & inside[None, :]
-        values = _tile(rows, (pixel * x_stride)[:, None], mask)
-        total += values
-        top = tl.maximum(top, tl.where(mask, values, float("-inf")))
-    to = partials + (n * tl.num_programs(0) + tile) * 2 * CHANNELS + channel
-    tl.store(to, tl.sum(total, axis=0), mask=inside)
-    tl.store(to + CHANNELS, tl.max(top, axis=0), mask=inside)
-
-
-@triton.jit
-def gate_kernel(
-    partials, w1, w2, gate, pixels, tiles, CHANNELS: tl.constexpr, HIDDEN: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Program n: the channel gate of sample n, from the at most BLOCK_T tiles."""
-    n = tl.program_id(0).to(tl.int64)
-    tile = tl.arange(0, BLOCK_T)
-    of_average = tl.zeros([BLOCK_R], tl.float32)
-    of_top = of_average
-    for first in range(0, CHANNELS, BLOCK_C):
-        channel = first + tl.arange(0, BLOCK_C)
-        mask = (tile < tiles)[:, None] & (channel < CHANNELS)[None, :]
-        at = partials + ((n * tiles + tile) * 2 * CHANNELS)[:, None] + channel[None, :]
-        total = tl.sum(tl.load(at, mask=mask, other=0), axis=0)
-        top = tl.max(tl.load(at + CHANNELS, mask=mask, other=float("-inf")), axis=0)
-        of_average, of_top = _add_hidden(of_average, of_top, w1, total / pixels, top, channel, HIDDEN, CHANNELS)
-    hidden = _gelu(of_average) + _gelu(of_top)
-    for first in range(0, CHANNELS, BLOCK_C):
-        channel = first + tl.arange(0, BLOCK_C)
-        tl.store(gate + n * CHANNELS + channel, _gate(hidden, w2, channel, HIDDEN, CHANNELS), mask=channel < CHANNELS)
-
-
-@triton.jit
-def maps_kernel(
-    x, gate, maps, pixels, x_stride,
-    CHANNELS: tl.constexpr, GATED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Program (i, n): mean and maximum over the channels at BLOCK_P pixels of sample n."""
-    n = tl.program_id(1).to(tl.int64)
-    pixel = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    live = pixel < pixels
-    rows = x + n * pixels * x_stride + (pixel * x_stride)[:, None]
-    mean = tl.zeros([BLOCK_P], tl.float32)
-    top = tl.full([BLOCK_P], float("-inf"), tl.float32)
-    for first in range(0, CHANNELS, BLOCK_C):
-        channel = first + tl.arange(0, BLOCK_C)
-        mask = live[:, None] & (channel < CHANNELS)[None, :]
-        u = _tile(rows, channel[None, :], mask)
-        if GATED:
-            u = u * tl.load(gate + n * CHANNELS + channel, mask=channel < CHANNELS, other=0)[None, :]
-        part, part_top = _pooled(u, mask, 1)
-        mean += part
-        top = tl.maximum(top, part_top)
-    to = maps + (n * pixels + pixel) * 2
-    tl.store(to, mean / CHANNELS, mask=live)
-    tl.store(to + 1, top, mask=live)
-
-
-@triton.jit
-def apply_kernel(
-    x, gate, maps, spatial_weight, spatial_bias, residual, y, height, width, x_stride, residual_stride, y_stride,
-    CHANNELS: tl.constexpr, GATED: tl.constexpr, SPATIAL: tl.constexpr, RESIDUAL: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Program (i, n): y at BLOCK_P pixels of sample n."""
-    n = tl.program_id(1).to(tl.int64)
-    pixels = height * width
-    pixel = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    live = pixel < pixels
-    s = tl.full([BLOCK_P], 1.0, tl.float32)
-    if SPATIAL:
-        tap = tl.arange(0, 64)[None, :]
-        row = (pixel // width)[:, None] + tap // 7 - 3
-        column = (pixel % width)[:, None] + tap % 7 - 3
-        near = (tap < 49) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        at = maps + (n * pixels + row * width + column) * 2
-        z = tl.load(spatial_weight + 2 * tap, mask=tap < 49, other=0) * tl.load(at, mask=near, other=0)
-        z += tl.load(spatial_weight + 2 * tap + 1, mask=tap < 49, other=0) * tl.load(at + 1, mask=near, other=0)
-        s = tl.sigmoid(tl.sum(z, axis=1) + tl.load(spatial_bias))
-    for first in range(0, CHANNELS, BLOCK_C):
-        channel = first + tl.arange(0, BLOCK_C)
-        mask = live[:, None] & (channel < CHANNELS)[None, :]
-        u = _tile(x + n * pixels * x_stride, (pixel * x_stride)[:, None] + channel[None, :], mask)
-        if GATED:
-            u = u * tl.load(gate + n * CHANNELS + channel, mask=channel < CHANNELS, other=0)[None, :]
-        u = u * s[:, None]
-        if RESIDUAL:
-            at = (pixel * residual_stride)[:, None] + channel[None, :]
-            u += _tile(residual + n * pixels * residual_stride, at, mask)
-        to = y + n * pixels * y_stride + (pixel * y_stride)[:, None] + channel[None, :]
-        tl.store(to, u.to(y.dtype.element_ty), mask=mask)
-
-
-CONFIGURATIONS = (
-    dict(BLOCK_P=32, BLOCK_C=64, num_warps=4),
-    dict(BLOCK_P=16, BLOCK_C=128, num_warps=4),
-    dict(BLOCK_P=64, BLOCK_C=32, num_warps=8),
-)
-"""Launch configurations, each tested; the first is used until they have been timed on a device."""
 MAX_HIDDEN = {"triton": 64, "cuda": 1024}
 
 
@@ -416,8 +206,8 @@ def _run_triton(x, w1, w2, spatial_weight, spatial_bias, residual, y, workspace,
     batch, height, width, channels = x.shape
     pixels, hidden = height * width, 0 if w1 is None else w1.shape[0]
     x_stride, residual_stride, y_stride = _strides(x, residual, y)
-    options = dict(configuration or CONFIGURATIONS[0])
-    block_p = options.pop("BLOCK_P")
+    options = dict(configuration or kernels.CONFIGURATIONS[0])
+    block_p, small = options.pop("BLOCK_P"), options.pop("sample")
     block_r = triton.next_power_of_2(max(hidden, 1))
     flags = dict(SPATIAL=spatial_weight is not None, RESIDUAL=residual is not None)
     tensors = [x if tensor is None else tensor for tensor in (spatial_weight, spatial_bias, residual)]
@@ -425,23 +215,28 @@ def _run_triton(x, w1, w2, spatial_weight, spatial_bias, residual, y, workspace,
     if pixels <= ONE_LAUNCH_PIXELS:
         gates = (x, x) if w1 is None else (w1, w2)
         block_p = triton.next_power_of_2(pixels)
-        sample_kernel[(batch,)](
-            x, *gates, *tensors, y, *tail, HIDDEN=hidden, **flags, BLOCK_P=block_p, BLOCK_R=block_r, **options
+        kernels.sample_kernel[(batch,)](
+            x, *gates, *tensors, y, *tail, HIDDEN=hidden, **flags, BLOCK_P=block_p, BLOCK_R=block_r, **small
         )
         return
-    partials, gate, maps = _rooms(x, workspace)
+    sizes = _room_sizes(x)
+    partials, gate, maps = workspace[: sum(sizes)].split(sizes)
     per_tile, blocks = tile_pixels(pixels), triton.cdiv(pixels, block_p)
     tiles, gated = triton.cdiv(pixels, per_tile), w1 is not None
     if gated:
-        pool_kernel[(tiles, triton.cdiv(channels, options["BLOCK_C"]), batch)](
+        kernels.pool_kernel[(tiles, triton.cdiv(channels, options["BLOCK_C"]), batch)](
             x, partials, pixels, per_tile, x_stride, channels, BLOCK_P=block_p, **options
         )
-        gate_kernel[(batch,)](
+        kernels.gate_kernel[(batch,)](
             partials, w1, w2, gate, pixels, tiles, channels, HIDDEN=hidden, BLOCK_T=TILES, BLOCK_R=block_r, **options
         )
     if flags["SPATIAL"]:
-        maps_kernel[(blocks, batch)](x, gate, maps, pixels, x_stride, channels, GATED=gated, BLOCK_P=block_p, **options)
-    apply_kernel[(blocks, batch)](x, gate, maps, *tensors, y, *tail, GATED=gated, **flags, BLOCK_P=block_p, **options)
+        kernels.maps_kernel[(blocks, batch)](
+            x, gate, maps, pixels, x_stride, channels, GATED=gated, BLOCK_P=block_p, **options
+        )
+    kernels.apply_kernel[(blocks, batch)](
+        x, gate, maps, *tensors, y, *tail, GATED=gated, **flags, BLOCK_P=block_p, **options
+    )
 
 
 def _can_run_gpu(backend: str):
@@ -476,7 +271,7 @@ def _run_cuda(x, w1, w2, spatial_weight, spatial_bias, residual, y, workspace) -
     pixels, hidden = height * width, 0 if w1 is None else w1.shape[0]
     strides = _strides(x, residual, y)
     count = _values_at_a_time((x, residual, y), strides, channels)
-    name = f"{str(x.dtype).removeprefix('torch.')}"
+    name = str(x.dtype).removeprefix("torch.")
     spatial, rows = (spatial_weight, spatial_bias), [np.int64(stride) for stride in strides]
 
     def launch(kernel, grid, threads, arguments, floats=0):
@@ -493,7 +288,8 @@ def _run_cuda(x, w1, w2, spatial_weight, spatial_bias, residual, y, workspace) -
         arguments = (x, w1, w2, *spatial, residual, y, *sizes, np.int32(columns(SAMPLE_THREADS)), np.int32(count))
         launch(f"sample_{name}", (batch, 1, 1), SAMPLE_THREADS, arguments, floats)
         return
-    partials, gate, maps = _rooms(x, workspace)
+    sizes = _room_sizes(x)
+    partials, gate, maps = workspace[: sum(sizes)].split(sizes)
     per_tile = tile_pixels(pixels)
     tiles, blocks = -(-pixels // per_tile), -(-pixels // (THREADS // 32))
     if w1 is None:
@@ -526,11 +322,12 @@ STREAM_BYTES = 24 * 2**20
 def _run_cpu(x, w1, w2, spatial_weight, spatial_bias, residual, y, workspace, level="") -> None:
     if x.numel() == 0:
         return
-    partials, gate, _ = _rooms(x, workspace)
+    partials = workspace.data_ptr()
+    gate = partials + 4 * _room_sizes(x)[0]
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (w1, w2, spatial_weight, spatial_bias)]
     native.module.channel_attention(
         tuple(x.shape), TYPES[x.dtype], x.data_ptr(), 0 if residual is None else residual.data_ptr(), y.data_ptr(),
-        _strides(x, residual, y), 0 if w1 is None else w1.shape[0], *addresses, partials.data_ptr(), gate.data_ptr(),
+        _strides(x, residual, y), 0 if w1 is None else w1.shape[0], *addresses, partials, gate,
         threads=torch.get_num_threads(), stream=y.nbytes > STREAM_BYTES, level=level,
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ reads an (H/2, W/2) one twice in each direction.
 Shapes: x (N, H0, W0, C1), x2 (N, H0, W0, C2), C1 + C2 = C; weight a ConvWeight; bias (O,) or (N, O), the latter with
 the time embedding folded in; scale, offset (N, C); residual and y (N, H, W, O) (residual before its resampling);
 moments (N, T, 2, O), tile t being the pixels [t tile_pixels, (t + 1) tile_pixels) of a sample in row order, the last
-one shorter: T = ceil(H W / tile_pixels), see `tile_counts`.
+one shorter: T = ceil(H W / tile_pixels), as of the op group_norm_moments.
 Layouts: x, x2, residual and y are channels-last and may be channel slices of wider buffers: strides
 (H W P, W P, P, 1) with P >= the number of channels. The others are contiguous.
 Types: x, x2, residual, y and weight share float32, float16 or bfloat16 (the reference also float64); the others are
@@ -35,7 +35,9 @@ from torch import Tensor
 
 from dfengine.kernels import registry, triton_import
 from dfengine.kernels.conv2d_triton import configuration_for, conv2d_kernel, launch_options
+from dfengine.kernels.group_norm_stages import reference_moments
 from dfengine.kernels.registry import CannotRunError, Op
+from dfengine.kernels.slices import pixel_stride
 from dfengine.kernels.triton_import import triton
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -159,27 +161,9 @@ def output_shape(x: Tensor, weight: ConvWeight, resample: str) -> tuple[int, int
     return (x.shape[0], *_resampled(x.shape[1:3], resample), weight.outputs)
 
 
-def tile_counts(pixels: int, tile_pixels: int) -> list[int]:
-    """The number of pixels in each tile of a sample of `pixels` = H W pixels."""
-    return [min(tile_pixels, pixels - start) for start in range(0, pixels, tile_pixels)]
-
-
 def moment_tile(shape: tuple[int, int, int, int], dtype: torch.dtype) -> int:
     """The tile_pixels to allocate moments for, from the shape (N, H, W, O) of y: the BLOCK_M of `configuration_for`."""
     return configuration_for(shape, dtype)["BLOCK_M"]
-
-
-def pixel_stride(name: str, tensor: Tensor) -> int:
-    """P of a tensor with strides (H W P, W P, P, 1), P >= C. Raises ValueError for another layout."""
-    batch, height, width, channels = tensor.shape
-    pixels = (height * width, width, 1)
-    steps = zip((width, height, batch), tensor.stride()[2::-1], pixels[::-1], strict=True)
-    pitch = next((stride // k for size, stride, k in steps if size > 1), channels)
-    wanted = (*(pitch * k for k in pixels), 1)
-    differs = any(n > 1 and s != w for n, s, w in zip(tensor.shape, tensor.stride(), wanted, strict=True))
-    if pitch < channels or differs:
-        raise ValueError(f"{name}: strides {tensor.stride()} of {tuple(tensor.shape)} are not those of a channel slice")
-    return pitch
 
 
 def _resampled(size, resample: str) -> tuple[int, int]:
@@ -308,16 +292,6 @@ def reference(
     if residual is not None:
         y = y + _resample(residual.to(dtype), residual_resample)
     return y.to(x.dtype)
-
-
-def reference_moments(y: Tensor, tile_pixels: int) -> Tensor:
-    """moments (N, T, 2, O) of y (N, H, W, O), in float64 for float64 and else in float32."""
-    values = y.flatten(1, 2).to(torch.promote_types(y.dtype, torch.float32))
-    tiles = []
-    for tile in values.split(tile_pixels, dim=1):
-        mean = tile.mean(dim=1)
-        tiles.append(torch.stack((mean, (tile - mean[:, None]).square().sum(dim=1)), dim=1))
-    return torch.stack(tiles, dim=1)
 
 
 def _run_reference(

@@ -212,7 +212,8 @@ def _shape(x: Tensor, groups: int) -> tuple[int, int, int, int]:
 def _run_cpu(x, weight, bias, shift, groups, eps, act, y, mean, rstd, level="") -> None:
     native.module.group_norm(
         _shape(x, groups), TYPES[x.dtype], ACTIVATIONS[act], eps, x.data_ptr(), weight.data_ptr(), bias.data_ptr(),
-        _address(shift), mean.data_ptr(), rstd.data_ptr(), y.data_ptr(), threads=torch.get_num_threads(), level=level,
+        _address(shift), mean.data_ptr(), rstd.data_ptr(), y.data_ptr(),
+        stream=y.nbytes > group_norm_stages.STREAM_BYTES, threads=torch.get_num_threads(), level=level,
     )  # fmt: skip
 
 

@@ -232,7 +232,7 @@ def _can_run_triton(x, y) -> None:
         raise CannotRunError("more than 2^31 - 2^16 pixels, or 2^15 in a row or column")
 
 
-STREAM_BYTES = 8 * 2**20
+STREAM_BYTES = 3 * 2**20
 """An upsampled result larger than this bypasses the caches: two to three times as fast into a channel slice."""
 
 

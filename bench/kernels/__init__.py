@@ -12,8 +12,8 @@ class Case(NamedTuple):
     """One timed case of an op.
 
     moved: bytes that must be read and written at least; make() returns fresh arguments; rivals maps a name to a
-    function of those, "kernel" being the op and "torch" the eager composition that it replaces; flops of the matrix
-    products in it, if any; label: what shape and dtype do not say.
+    function of those, "kernel" being the op and "torch" the eager composition that it replaces; label: what shape and
+    dtype do not say; flops: of the matrix products in it, 2 for each multiply and add.
     """
 
     shape: tuple[int, ...]
@@ -21,5 +21,5 @@ class Case(NamedTuple):
     moved: int
     make: Callable[[], tuple]
     rivals: dict[str, Callable[..., Any]]
-    flops: int = 0
     label: str = ""
+    flops: int = 0

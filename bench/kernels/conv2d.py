@@ -1,10 +1,11 @@
-"""What is timed and compiled for the op `conv2d` (bench/run.py, bench/kernels_check.py)."""
+"""What is timed and compiled for the op `conv2d` (bench/kernels.py, bench/kernels_check.py)."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
+from bench.kernels import Case
 from dfengine.kernels import conv2d
 from dfengine.kernels.conv2d_triton import (
     HALF_CONFIGURATIONS,
@@ -32,7 +33,7 @@ DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float16, torch.
 
 
 def cases(device: str):
-    """Yield (shape of y, dtype, bytes moved at least, make, rivals); on a CPU only where it has its own backend.
+    """Of the shape of y; on a CPU only where the op has its own backend.
 
     make() returns fresh tensors; rivals: "torch" is channels-last F.conv2d with its bias, then GELU; "chain" has a
     normalisation and GELU before both, "kernel chain" the same as a prologue.
@@ -51,16 +52,19 @@ def cases(device: str):
                 full = normal(outputs, sum(sources), k, k) * (k * k * sum(sources)) ** -0.5
                 scale, offset = (normal(size[0], sum(sources), dtype=torch.float32) for _ in range(2))
                 joined = torch.cat(xs, dim=3).permute(0, 3, 1, 2)
-                return Case(xs, joined, full, d, normal(outputs, dtype=torch.float32), scale, offset)
+                return Tensors(xs, joined, full, d, normal(outputs, dtype=torch.float32), scale, offset)
 
             y_bytes = size[0] * size[1] * size[2] * outputs * dtype.itemsize
             x_bytes = size[0] * size[1] * size[2] * sum(sources) * dtype.itemsize
             weight_bytes = outputs * sum(sources) * kernel_size**2 * dtype.itemsize
             rivals = {"kernel": kernel, "torch": torch_conv, "kernel chain": kernel_chain, "chain": torch_chain}
-            yield (*size, outputs), dtype, x_bytes + y_bytes + weight_bytes, (lambda make=make: (make(),)), rivals
+            moved = x_bytes + y_bytes + weight_bytes
+            flops = 2 * size[0] * size[1] * size[2] * outputs * sum(sources) * kernel_size**2
+            label = f"{'+'.join(map(str, sources))} to {outputs}, {kernel_size}x{kernel_size}, dilation {dilation}"
+            yield Case((*size, outputs), dtype, moved, lambda make=make: (make(),), rivals, label, flops)
 
 
-class Case:
+class Tensors:
     """The tensors of one case, in the form each rival wants, and an output."""
 
     def __init__(self, xs, joined, full, dilation, bias, scale, offset) -> None:
@@ -71,26 +75,26 @@ class Case:
         self.y = torch.zeros(conv2d.output_shape(self.x, self.weight, "none"), dtype=full.dtype, device=full.device)
 
 
-def kernel(case: Case) -> None:
+def kernel(case: Tensors) -> None:
     conv2d.OP(
         case.x, case.x2, case.weight, case.bias, None, None, "none", "none", None, "none", "gelu", case.y, None, 0
     )
 
 
-def kernel_chain(case: Case) -> None:
+def kernel_chain(case: Tensors) -> None:
     conv2d.OP(
         case.x, case.x2, case.weight, case.bias, case.scale, case.offset, "gelu", "none", None, "none", "gelu", case.y,
         None, 0,
     )  # fmt: skip
 
 
-def torch_conv(case: Case) -> None:
+def torch_conv(case: Tensors) -> None:
     d = case.weight.dilation
     padding = d * (case.weight.kernel[0] // 2)
     F.gelu(F.conv2d(case.joined, case.full, case.half_bias, padding=padding, dilation=d))
 
 
-def torch_chain(case: Case) -> None:
+def torch_chain(case: Tensors) -> None:
     """What the prologue replaces: x again through memory, normalised and activated, before the same convolution."""
     d = case.weight.dilation
     padding = d * (case.weight.kernel[0] // 2)

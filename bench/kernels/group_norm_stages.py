@@ -1,4 +1,4 @@
-"""What is timed and compiled for the stages of group_norm at inference (bench/run.py, bench/kernels_check.py)."""
+"""What is timed and compiled for the stages of group_norm at inference (bench/kernels.py, bench/kernels_check.py)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 
+from bench.kernels import Case
 from dfengine.kernels import group_norm_stages as stages
 
 SHAPES = [(1, 256, 256, 128), (1, 64, 64, 256), (1, 8, 8, 512)]
@@ -39,7 +40,7 @@ def cases(device: str):
             return x, None, scale, offset, "gelu", resample, y
 
         x_bytes = make_x().nbytes
-        yield (
+        yield Case(
             shape,
             dtype,
             x_bytes,
@@ -55,7 +56,7 @@ def cases(device: str):
                 return make_apply(resample)
 
             rivals = {"kernel": stages.APPLY, "torch": torch_apply}
-            yield shape, dtype, int(x_bytes * (1 + share)), make, rivals, f"{stages.APPLY.name} {resample}"
+            yield Case(shape, dtype, int(x_bytes * (1 + share)), make, rivals, f"{stages.APPLY.name} {resample}")
         if dtype == torch.float32:
 
             def make_merge(size=(batch, tiles, 2, channels), tile=tile, pixels=height * width):
@@ -66,7 +67,7 @@ def cases(device: str):
 
             moved = batch * tiles * 2 * channels * 4
             rivals = {"kernel": stages.MERGE, "torch": stages.MERGE.implementations["reference"].run}
-            yield shape, dtype, moved, make_merge, rivals, stages.MERGE.name
+            yield Case(shape, dtype, moved, make_merge, rivals, stages.MERGE.name)
 
 
 def torch_moments(x, tile_pixels, moments) -> None:

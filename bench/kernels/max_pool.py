@@ -1,4 +1,4 @@
-"""What is timed and compiled for the op `max_pool` (bench/run.py, bench/kernels_check.py).
+"""What is timed and compiled for the op `max_pool` (bench/kernels.py, bench/kernels_check.py).
 
 Shapes are those after levels of the segmentation net's encoder at 256 pixels.
 """
@@ -10,7 +10,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 
-from bench.kernels import upsample_bilinear
+from bench.kernels import Case, upsample_bilinear
 from bench.kernels.one_step import DTYPES
 from dfengine.kernels import resample
 
@@ -18,7 +18,7 @@ SHAPES = [(1, 256, 256, 64), (1, 64, 64, 256), (8, 128, 128, 128)]
 
 
 def cases(device: str):
-    """Yield (shape, dtype, bytes moved at least, make, rivals).
+    """
 
     make() returns fresh tensors (x, y); rivals maps a name to a function of those, "kernel" being the op. Outputs are
     touched beforehand, so that no page fault is timed.
@@ -30,7 +30,7 @@ def cases(device: str):
             x = torch.randn(shape, generator=generator).to(device, dtype)
             return x, torch.zeros(resample._resized("max_pool", x), dtype=dtype, device=device)
 
-        yield shape, dtype, sum(t.nbytes for t in make()), make, {"kernel": kernel, "torch": torch_composition}
+        yield Case(shape, dtype, sum(t.nbytes for t in make()), make, {"kernel": kernel, "torch": torch_composition})
 
 
 def kernel(x, y) -> None:

@@ -1,4 +1,4 @@
-"""What is timed and compiled for the op `one_step`, guided (bench/run.py, bench/kernels_check.py)."""
+"""What is timed and compiled for the op `one_step`, guided (bench/kernels.py, bench/kernels_check.py)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 
 import torch
 
+from bench.kernels import Case
 from dfengine.kernels import one_step
 
 A, B, WEIGHT = one_step.coefficients([0.6588, 0.1951])
@@ -15,7 +16,7 @@ TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "b
 
 
 def cases(device: str):
-    """Yield (shape, dtype, bytes moved at least, make, rivals).
+    """
 
     make() returns fresh tensors (x_t, eps, x_0, pair, reconstruction); rivals maps a name to a function of those,
     "kernel" being the op. Outputs are touched beforehand, so that no page fault is timed.
@@ -29,7 +30,7 @@ def cases(device: str):
             pair = torch.zeros((*shape[:-1], 2 * shape[-1]), dtype=dtype, device=device)
             return x_t, eps, x_0, pair, torch.zeros(shape, device=device)
 
-        yield shape, dtype, sum(t.nbytes for t in make()), make, {"kernel": kernel, "torch": torch_composition}
+        yield Case(shape, dtype, sum(t.nbytes for t in make()), make, {"kernel": kernel, "torch": torch_composition})
 
 
 def kernel(x_t, eps, x_0, pair, reconstruction) -> None:

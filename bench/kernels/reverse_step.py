@@ -1,4 +1,4 @@
-"""What is timed and compiled for the op `reverse_step` (bench/run.py, bench/kernels_check.py)."""
+"""What is timed and compiled for the op `reverse_step` (bench/kernels.py, bench/kernels_check.py)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 
 import torch
 
+from bench.kernels import Case
 from bench.kernels.one_step import TRITON_TYPES
 from dfengine.kernels import ingest, one_step, reverse_step
 
@@ -15,7 +16,7 @@ DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.
 
 
 def cases(device: str):
-    """Yield (shape, dtype, bytes moved at least, make, rivals).
+    """
 
     make() returns fresh tensors (x_t, eps, out); rivals maps a name to a function of those, "kernel" being the op.
     Outputs are touched beforehand, so that no page fault is timed.
@@ -27,7 +28,7 @@ def cases(device: str):
             x_t, eps = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
             return x_t, eps, torch.zeros_like(x_t)
 
-        yield shape, dtype, sum(t.nbytes for t in make()), make, {"kernel": kernel, "torch": torch_composition}
+        yield Case(shape, dtype, sum(t.nbytes for t in make()), make, {"kernel": kernel, "torch": torch_composition})
 
 
 def kernel(x_t, eps, out) -> None:

@@ -1,4 +1,4 @@
-"""What is timed and compiled for the op `score` (bench/run.py, bench/kernels_check.py)."""
+"""What is timed and compiled for the op `score` (bench/kernels.py, bench/kernels_check.py)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 
 import torch
 
+from bench.kernels import Case
 from bench.kernels.one_step import DTYPES, TRITON_TYPES
 from dfengine.kernels import score
 
@@ -13,7 +14,7 @@ SHAPES = [(1, 1, 256, 256), (1, 16, 256, 256), (1, 1, 512, 512)]
 
 
 def cases(device: str):
-    """Yield (shape, dtype, bytes moved at least, make, rivals).
+    """
 
     make() returns fresh tensors (logits, threshold, anomaly_map, pred_score, pred_label, workspace); rivals maps a name
     to a function of those, "kernel" being the op. Outputs are touched beforehand, so that no page fault is timed.
@@ -33,7 +34,9 @@ def cases(device: str):
             )
 
         logits, _, anomaly_map, *_ = make()
-        yield shape, dtype, logits.nbytes + anomaly_map.nbytes, make, {"kernel": kernel, "torch": torch_composition}
+        yield Case(
+            shape, dtype, logits.nbytes + anomaly_map.nbytes, make, {"kernel": kernel, "torch": torch_composition}
+        )
 
 
 def _k(logits) -> int:

@@ -1,4 +1,4 @@
-"""What is timed and compiled for the op `upsample_bilinear` (bench/run.py, bench/kernels_check.py).
+"""What is timed and compiled for the op `upsample_bilinear` (bench/kernels.py, bench/kernels_check.py).
 
 Shapes are those before each up-convolution of the segmentation net at 256 pixels; results go into a buffer twice as
 wide, as for a concatenation.
@@ -11,6 +11,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 
+from bench.kernels import Case
 from bench.kernels.one_step import DTYPES, TRITON_TYPES
 from dfengine.kernels import resample
 
@@ -18,7 +19,7 @@ SHAPES = [(1, 128, 128, 64), (1, 32, 32, 256), (8, 64, 64, 128)]
 
 
 def cases(device: str):
-    """Yield (shape, dtype, bytes moved at least, make, rivals).
+    """
 
     make() returns fresh tensors (x, y, joined), y a slice of joined; rivals maps a name to a function of those,
     "kernel" being the op. Outputs are touched beforehand, so that no page fault is timed.
@@ -33,7 +34,7 @@ def cases(device: str):
             return x, joined[..., :channels], joined
 
         x, y, _ = make()
-        yield shape, dtype, x.nbytes + y.nbytes, make, {"kernel": kernel, "torch": torch_composition}
+        yield Case(shape, dtype, x.nbytes + y.nbytes, make, {"kernel": kernel, "torch": torch_composition})
 
 
 def kernel(x, y, joined) -> None:

@@ -60,8 +60,9 @@ void channel_attention(std::array<int64_t, 4> shape, int type, uintptr_t x, uint
 void plan_channel_attention(ChannelAttentionArguments& p) {
     p.pitch = p.width + 2 * SPATIAL_REACH;
     p.step_rows = std::min(p.height, std::max<int64_t>(1, (1 << 16) / (p.width * p.channels)));
-    // Two planes of maps, the gate of the rows at hand, a pixel of y; pooling needs less.
-    p.scratch_floats = 2 * (p.height + 2 * SPATIAL_REACH) * p.pitch + p.step_rows * p.pitch + p.channels;
+    // For y two planes of maps, the gate of the rows at hand, and a pixel; averages and hidden values for the channel gate.
+    const int64_t maps = 2 * (p.height + 2 * SPATIAL_REACH) * p.pitch + p.step_rows * p.pitch;
+    p.scratch_floats = p.channels + std::max(maps, 2 * p.hidden);
 }
 
 void bind_channel_attention(py::module_& module) {

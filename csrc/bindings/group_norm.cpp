@@ -50,9 +50,10 @@ void run_passes(const GroupNormArguments& p, const GroupNormPasses& passes, int 
 }
 
 void group_norm(std::array<int64_t, 4> shape, int type, int activation, float eps, uintptr_t x, uintptr_t weight, uintptr_t bias,
-                uintptr_t shift, uintptr_t mean, uintptr_t rstd, uintptr_t y, int threads, const std::string& level) {
+                uintptr_t shift, uintptr_t mean, uintptr_t rstd, uintptr_t y, bool stream, int threads, const std::string& level) {
     GroupNormArguments p = group_norm_arguments(shape, type, activation, eps, x, weight, bias, shift, mean, rstd);
     p.y = pointer<void>(y);
+    p.stream = stream;
     plan_group_norm(p);
     const auto passes = DFE_AT_LEVEL(level_named(level), group_norm_forward)(p);
     py::gil_scoped_release unlocked;
@@ -98,8 +99,8 @@ void plan_group_norm(GroupNormArguments& p) {
 
 void bind_group_norm(py::module_& module) {
     module.def("group_norm", &group_norm, py::arg("shape"), py::arg("type"), py::arg("activation"), py::arg("eps"), py::arg("x"),
-               py::arg("weight"), py::arg("bias"), py::arg("shift"), py::arg("mean"), py::arg("rstd"), py::arg("y"), py::arg("threads"),
-               py::arg("level") = "",
+               py::arg("weight"), py::arg("bias"), py::arg("shift"), py::arg("mean"), py::arg("rstd"), py::arg("y"), py::arg("stream"),
+               py::arg("threads"), py::arg("level") = "",
                "The op `group_norm` over raw pointers; see kernels/group_norm.py. shape: (batch, pixels, channels, groups); shift may be 0.");
     module.def("group_norm_backward", &group_norm_backward, py::arg("shape"), py::arg("type"), py::arg("activation"), py::arg("x"),
                py::arg("weight"), py::arg("bias"), py::arg("shift"), py::arg("mean"), py::arg("rstd"), py::arg("dy"), py::arg("dx"),

@@ -82,7 +82,7 @@ void plan_moments(MomentsArguments& p) {
     p.row_pixels = p.pixel_stride == p.channels ? pixels_of_a_row(p.channels) : 1;
     const int64_t lanes = p.row_pixels * p.channels;
     p.chunk_pixels = std::max<int64_t>(4, 8192 / lanes) * p.row_pixels;
-    p.scratch_floats = 4 * lanes;
+    p.scratch_floats = 5 * lanes;
 }
 
 void plan_merge(MergeArguments& p) {

@@ -40,6 +40,13 @@ DFE_HD float gelu_deficit(float magnitude) {
     return m * float_of(bits_of(power) + (bits_of(rounder) << 23));
 }
 
+// 1 / (1 + e^-z); not a number stays one.
+DFE_HD float sigmoid(float z) {
+    const float e = exp_of_negative(-magnitude_of(z));
+    const float share = 1.0f / (1.0f + e), value = z > 0.0f ? share : e * share;
+    return z == z ? value : z;
+}
+
 template <Activation A>
 DFE_HD float activated(float z) {
     if (A == Activation::gelu) return (z > 0.0f ? z : 0.0f) - gelu_deficit(magnitude_of(z));

@@ -7,13 +7,6 @@ namespace dfe {
 
 constexpr int SPATIAL_SIZE = 7, SPATIAL_REACH = 3;  // of the spatial gate's window: its side, and how far it reaches
 
-// 1 / (1 + e^-z); not a number stays one.
-DFE_HD float sigmoid(float z) {
-    const float e = exp_of_negative(-magnitude_of(z));
-    const float share = 1.0f / (1.0f + e);
-    return z != z ? z : z > 0.0f ? share : e * share;
-}
-
 // Not a number is passed over: the mean that goes along with every maximum carries it.
 DFE_HD float larger(float a, float b) { return a > b ? a : b; }
 

@@ -2,7 +2,7 @@
 // between the two passes. Every loop runs along a row of `lanes` values, in which lane l belongs to channel l % channels.
 #include "group_norm.h"
 
-#include "isa.h"
+#include "rows.h"
 
 namespace dfe {
 namespace DFE_ISA {
@@ -33,38 +33,6 @@ float* lanes_of(const GroupNormArguments& p, float* shared, int64_t which) {
 // dz of the whole sample.
 float* kept_of(const GroupNormArguments& p, float* shared) { return lanes_of(p, shared, 3); }
 
-void clear(float* DFE_RESTRICT values, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) values[i] = 0.0f;
-}
-
-// Add up the lanes of each channel.
-void fold(const float* DFE_RESTRICT lanes, int64_t count, int64_t channels, float* DFE_RESTRICT sums) {
-    for (int64_t c = 0; c < channels; ++c) sums[c] = lanes[c];
-    for (int64_t l = channels; l < count; l += channels) {
-        for (int64_t c = 0; c < channels; ++c) sums[c] += lanes[l + c];
-    }
-}
-
-// Repeat the values of the channels along the lanes after them.
-void spread(float* DFE_RESTRICT lanes, int64_t count, int64_t channels) {
-    for (int64_t l = channels; l < count; ++l) lanes[l] = lanes[l - channels];
-}
-
-template <typename T>
-void add_row(const T* DFE_RESTRICT x, int64_t count, float* DFE_RESTRICT sum) {
-    for (int64_t l = 0; l < count; ++l) sum[l] += load(x + l);
-}
-
-template <typename T>
-void add_row_centred(const T* DFE_RESTRICT x, int64_t count, const float* DFE_RESTRICT centre, float* DFE_RESTRICT sum,
-                     float* DFE_RESTRICT squares) {
-    for (int64_t l = 0; l < count; ++l) {
-        const float d = load(x + l) - centre[l];
-        sum[l] += d;
-        squares[l] += d * d;
-    }
-}
-
 // Leaves per channel: a centre close to the tile's mean, and the sums of (x - centre) and (x - centre)^2.
 template <typename T>
 void forward_sums(const GroupNormArguments& p, int64_t n, int64_t begin, int64_t end, float* shared, float* scratch) {
@@ -75,14 +43,13 @@ void forward_sums(const GroupNormArguments& p, int64_t n, int64_t begin, int64_t
         const T* const x = static_cast<const T*>(p.x) + at.offset;
         const int64_t size = at.pixels * channels;
         float* const out = sums_of(p, shared, tile);
-        clear(sum, 2 * lanes);
-        for (int64_t i = 0; i < size; i += lanes) add_row(x + i, size - i < lanes ? size - i : lanes, sum);
+        const int64_t rows = (size + lanes - 1) / lanes, last = size - (rows - 1) * lanes;
+        add_rows(x, rows, lanes, lanes, last, sum);
         fold(sum, lanes, channels, centre);
         const float share = 1.0f / static_cast<float>(at.pixels);
         for (int64_t c = 0; c < channels; ++c) centre[c] *= share;
         spread(centre, lanes, channels);
-        clear(sum, lanes);
-        for (int64_t i = 0; i < size; i += lanes) add_row_centred(x + i, size - i < lanes ? size - i : lanes, centre, sum, squares);
+        add_rows_centred(x, rows, lanes, lanes, last, size, centre, sum, squares);
         for (int64_t c = 0; c < channels; ++c) out[c] = centre[c];
         fold(sum, lanes, channels, out + channels);
         fold(squares, lanes, channels, out + 2 * channels);
@@ -132,24 +99,23 @@ void forward_join(const GroupNormArguments& p, int64_t n, float* shared) {
     spread(offset, p.lanes, channels);
 }
 
+// From the last tile to the first: those that were read last are still in the cache.
 template <typename T, Activation A>
-void write_row(const T* DFE_RESTRICT x, int64_t count, const float* DFE_RESTRICT centre, const float* DFE_RESTRICT scale,
-               const float* DFE_RESTRICT offset, T* DFE_RESTRICT y) {
-    for (int64_t l = 0; l < count; ++l) store(y + l, activated<A>((load(x + l) - centre[l]) * scale[l] + offset[l]));
-}
-
-template <typename T, Activation A>
-void forward_apply(const GroupNormArguments& p, int64_t n, int64_t begin, int64_t end, float* shared, float*) {
-    for (int64_t tile = begin; tile < end; ++tile) {
+void forward_apply(const GroupNormArguments& p, int64_t n, int64_t begin, int64_t end, float* shared, float* scratch) {
+    for (int64_t tile = end - 1; tile >= begin; --tile) {
         const Tile at = tile_of(p, n, tile);
         const int64_t size = at.pixels * p.channels;
         const T* const x = static_cast<const T*>(p.x) + at.offset;
         T* const y = static_cast<T*>(p.y) + at.offset;
         for (int64_t i = 0; i < size; i += p.lanes) {
             const int64_t count = size - i < p.lanes ? size - i : p.lanes;
-            write_row<T, A>(x + i, count, lanes_of(p, shared, 0), lanes_of(p, shared, 1), lanes_of(p, shared, 2), y + i);
+            T* const to = p.stream ? reinterpret_cast<T*>(scratch) : y + i;
+            fetch_ahead(x + i - p.tile_pixels * p.channels, p.stream ? nullptr : y + i - p.tile_pixels * p.channels, count);
+            activate_row<T, A, true>(x + i, count, lanes_of(p, shared, 0), lanes_of(p, shared, 1), lanes_of(p, shared, 2), to);
+            if (p.stream) stream_copy(y + i, to, count * static_cast<int64_t>(sizeof(T)));
         }
     }
+    if (p.stream) stream_fence();
 }
 
 // The lanes of the gradient's first pass: x normalised is x * rstd after the centre is taken off, z = weight * that + bias.

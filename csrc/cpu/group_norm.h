@@ -18,6 +18,7 @@ struct GroupNormArguments {
     const float* shift;          // (batch, channels), or null for zeros
     float *mean, *rstd;          // (batch, groups); the gradient reads them
     void* y;
+    bool stream;  // whether y bypasses the caches
 
     const void* dy;
     void* dx;

@@ -2,82 +2,13 @@
 // as fill vectors where pixels follow each other without a gap; lane l of a row belongs to channel l % channels.
 #include "group_norm_stages.h"
 
-#include "isa.h"
+#include "rows.h"
 
 namespace dfe {
 namespace DFE_ISA {
 namespace {
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-void clear(float* DFE_RESTRICT values, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) values[i] = 0.0f;
-}
-
-// Add up the lanes of each channel.
-void fold(const float* DFE_RESTRICT lanes, int64_t count, int64_t channels, float* DFE_RESTRICT sums) {
-    for (int64_t c = 0; c < channels; ++c) sums[c] = lanes[c];
-    for (int64_t l = channels; l < count; l += channels) {
-        for (int64_t c = 0; c < channels; ++c) sums[c] += lanes[l + c];
-    }
-}
-
-// Repeat the values of the channels along the lanes after them.
-void spread(float* DFE_RESTRICT lanes, int64_t count, int64_t channels) {
-    for (int64_t l = channels; l < count; ++l) lanes[l] = lanes[l - channels];
-}
-
-constexpr int64_t BLOCK = 64;  // lanes whose sums stay in registers down the rows of a chunk
-
-// sum[l] over `rows` rows, `stride` apart, of which the last has only `last` lanes; all of the others have `lanes`.
-template <typename T>
-void add_rows(const T* DFE_RESTRICT x, int64_t rows, int64_t stride, int64_t lanes, int64_t last, float* DFE_RESTRICT sum) {
-    for (int64_t l = 0; l < lanes; l += BLOCK) {
-        const int64_t size = smaller(BLOCK, lanes - l), full = last == lanes ? rows : rows - 1;
-        float sums[BLOCK] = {};
-        if (size == BLOCK) {
-            for (int64_t r = 0; r < full; ++r) {
-                for (int64_t k = 0; k < BLOCK; ++k) sums[k] += load(x + r * stride + l + k);
-            }
-        } else {
-            for (int64_t r = 0; r < full; ++r) {
-                for (int64_t k = 0; k < size; ++k) sums[k] += load(x + r * stride + l + k);
-            }
-        }
-        for (int64_t k = 0; full < rows && k < smaller(size, last - l); ++k) sums[k] += load(x + full * stride + l + k);
-        for (int64_t k = 0; k < size; ++k) sum[l + k] = sums[k];
-    }
-}
-
-// As add_rows, of (x - centre)^2.
-template <typename T>
-void add_squares(const T* DFE_RESTRICT x, int64_t rows, int64_t stride, int64_t lanes, int64_t last, const float* DFE_RESTRICT centre,
-                 float* DFE_RESTRICT sum) {
-    for (int64_t l = 0; l < lanes; l += BLOCK) {
-        const int64_t size = smaller(BLOCK, lanes - l), full = last == lanes ? rows : rows - 1;
-        float sums[BLOCK] = {};
-        if (size == BLOCK) {
-            for (int64_t r = 0; r < full; ++r) {
-                for (int64_t k = 0; k < BLOCK; ++k) {
-                    const float d = load(x + r * stride + l + k) - centre[l + k];
-                    sums[k] += d * d;
-                }
-            }
-        } else {
-            for (int64_t r = 0; r < full; ++r) {
-                for (int64_t k = 0; k < size; ++k) {
-                    const float d = load(x + r * stride + l + k) - centre[l + k];
-                    sums[k] += d * d;
-                }
-            }
-        }
-        for (int64_t k = 0; full < rows && k < smaller(size, last - l); ++k) {
-            const float d = load(x + full * stride + l + k) - centre[l + k];
-            sums[k] += d * d;
-        }
-        for (int64_t k = 0; k < size; ++k) sum[l + k] = sums[k];
-    }
-}
 
 // Merge the moments of `more` values into mean and m2, those of `count` values before (Chan, Golub and LeVeque 1979).
 template <typename T>
@@ -94,7 +25,8 @@ void merge(const float* DFE_RESTRICT more_mean, const float* DFE_RESTRICT more_m
 template <typename T>
 void tiles_of(const MomentsArguments& p, int64_t begin, int64_t end, float* scratch) {
     const int64_t channels = p.channels, lanes = p.row_pixels * channels, stride = p.row_pixels * p.pixel_stride;
-    float *const sum = scratch, *const centre = sum + lanes, *const squares = centre + lanes, *const m2 = squares + lanes;
+    float *const sum = scratch, *const centre = sum + lanes, *const squares = centre + lanes;
+    float *const m2 = squares + lanes, *const error = m2 + channels;  // of the rounded mean of a chunk
     for (int64_t item = begin; item < end; ++item) {
         const int64_t n = item / p.tiles, first = item % p.tiles * p.tile_pixels, last = smaller(first + p.tile_pixels, p.pixels);
         float* const out = p.moments + item * 2 * channels;
@@ -108,8 +40,13 @@ void tiles_of(const MomentsArguments& p, int64_t begin, int64_t end, float* scra
             fold(sum, lanes, channels, centre);
             for (int64_t c = 0; c < channels; ++c) centre[c] *= share;
             spread(centre, lanes, channels);
-            add_squares(x, rows, stride, lanes, last_lanes, centre, squares);
+            add_rows_centred(x, rows, stride, lanes, last_lanes, pixels * p.pixel_stride, centre, sum, squares);
+            fold(sum, lanes, channels, error);
             fold(squares, lanes, channels, m2);
+            for (int64_t c = 0; c < channels; ++c) {
+                m2[c] -= error[c] * error[c] * share;
+                centre[c] += error[c] * share;
+            }
             merge(centre, m2, channels, static_cast<double>(pixels), static_cast<double>(pixel - first), out, out + channels);
         }
     }
@@ -130,21 +67,6 @@ double merge_source(const MomentsSource& source, int64_t n, int64_t start, int64
     return count;
 }
 
-template <typename T, Activation A>
-void activate(const T* DFE_RESTRICT x, int64_t count, const float* DFE_RESTRICT scale, const float* DFE_RESTRICT offset, T* DFE_RESTRICT y) {
-    for (int64_t l = 0; l < count; ++l) store(y + l, activated<A>(load(x + l) * scale[l] + offset[l]));
-}
-
-template <typename T, Activation A>
-void activate_and_pool(const T* DFE_RESTRICT upper, const T* DFE_RESTRICT lower, int64_t stride, int64_t count, const float* DFE_RESTRICT scale,
-                       const float* DFE_RESTRICT offset, T* DFE_RESTRICT y) {
-    for (int64_t l = 0; l < count; ++l) {
-        const float a = activated<A>(load(upper + l) * scale[l] + offset[l]), b = activated<A>(load(upper + stride + l) * scale[l] + offset[l]);
-        const float c = activated<A>(load(lower + l) * scale[l] + offset[l]), d = activated<A>(load(lower + stride + l) * scale[l] + offset[l]);
-        store(y + l, ((a + b) + (c + d)) * 0.25f);
-    }
-}
-
 template <typename T>
 void deliver(T* to, const T* from, int64_t count, bool stream) {
     if (stream) {
@@ -153,6 +75,8 @@ void deliver(T* to, const T* from, int64_t count, bool stream) {
         memcpy(to, from, static_cast<size_t>(count) * sizeof(T));
     }
 }
+
+constexpr int64_t AHEAD = 4096;  // values that are fetched before they are needed
 
 // One line of one source; y points at the source's channels in the first result pixel of the line.
 template <typename T, Activation A>
@@ -164,18 +88,22 @@ void line(const ApplyArguments& p, const ApplySource& source, int64_t n, int64_t
         for (int64_t at = 0; at < p.width; at += p.row_pixels) {
             const int64_t count = smaller(lanes, (p.width - at) * source.channels);
             T* const to = y + at * p.y_stride;
-            activate<T, A>(x + at * stride, count, scale, offset, p.stream ? staged : to);
+            fetch_ahead(x + at * stride + AHEAD, p.stream ? nullptr : to + AHEAD, count);
+            activate_row<T, A, false>(x + at * stride, count, nullptr, scale, offset, p.stream ? staged : to);
             if (p.stream) stream_copy(to, staged, count * static_cast<int64_t>(sizeof(T)));
         }
     } else if (pool) {
         for (int64_t at = 0; at < p.width / 2; ++at, x += 2 * stride, y += p.y_stride) {
+            fetch_ahead<T>(x + AHEAD, nullptr, 2 * lanes);
+            fetch_ahead<T>(x + p.width * stride + AHEAD, p.stream ? nullptr : y + AHEAD / 2, 2 * lanes);
             activate_and_pool<T, A>(x, x + p.width * stride, stride, lanes, scale, offset, p.stream ? staged : y);
             if (p.stream) stream_copy(y, staged, lanes * static_cast<int64_t>(sizeof(T)));
         }
     } else {
         for (int64_t at = 0; at < p.width; ++at, x += stride, y += 2 * p.y_stride) {
             T* const below = y + 2 * p.width * p.y_stride;
-            activate<T, A>(x, lanes, scale, offset, staged);
+            if (!p.stream) fetch_ahead<T>(nullptr, y + AHEAD, 2 * lanes), fetch_ahead<T>(nullptr, below + AHEAD, 2 * lanes);
+            activate_row<T, A, false>(x, lanes, nullptr, scale, offset, staged);
             deliver(y, staged, lanes, p.stream);
             deliver(y + p.y_stride, staged, lanes, p.stream);
             deliver(below, staged, lanes, p.stream);

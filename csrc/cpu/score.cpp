@@ -11,12 +11,12 @@ namespace {
 
 template <typename T>
 void add_probabilities(const T* DFE_RESTRICT logits, int64_t count, float* DFE_RESTRICT sums) {
-    for (int64_t i = 0; i < count; ++i) sums[i] += probability(load(logits + i));
+    for (int64_t i = 0; i < count; ++i) sums[i] += sigmoid(load(logits + i));
 }
 
 template <typename T>
 void probabilities(const T* DFE_RESTRICT logits, int64_t count, float* DFE_RESTRICT out) {
-    for (int64_t i = 0; i < count; ++i) out[i] = probability(load(logits + i));
+    for (int64_t i = 0; i < count; ++i) out[i] = sigmoid(load(logits + i));
 }
 
 void divide(float* values, int64_t count, float divisor) {

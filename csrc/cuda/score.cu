@@ -25,7 +25,7 @@ __device__ void score_group(int64_t at, int lane, const T* logits, float* anomal
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 if (!vectors && pixel + j < pixels) four.values[j] = from[j * stride];
-                if (pixel + j < pixels) sums[j] += probability(load(four.values + j));
+                if (pixel + j < pixels) sums[j] += sigmoid(load(four.values + j));
             }
         }
         Four<float> result;

@@ -17,7 +17,7 @@ class Executor:
     """A program bound to memory on a device.
 
     `run` reads inputs and gives new tensors; nothing that it returned is changed by a later call. `backend` forces an
-    implementation where an op has it, as in `dfengine.kernels.Op.choose`. Not for two threads at once.
+    implementation, as in `dfengine.kernels.Op.choose`. Not for two threads at once.
     """
 
     def __init__(self, program: Program, device: str | torch.device = "cpu", backend: str | None = None):
@@ -40,7 +40,9 @@ class Executor:
     def _bound(self, op: Op, backend: str | None) -> tuple[str, Callable[..., None], list[Any]]:
         kernel = OPS[op.kernel]
         arguments = [self._argument(argument) for argument in op.arguments.values()]
-        chosen = kernel.choose(*arguments, backend=backend if backend in kernel.implementations else None)
+        # Where torch is all there is (attention), no backend can be forced.
+        alone = list(kernel.implementations) == ["reference"]
+        chosen = kernel.choose(*arguments, backend="reference" if alone else backend)
         return chosen, kernel.implementations[chosen].run, arguments
 
     def _argument(self, argument: Any) -> torch.Tensor | ConvWeight | Any:

@@ -87,6 +87,26 @@ def test_in_float32_through_the_compiled_kernels(name):
         torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["diff-fastener", "diffusionad", "averaged"])
+def test_in_half_precision_maps_err_little_more_than_under_autocast(name):
+    """DESIGN section 3: at most twice the error of torch autocast plus 1e-3."""
+
+    def model():
+        made = tiny_model(**CONFIGURATIONS[name])
+        for module in made.segmentation.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.data *= 3  # so that the signal outlives the layers
+        return made
+
+    batch = 0.7 + 0.3 * images(3)
+    want = exact(model(), batch).anomaly_map
+    assert want.std() > 0.02
+    got = run(model(), batch, torch.bfloat16, backend=None).anomaly_map
+    autocast = ModuleRunner(model(), precision="bfloat16", seed=5).run(batch).anomaly_map
+    error, allowed = ((maps.double() - want).abs().max() for maps in (got, autocast))
+    assert error <= 2 * allowed + 1e-3, (error, allowed)
+
+
 def test_an_image_scores_the_same_in_any_batch_and_place():
     model, batch = tiny_model(), images(4)
     together = run(model, batch, torch.float32, backend=None)

@@ -1,4 +1,4 @@
-"""conv2d on the CPU: every instruction set and product against float64, by the cases of test_conv2d.py and larger ones."""
+"""conv2d on the CPU: every instruction set and product against float64, on the cases of test_conv2d.py and larger."""
 
 from __future__ import annotations
 

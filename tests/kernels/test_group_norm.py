@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dfengine import native
-from dfengine.kernels import CannotRunError, group_norm
+from dfengine.kernels import CannotRunError, group_norm, group_norm_stages
 from tests.kernels import launchers
 from tests.kernels.contract import assert_numeric_contract
 
@@ -160,13 +160,14 @@ def test_runs_agree_bit_for_bit_whatever_the_batch(launcher):
 
 @pytest.mark.skipif(not native.available(), reason="dfengine._native is missing")
 @pytest.mark.parametrize("dtype", group_norm.TYPES, ids=str)
-def test_cpu_threads_change_nothing(dtype):
+def test_cpu_threads_and_streaming_change_nothing(dtype, monkeypatch):
     inputs = make((2, 70, 50, 24), dtype)
     threads, results = torch.get_num_threads(), []
     launchers = group_norm._run_cpu, group_norm._run_cpu_backward
     try:
         for count in (1, 2, 3, 64):  # whole samples a thread for 1 and 2, tiles for 3 and 64
             torch.set_num_threads(count)
+            monkeypatch.setattr(group_norm_stages, "STREAM_BYTES", 0 if count in (2, 64) else 2**30)
             results.append(run_into_nan(launchers, *inputs, 6, "gelu"))
     finally:
         torch.set_num_threads(threads)

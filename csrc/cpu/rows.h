@@ -1,0 +1,278 @@
+// Loops along rows of `lanes` values, lane l belonging to channel l % channels, that the norms share: sums down the rows of a chunk, and the
+// affine map with the activation. In AVX-512 they are written out: the compiler would keep the sums in memory and spill around the GELU.
+#pragma once
+
+#include "../common/activation.h"
+#include "../common/convert.h"
+#include "isa.h"
+
+namespace dfe {
+namespace DFE_ISA {
+
+// Add up the lanes of each channel.
+static inline void fold(const float* DFE_RESTRICT lanes, int64_t count, int64_t channels, float* DFE_RESTRICT sums) {
+    for (int64_t c = 0; c < channels; ++c) sums[c] = lanes[c];
+    for (int64_t l = channels; l < count; l += channels) {
+        for (int64_t c = 0; c < channels; ++c) sums[c] += lanes[l + c];
+    }
+}
+
+// Repeat the values of the channels along the lanes after them.
+static inline void spread(float* DFE_RESTRICT lanes, int64_t count, int64_t channels) {
+    for (int64_t l = channels; l < count; ++l) lanes[l] = lanes[l - channels];
+}
+
+// Bring `count` values that will be read from x and written to y, either of them null, into the second-level cache; any address will do.
+template <typename T>
+inline void fetch_ahead([[maybe_unused]] const T* x, [[maybe_unused]] const T* y, [[maybe_unused]] int64_t count) {
+#if defined(__AVX512F__)
+    for (int64_t at = 0; at < count; at += 64 / static_cast<int64_t>(sizeof(T))) {
+        if (x != nullptr) __builtin_prefetch(x + at, 0, 2);
+        if (y != nullptr) __builtin_prefetch(y + at, 1, 2);
+    }
+#endif
+}
+
+static inline void clear(float* DFE_RESTRICT values, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) values[i] = 0.0f;
+}
+
+#if defined(__AVX512F__)
+
+static inline __m512 load_16(const float* x) { return _mm512_loadu_ps(x); }
+static inline __m512 load_16(const bfloat16* x) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+static inline __m512 load_16(const half* x) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }
+
+static inline __m512 load_16(const float* x, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, x); }
+static inline __m512 load_16(const bfloat16* x, __mmask16 mask) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)), 16));
+}
+static inline __m512 load_16(const half* x, __mmask16 mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, x)); }
+
+// The bits of a bfloat16 in the upper half of each lane; NaN is only cut short.
+static inline __m512i rounded_to_bfloat16(__m512 value) {
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __mmask16 number = _mm512_cmp_ps_mask(value, value, _CMP_ORD_Q);
+    return _mm512_mask_add_epi32(bits, number, bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+}
+
+static inline void store_16(float* y, __mmask16 mask, __m512 value) { _mm512_mask_storeu_ps(y, mask, value); }
+static inline void store_16(bfloat16* y, __mmask16 mask, __m512 value) {
+    _mm256_mask_storeu_epi16(y, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_to_bfloat16(value), 16)));
+}
+static inline void store_16(half* y, __mmask16 mask, __m512 value) {
+    _mm256_mask_storeu_epi16(y, mask, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+static inline void store_32(float* y, __m512 low, __m512 high) {
+    _mm512_storeu_ps(y, low);
+    _mm512_storeu_ps(y + 16, high);
+}
+static inline void store_32(bfloat16* y, __m512 low, __m512 high) {
+    const __m512i odd_words = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33,  //
+                                               31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    _mm512_storeu_si512(y, _mm512_permutex2var_epi16(rounded_to_bfloat16(low), odd_words, rounded_to_bfloat16(high)));
+}
+static inline void store_32(half* y, __m512 low, __m512 high) {
+    store_16(y, 0xffff, low);
+    store_16(y + 16, 0xffff, high);
+}
+
+// c[0] + c[1] x + ... + c[N - 1] x^(N - 1).
+template <int N>
+inline __m512 polynomial(__m512 x, const float (&c)[N]) {
+    __m512 sum = _mm512_set1_ps(c[N - 1]);
+    for (int k = N - 2; k >= 0; --k) sum = _mm512_fmadd_ps(x, sum, _mm512_set1_ps(c[k]));
+    return sum;
+}
+
+// The coefficients of the GELU in common/activation.h; for bfloat16 shorter polynomials, whose error is below 5e-5, and half of the rounding
+// for z > -3.
+template <typename T>
+struct Gelu {
+    static constexpr float exponent[7] = {-0.999993086f,  -1.15120173f,     -0.458770961f, -0.0534121022f,
+                                          0.00808071531f, -0.000769219419f, 3.30927869e-05f};
+    static constexpr float power[6] = {1.00000008f, 0.693147188f, 0.240221075f, 0.0555035711f, 0.00967603192f, 0.00133908634f};
+};
+template <>
+struct Gelu<bfloat16> {
+    static constexpr float exponent[5] = {-1.00091422f, -1.14375257f, -0.474794924f, -0.0398279354f, 0.00304152351f};
+    static constexpr float power[4] = {0.999924557f, 0.693136734f, 0.242639479f, 0.0558382829f};
+};
+
+// As activated<A> of common/activation.h, for results of type T; NaN goes through.
+template <Activation A, typename T>
+__m512 activated_16(__m512 z) {
+    if (A == Activation::gelu) {
+        const __m512 m = _mm512_min_ps(_mm512_set1_ps(6.0f), _mm512_abs_ps(z)), magic = _mm512_set1_ps(12582912.0f);
+        const __m512 exponent = polynomial(m, Gelu<T>::exponent), rounder = _mm512_add_ps(exponent, magic);
+        const __m512 power = polynomial(_mm512_sub_ps(exponent, _mm512_sub_ps(rounder, magic)), Gelu<T>::power);
+        const __m512i scaled = _mm512_add_epi32(_mm512_castps_si512(power), _mm512_slli_epi32(_mm512_castps_si512(rounder), 23));
+        return _mm512_fnmadd_ps(m, _mm512_castsi512_ps(scaled), _mm512_max_ps(_mm512_setzero_ps(), z));
+    }
+    if (A == Activation::relu) return _mm512_max_ps(_mm512_setzero_ps(), z);
+    if (A == Activation::silu) {
+        alignas(64) float values[16];
+        _mm512_store_ps(values, z);
+        for (int k = 0; k < 16; ++k) values[k] = activated<A>(values[k]);
+        return _mm512_load_ps(values);
+    }
+    return z;
+}
+
+static inline __mmask16 mask_of(int64_t left) { return left >= 16 ? 0xffff : static_cast<__mmask16>((1u << (left > 0 ? left : 0)) - 1u); }
+
+constexpr int64_t COLUMN = 8;  // vectors whose sums stay in registers down the rows
+
+// Sums over a row of column `x` of vectors; `masks` are of the lanes that count, where Masked.
+template <bool Masked, typename T>
+inline void add_column(const T* x, const __mmask16* masks, __m512* sum) {
+    for (int64_t k = 0; k < COLUMN; ++k) sum[k] = _mm512_add_ps(sum[k], Masked ? load_16(x + 16 * k, masks[k]) : load_16(x + 16 * k));
+}
+
+template <bool Masked, typename T>
+inline void add_column_centred(const T* x, const __mmask16* masks, const __m512* centre, __m512* sum, __m512* squares) {
+    for (int64_t k = 0; k < COLUMN; ++k) {
+        const __m512 u = Masked ? load_16(x + 16 * k, masks[k]) : load_16(x + 16 * k);
+        const __m512 d = Masked ? _mm512_maskz_sub_ps(masks[k], u, centre[k]) : _mm512_sub_ps(u, centre[k]);
+        sum[k] = _mm512_add_ps(sum[k], d);
+        squares[k] = _mm512_fmadd_ps(d, d, squares[k]);
+    }
+}
+
+// sum[l] over `rows` rows of `lanes` values, `stride` apart; the last row has only `last` values.
+template <typename T>
+void add_rows(const T* x, int64_t rows, int64_t stride, int64_t lanes, int64_t last, float* sum) {
+    for (int64_t l = 0; l < lanes; l += 16 * COLUMN) {
+        __mmask16 all[COLUMN], final[COLUMN];
+        __m512 sums[COLUMN];
+        for (int64_t k = 0; k < COLUMN; ++k) {
+            all[k] = mask_of(lanes - l - 16 * k), final[k] = mask_of(last - l - 16 * k);
+            sums[k] = _mm512_setzero_ps();
+        }
+        if (lanes - l >= 16 * COLUMN) {
+            for (int64_t r = 0; r < rows - 1; ++r) add_column<false>(x + r * stride + l, all, sums);
+        } else {
+            for (int64_t r = 0; r < rows - 1; ++r) add_column<true>(x + r * stride + l, all, sums);
+        }
+        add_column<true>(x + (rows - 1) * stride + l, final, sums);
+        for (int64_t k = 0; k < COLUMN; ++k) _mm512_mask_storeu_ps(sum + l + 16 * k, all[k], sums[k]);
+    }
+}
+
+// Sums of (x - centre) and (x - centre)^2, likewise; `ahead` elements further the next chunk is fetched into the second-level cache meanwhile.
+template <typename T>
+void add_rows_centred(const T* x, int64_t rows, int64_t stride, int64_t lanes, int64_t last, int64_t ahead, const float* centre, float* sum,
+                      float* squares) {
+    for (int64_t l = 0; l < lanes; l += 16 * COLUMN) {
+        __mmask16 all[COLUMN], final[COLUMN];
+        __m512 sums[COLUMN], square_sums[COLUMN], centres[COLUMN];
+        for (int64_t k = 0; k < COLUMN; ++k) {
+            all[k] = mask_of(lanes - l - 16 * k), final[k] = mask_of(last - l - 16 * k);
+            sums[k] = square_sums[k] = _mm512_setzero_ps();
+            centres[k] = _mm512_maskz_loadu_ps(all[k], centre + l + 16 * k);
+        }
+        if (lanes - l >= 16 * COLUMN) {
+            for (int64_t r = 0; r < rows - 1; ++r) {
+                const T* const row = x + r * stride + l;
+                for (int64_t at = 0; at < 16 * COLUMN; at += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + ahead + at, 0, 2);
+                add_column_centred<false>(row, all, centres, sums, square_sums);
+            }
+        } else {
+            for (int64_t r = 0; r < rows - 1; ++r) add_column_centred<true>(x + r * stride + l, all, centres, sums, square_sums);
+        }
+        add_column_centred<true>(x + (rows - 1) * stride + l, final, centres, sums, square_sums);
+        for (int64_t k = 0; k < COLUMN; ++k) {
+            _mm512_mask_storeu_ps(sum + l + 16 * k, all[k], sums[k]);
+            _mm512_mask_storeu_ps(squares + l + 16 * k, all[k], square_sums[k]);
+        }
+    }
+}
+
+// y = act((x - centre) scale + offset); a null centre is 0.
+template <typename T, Activation A, bool Centred>
+void activate_row(const T* x, int64_t count, const float* centre, const float* scale, const float* offset, T* y) {
+    int64_t l = 0;
+    for (; l + 32 <= count; l += 32) {
+        __m512 low = load_16(x + l), high = load_16(x + l + 16);
+        if (Centred) low = _mm512_sub_ps(low, _mm512_loadu_ps(centre + l)), high = _mm512_sub_ps(high, _mm512_loadu_ps(centre + l + 16));
+        low = activated_16<A, T>(_mm512_fmadd_ps(low, _mm512_loadu_ps(scale + l), _mm512_loadu_ps(offset + l)));
+        high = activated_16<A, T>(_mm512_fmadd_ps(high, _mm512_loadu_ps(scale + l + 16), _mm512_loadu_ps(offset + l + 16)));
+        store_32(y + l, low, high);
+    }
+    for (; l < count; l += 16) {
+        const __mmask16 mask = mask_of(count - l);
+        __m512 u = load_16(x + l, mask);
+        if (Centred) u = _mm512_sub_ps(u, _mm512_maskz_loadu_ps(mask, centre + l));
+        u = _mm512_fmadd_ps(u, _mm512_maskz_loadu_ps(mask, scale + l), _mm512_maskz_loadu_ps(mask, offset + l));
+        store_16(y + l, mask, activated_16<A, T>(u));
+    }
+}
+
+// The mean of the activated values of four rows.
+template <typename T, Activation A>
+void activate_and_pool(const T* upper, const T* lower, int64_t stride, int64_t count, const float* scale, const float* offset, T* y) {
+    for (int64_t l = 0; l < count; l += 16) {
+        const __mmask16 mask = mask_of(count - l);
+        const __m512 s = _mm512_maskz_loadu_ps(mask, scale + l), o = _mm512_maskz_loadu_ps(mask, offset + l);
+        const __m512 a = activated_16<A, T>(_mm512_fmadd_ps(load_16(upper + l, mask), s, o));
+        const __m512 b = activated_16<A, T>(_mm512_fmadd_ps(load_16(upper + stride + l, mask), s, o));
+        const __m512 c = activated_16<A, T>(_mm512_fmadd_ps(load_16(lower + l, mask), s, o));
+        const __m512 d = activated_16<A, T>(_mm512_fmadd_ps(load_16(lower + stride + l, mask), s, o));
+        store_16(y + l, mask, _mm512_mul_ps(_mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d)), _mm512_set1_ps(0.25f)));
+    }
+}
+
+#else
+
+template <typename T>
+void add_rows(const T* DFE_RESTRICT x, int64_t rows, int64_t stride, int64_t lanes, int64_t last, float* DFE_RESTRICT sum) {
+    clear(sum, lanes);
+    for (int64_t r = 0; r < rows; ++r) {
+        const int64_t count = r + 1 < rows ? lanes : last;
+        for (int64_t l = 0; l < count; ++l) sum[l] += load(x + r * stride + l);
+    }
+}
+
+template <typename T>
+void add_rows_centred(const T* DFE_RESTRICT x, int64_t rows, int64_t stride, int64_t lanes, int64_t last, int64_t /*ahead*/,
+                      const float* DFE_RESTRICT centre, float* DFE_RESTRICT sum, float* DFE_RESTRICT squares) {
+    clear(sum, lanes);
+    clear(squares, lanes);
+    for (int64_t r = 0; r < rows; ++r) {
+        const int64_t count = r + 1 < rows ? lanes : last;
+        for (int64_t l = 0; l < count; ++l) {
+            const float d = load(x + r * stride + l) - centre[l];
+            sum[l] += d;
+            squares[l] += d * d;
+        }
+    }
+}
+
+template <typename T, Activation A, bool Centred>
+void activate_row(const T* DFE_RESTRICT x, int64_t count, const float* DFE_RESTRICT centre, const float* DFE_RESTRICT scale,
+                  const float* DFE_RESTRICT offset, T* DFE_RESTRICT y) {
+    for (int64_t l = 0; l < count; ++l) {
+        const float u = Centred ? load(x + l) - centre[l] : load(x + l);
+        store(y + l, activated<A>(u * scale[l] + offset[l]));
+    }
+}
+
+template <typename T, Activation A>
+void activate_and_pool(const T* DFE_RESTRICT upper, const T* DFE_RESTRICT lower, int64_t stride, int64_t count, const float* DFE_RESTRICT scale,
+                       const float* DFE_RESTRICT offset, T* DFE_RESTRICT y) {
+    for (int64_t l = 0; l < count; ++l) {
+        const float a = activated<A>(load(upper + l) * scale[l] + offset[l]), b = activated<A>(load(upper + stride + l) * scale[l] + offset[l]);
+        const float c = activated<A>(load(lower + l) * scale[l] + offset[l]), d = activated<A>(load(lower + stride + l) * scale[l] + offset[l]);
+        store(y + l, ((a + b) + (c + d)) * 0.25f);
+    }
+}
+
+#endif
+
+}  // namespace DFE_ISA
+}  // namespace dfe
