@@ -73,6 +73,8 @@ class Tensors:
         self.weight = conv2d.ConvWeight.pack(full, dilation)
         self.full, self.half_bias = full.to(memory_format=torch.channels_last), bias.to(full.dtype)
         self.y = torch.zeros(conv2d.output_shape(self.x, self.weight, "none"), dtype=full.dtype, device=full.device)
+        if full.device.type == "cpu":
+            kernel(self)  # packs the weight
 
 
 def kernel(case: Tensors) -> None:

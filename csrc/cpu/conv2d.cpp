@@ -275,46 +275,50 @@ float* moments_of(const Conv2dArguments& p, int64_t n, int64_t pixel, int64_t ou
     return p.moments + (n * tiles + pixel / p.tile_pixels) * 2 * p.outputs + output;
 }
 
-// Sixteen outputs from `j` of the run on: bias, residual of y's size, y, moments. Full: all sixteen exist.
-template <typename T, bool Residual, bool Moments, bool Full>
-DFE_HD void write_chunk(const Conv2dArguments& p, const Run& run, int64_t j) {
+// Outputs from `j` of the run on: bias, residual of y's size, y, moments. Chunks: sixteen outputs each, of which the first `count` exist.
+template <typename T, bool Residual, bool Moments, int Chunks, bool Full>
+DFE_HD void write_chunks(const Conv2dArguments& p, const Run& run, int64_t j) {
     const int count = Full ? WIDTH : static_cast<int>(run.outputs - j);
     const int64_t pixel = run.row * p.width + run.column, first = run.first + j, at = run.n * p.height * p.width + pixel;
     const bool biased = p.bias != nullptr && p.activation == Activation::none;
-    const float* const bias = biased ? p.bias + run.n * p.bias_pitch + first : nullptr;
-    const Floats term = !biased ? Floats{} : Full ? load_vector(bias) : load_some(bias, count);
     const T* residual = Residual ? static_cast<const T*>(p.residual) + at * p.pitch_residual + first : nullptr;
     T* y = static_cast<T*>(p.y) + at * p.pitch_y + first;
     float* c = run.c + j;
-    Floats sum = {};
-    for (int64_t i = 0; i < run.pixels; ++i, c += run.pitch, y += p.pitch_y) {
-        Floats value = load_vector(c) + term;
-        if (Residual) {
-            value += Full ? load_vector(residual) : load_some(residual, count);
-            residual += p.pitch_residual;
-        }
-        if (Full) {
-            store_vector(y, value);
-        } else {
-            store_some(y, value, count);
-        }
-        if (Moments) {
-            value = rounded(value, y);
-            store_vector(c, value);
-            sum += value;
-        }
+    Floats term[Chunks], sum[Chunks];
+    for (int k = 0; k < Chunks; ++k) {
+        const float* const bias = biased ? p.bias + run.n * p.bias_pitch + first + k * WIDTH : nullptr;
+        term[k] = !biased ? Floats{} : Full ? load_vector(bias) : load_some(bias, count);
+        sum[k] = Floats{};
     }
-    if (Moments) {
-        float* const mean = moments_of(p, run.n, pixel, first);
-        merge(run.c + j, run.pixels, run.pitch, sum, pixel % p.tile_pixels, mean, mean + p.outputs, count);
+    for (int64_t i = 0; i < run.pixels; ++i, c += run.pitch, y += p.pitch_y) {
+        for (int k = 0; k < Chunks; ++k) {
+            Floats value = load_vector(c + k * WIDTH) + term[k];
+            if (Residual) value += Full ? load_vector(residual + k * WIDTH) : load_some(residual, count);
+            if (Full) {
+                store_vector(y + k * WIDTH, value);
+            } else {
+                store_some(y, value, count);
+            }
+            if (Moments) {
+                value = rounded(value, y);
+                store_vector(c + k * WIDTH, value);
+                sum[k] += value;
+            }
+        }
+        if (Residual) residual += p.pitch_residual;
+    }
+    for (int k = 0; Moments && k < Chunks; ++k) {
+        float* const mean = moments_of(p, run.n, pixel, first + k * WIDTH);
+        merge(run.c + j + k * WIDTH, run.pixels, run.pitch, sum[k], pixel % p.tile_pixels, mean, mean + p.outputs, count);
     }
 }
 
 template <typename T, bool Residual, bool Moments>
 void write(const Conv2dArguments& p, const Run& run) {
-    const int64_t whole = run.outputs / WIDTH * WIDTH;
-    for (int64_t j = 0; j < whole; j += WIDTH) write_chunk<T, Residual, Moments, true>(p, run, j);
-    if (whole < run.outputs) write_chunk<T, Residual, Moments, false>(p, run, whole);
+    const int64_t pairs = run.outputs / (2 * WIDTH) * (2 * WIDTH), whole = run.outputs / WIDTH * WIDTH;
+    for (int64_t j = 0; j < pairs; j += 2 * WIDTH) write_chunks<T, Residual, Moments, 2, true>(p, run, j);
+    if (pairs < whole) write_chunks<T, Residual, Moments, 1, true>(p, run, pairs);
+    if (whole < run.outputs) write_chunks<T, Residual, Moments, 1, false>(p, run, whole);
 }
 
 // The sums c of the band's pixels [start, last).

@@ -78,6 +78,18 @@ DFE_HD void store_some(T* out, Floats value, int count) {
     for (int i = 0; i < count; ++i) store(out + i, value[i]);
 }
 
+#if defined(__AVX512F__)
+DFE_HD __mmask16 first_of(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
+DFE_HD Floats load_some(const float* in, int count) { return _mm512_maskz_loadu_ps(first_of(count), in); }
+DFE_HD Floats load_some(const bfloat16* in, int count) {
+    return reinterpret_cast<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_of(count), in)), 16));
+}
+DFE_HD void store_some(float* out, Floats value, int count) { _mm512_mask_storeu_ps(out, first_of(count), value); }
+DFE_HD void store_some(bfloat16* out, Floats value, int count) {
+    _mm256_mask_storeu_epi16(out, first_of(count), _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(bfloat16_words(value) >> 16)));
+}
+#endif
+
 // What is read back after a store.
 DFE_HD Floats rounded(Floats value, const float*) { return value; }
 DFE_HD Floats rounded(Floats value, const bfloat16*) { return reinterpret_cast<Floats>(bfloat16_words(value)); }
