@@ -98,10 +98,7 @@ def _call(
             ACTIVATIONS[act], PRODUCTS[product],
         ),
         weight.packed.shape[0], weight.dilation,
-        (
-            x.data_ptr(), native.address(x2), native.address(residual), y.data_ptr(), native.address(scale), native.address(offset),
-            native.address(bias), native.address(moments), weights.data_ptr(),
-        ),
+        tuple(map(native.address, (x, x2, residual, y, scale, offset, bias, moments, weights))),
         weight.outputs if bias is not None and bias.ndim == 2 else 0, tile_pixels, padded, block, level,
     )  # fmt: skip
 
@@ -149,8 +146,16 @@ def run_library(
         moments.copy_(group_norm_moments.reference(y, tile_pixels))
 
 
+def _compiled() -> bool:
+    return native.module is not None and hasattr(native.module, "Conv2d")
+
+
 def _run_cpu(*args, **options) -> None:
-    (run_library if native.module is None or not hasattr(native.module, "Conv2d") else run_native)(*args, **options)
+    (run_native if _compiled() else run_library)(*args, **options)
+
+
+def _bind_cpu(*args) -> Callable[[], None]:
+    return bind(*args) if _compiled() else functools.partial(run_library, *args)
 
 
 def _available(device: str) -> None:
@@ -158,4 +163,4 @@ def _available(device: str) -> None:
         raise CannotRunError(f"the cpu backend does not run on {device}")
 
 
-OP.register("cpu", _run_cpu, _available, can_run)
+OP.register("cpu", _run_cpu, _available, can_run, _bind_cpu)

@@ -36,11 +36,14 @@ class Implementation:
     run: called with the op's arguments; writes into the given outputs.
     available: called with a device type ("cpu", "cuda"); raises CannotRunError where the backend is absent there.
     can_run: called with the op's arguments; raises CannotRunError where these shapes, strides or dtypes are not served.
+    bind: called with the op's arguments; gives a function that runs it on these very tensors, again and again, with
+        less work a call than `run`; or None.
     """
 
     run: Callable[..., None]
     available: Callable[[str], None]
     can_run: Callable[..., None]
+    bind: Callable[..., Callable[[], None]] | None = None
 
 
 @dataclass
@@ -50,10 +53,10 @@ class Op:
     name: str
     implementations: dict[str, Implementation] = field(default_factory=dict)
 
-    def register(self, backend: str, run, available, can_run) -> None:
+    def register(self, backend: str, run, available, can_run, bind=None) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"{self.name}: unknown backend {backend!r}")
-        self.implementations[backend] = Implementation(run, available, can_run)
+        self.implementations[backend] = Implementation(run, available, can_run, bind)
 
     def choose(self, first: torch.Tensor, *args, backend: str | None = None, **kwargs) -> str:
         """Return the name of the backend that runs these arguments.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,20 +31,21 @@ class Executor:
         self._calls = [self._bound(op, backend) for op in program.ops]
         self._inputs = {b.name: t for b, t in self._tensors.items() if b.role == "input"}
         self._outputs = {b.name: t for b, t in self._tensors.items() if b.role == "output"}
-        self.backends = {op.name: chosen for op, (chosen, _, _) in zip(program.ops, self._calls, strict=True)}
+        self.backends = {op.name: chosen for op, (chosen, _) in zip(program.ops, self._calls, strict=True)}
         """The implementation of each op, by its name."""
 
     def _tensor(self, buffer: Buffer) -> torch.Tensor:
         start = self.arena.offsets[buffer]
         return self._block[start : start + buffer.nbytes].view(buffer.dtype).view(buffer.shape)
 
-    def _bound(self, op: Op, backend: str | None) -> tuple[str, Callable[..., None], list[Any]]:
+    def _bound(self, op: Op, backend: str | None) -> tuple[str, Callable[[], None]]:
         kernel = OPS[op.kernel]
         arguments = [self._argument(argument) for argument in op.arguments.values()]
         # Where torch is all there is (attention), no backend can be forced.
         alone = list(kernel.implementations) == ["reference"]
         chosen = kernel.choose(*arguments, backend="reference" if alone else backend)
-        return chosen, kernel.implementations[chosen].run, arguments
+        implementation = kernel.implementations[chosen]
+        return chosen, (implementation.bind or partial(partial, implementation.run))(*arguments)
 
     def _argument(self, argument: Any) -> torch.Tensor | ConvWeight | Any:
         if isinstance(argument, Value):
@@ -62,8 +64,8 @@ class Executor:
 
     def launch(self) -> None:
         """Run every op on the inputs that are in place."""
-        for _, run, arguments in self._calls:
-            run(*arguments)
+        for _, call in self._calls:
+            call()
 
     def tensor(self, name: str) -> torch.Tensor:
         """The memory of the buffer called `name`, which later ops of a run may use for another."""

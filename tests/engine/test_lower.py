@@ -145,11 +145,11 @@ def test_every_op_matters():
     for index, op in enumerate(program.ops):
         written = [value.of(executor._tensors[value.buffer]) for value in op.values(written=True)]
 
-        def spoilt(*_arguments, written=written):
+        def spoilt(written=written):
             for tensor in written:
                 tensor.fill_(1)
 
-        executor._calls = [*calls[:index], ("", spoilt, []), *calls[index + 1 :]]
+        executor._calls = [*calls[:index], ("", spoilt), *calls[index + 1 :]]
         wrong = executor.run(**inputs)
         assert any(not torch.equal(right[key], wrong[key]) for key in right), names[index]
 

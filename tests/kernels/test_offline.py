@@ -26,7 +26,7 @@ MAX_REGISTERS = {
     "score": 64,
     "upsample_bilinear": 96,
 }
-"""Registers a thread, in the first configuration; by the stem in bench/kernels, of the .cu file where that is another."""
+"""Registers a thread, in the first configuration; by the stem in bench/kernels or csrc/cuda."""
 
 
 def test_kernels_compile_and_do_not_spill(tmp_path):
