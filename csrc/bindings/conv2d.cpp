@@ -129,6 +129,10 @@ int64_t plan_conv2d(Conv2dArguments& p, int threads) {
     p.bands = (p.height + rows - 1) / rows;
     p.fused_moments = p.moments != nullptr && (p.bands == 1 || rows * p.width % p.tile_pixels == 0);
 
+    const FloatType type = p.product == Product::float32 ? FloatType::float32 : FloatType::bfloat16;  // that is multiplied
+    p.direct = p.kernel == 1 && p.channels_2 == 0 && p.scale == nullptr && p.prologue == Activation::none && p.resample == Resample::none &&
+               p.type == type && p.padded == p.channels_1 && p.pitch_x % 2 == 0;
+
     const int64_t items = p.batch * p.bands;
     p.splits = items < threads ? std::min<int64_t>(p.blocks, (threads + items - 1) / items) : 1;
     p.split_blocks = (p.blocks + p.splits - 1) / p.splits;

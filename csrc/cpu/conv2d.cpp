@@ -361,7 +361,10 @@ void items(const Conv2dArguments& p, int64_t begin, int64_t end, float* scratch)
     for (int64_t item = begin; item < end; ++item) {
         const int64_t index = item % p.bands, n = item / p.bands % p.batch, split = item / p.bands / p.batch;
         const int64_t top = index * p.band_rows, rows = p.height - top < p.band_rows ? p.height - top : p.band_rows;
-        if (item > begin && index > 0) {  // the last rows of the band before are the first of this one
+        const T* const from_x = static_cast<const T*>(p.x) + (n * p.height + top) * p.width * p.pitch_x;
+        if (p.direct) {
+            // nothing to prepare
+        } else if (item > begin && index > 0) {  // the last rows of the band before are the first of this one
             memmove(static_cast<void*>(band), band + p.band_rows * p.row * p.padded, static_cast<size_t>((p.margin + halo * p.row) * p.padded) * sizeof(G));
             fill<T, G>(p, n, top, halo, rows + halo, band);
         } else {
@@ -373,7 +376,18 @@ void items(const Conv2dArguments& p, int64_t begin, int64_t end, float* scratch)
         const auto run = [&](int64_t start, int64_t block) {
             const int64_t stop = start + step < last ? start + step : last, count = (stop - start + p.multiplier.pixels - 1) / p.multiplier.pixels;
             const G* const weights = static_cast<const G*>(p.weights) + block * block_size;
-            p.multiplier.block({band + start * p.padded, p.padded, p.starts, p.runs, p.length, weights, c, p.step, count});
+            const void* a = band + start * p.padded;
+            int64_t pitch = p.padded;
+            if (p.direct && (n * p.height + top) * p.width + start + count * p.multiplier.pixels <= p.batch * p.height * p.width) {
+                a = from_x + start * p.pitch_x;
+                pitch = p.pitch_x;
+            } else if (p.direct) {  // the block would read past the end of x
+                for (int64_t i = 0; i < stop - start; ++i) {
+                    memcpy(static_cast<void*>(band + i * p.padded), from_x + (start + i) * p.pitch_x, static_cast<size_t>(p.padded) * sizeof(T));
+                }
+                a = band;
+            }
+            p.multiplier.block({a, pitch, p.starts, p.runs, p.length, weights, c, p.step, count});
             finish<T>(p, n, top, start, stop, block, c);
         };
         if (p.inner_blocks) {

@@ -81,6 +81,7 @@ struct Conv2dArguments {
     int64_t splits, split_blocks;  // of the output blocks among threads, where there are fewer bands than threads
     bool inner_blocks;             // whether all output blocks follow at each block of pixels, or all pixels at each output block
     bool fused_moments;            // whether no tile of moments crosses a band
+    bool direct;                   // whether x is read where it lies: a 1x1 kernel, and nothing to do before it
     int64_t starts[9], runs, length, step;
     int64_t scratch_floats;  // of a thread
 };

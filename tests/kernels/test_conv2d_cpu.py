@@ -22,6 +22,9 @@ LARGER = [
     (Case((1, 5, 9), (40,), 32, 3, 2), 45),
     (Case((1, 5, 9), (88,), 16, 3, 2), 9),
     (Case((2, 9, 17), (48,), 48, 3, residual="none"), 17),
+    # a 1x1 kernel that reads x where it lies, but for the last pixels
+    (Case((2, 15, 17), (24,), 40, 1, residual="none"), 17),
+    (Case((1, 3, 5), (6,), 16, 1), 5),
     # more weights than stay in the cache beside the band, taken in parts
     (Case((1, 5, 9), (328,), 192, 3, 1, True, "relu"), 45),
     (Case((2, 24, 24), (20,), 160, 1, 1, True, "gelu", "up", "down"), 24 * 8),
