@@ -10,23 +10,40 @@ import torch
 
 from dfengine.engine.arena import ALIGNMENT, Arena, plan
 from dfengine.engine.program import Buffer, Constant, Op, Program, Value
+from dfengine.errors import DfengineError
 from dfengine.kernels import OPS
 from dfengine.kernels.conv2d import ConvWeight
+
+
+def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
+    """Aligned memory for an arena, uint8. Raises DfengineError where there is not enough."""
+    try:
+        block = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, device=device)
+    except (RuntimeError, MemoryError):  # on a CPU torch has no error of its own for it
+        raise DfengineError(f"{device}: no {nbytes:,} bytes for the activations; use a smaller batch_size") from None
+    return block[-block.data_ptr() % ALIGNMENT :]
 
 
 class Executor:
     """A program bound to memory on a device.
 
     `run` reads inputs and gives new tensors; nothing that it returned is changed by a later call. `backend` forces an
-    implementation, as in `dfengine.kernels.Op.choose`. Not for two threads at once.
+    implementation, as in `dfengine.kernels.Op.choose`. arena, block: the plan, and memory from `allocate` that several
+    executors may share, since nothing in it outlives a run. Not for two threads at once.
     """
 
-    def __init__(self, program: Program, device: str | torch.device = "cpu", backend: str | None = None):
+    def __init__(
+        self,
+        program: Program,
+        device: str | torch.device = "cpu",
+        backend: str | None = None,
+        arena: Arena | None = None,
+        block: torch.Tensor | None = None,
+    ):
         self.program = program
         self.device = torch.device(device)
-        self.arena: Arena = plan(program)
-        block = torch.empty(self.arena.nbytes + ALIGNMENT, dtype=torch.uint8, device=self.device)
-        self._block = block[-block.data_ptr() % ALIGNMENT :]
+        self.arena = arena or plan(program)
+        self._block = allocate(self.arena.nbytes, self.device) if block is None else block
         self._tensors = {buffer: self._tensor(buffer) for buffer in program.buffers}
         self._calls = [self._bound(op, backend) for op in program.ops]
         self._inputs = {b.name: t for b, t in self._tensors.items() if b.role == "input"}
@@ -54,11 +71,15 @@ class Executor:
 
     @torch.inference_mode()
     def run(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The outputs by name, for all inputs of the program by name."""
+        """The outputs by name, for all inputs of the program by name. Raises ValueError for other shapes or dtypes."""
         if inputs.keys() != self._inputs.keys():
             raise ValueError(f"inputs: expected {', '.join(self._inputs)}; got {', '.join(inputs)}")
         for name, tensor in inputs.items():
-            self._inputs[name].copy_(tensor)
+            place = self._inputs[name]
+            if tensor.shape != place.shape or tensor.dtype != place.dtype:
+                wanted, got = (f"{tuple(t.shape)} {t.dtype}" for t in (place, tensor))
+                raise ValueError(f"{name}: expected {wanted}, got {got}")
+            place.copy_(tensor)
         self.launch()
         return {name: tensor.clone() for name, tensor in self._outputs.items()}
 

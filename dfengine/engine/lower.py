@@ -34,7 +34,7 @@ class Lowering:
     dtype: of activations and weights: float32, float16, bfloat16 (and float64 through the reference kernels).
     fusion: what a convolution does itself. keep_noise: noise is drawn once and read, as is quicker on a CPU, or drawn
     in the kernel. Both by the device where they are None.
-    The model must not change afterwards.
+    The model must not change afterwards; after `release` its weights are gone.
     """
 
     def __init__(
@@ -62,6 +62,13 @@ class Lowering:
             network = model.reconstruction
             embedding = network.time_embedding[0](steps).to(network.time_embedding[1].weight)
             self.embedding = network.time_embedding[1:](embedding).to("cpu", precise)  # (2, time channels)
+        self.shifts: dict[str, torch.Tensor] = {}
+
+    def release(self) -> None:
+        """Free the model's weights, which no later program needs: the constants of the first one hold them."""
+        if not self.shifts:
+            raise ValueError("no program was lowered yet")
+        self.model.to("meta")
 
     @torch.no_grad()
     def program(self, batch: int, seed: int = 0) -> Program:
@@ -196,15 +203,14 @@ class _Lowered:
         return self.gates(name, weights, block, h, residual)
 
     def shift(self, weights: str, block: ResBlock) -> Constant:
-        """What conv1 leaves to norm2: its bias and the time bias, (2B, O), scale s first."""
-        b, conv = self.emitter, block.in_layers[2]
-        name = f"{weights}.shift.{self.batch}"
-        if name in b.constants:
-            return b.constants[name]
-        layer = block.embed_layers
-        embedding = layer(self.of.embedding.to(layer[1].weight)).to("cpu", b.precise)
-        bias = conv.bias.detach().to("cpu", b.precise)
-        return b.constant(name, (embedding + bias).repeat_interleave(self.batch, dim=0))
+        """What conv1 leaves to norm2: its bias and the time bias, (2B, O), scale s first; this program's own."""
+        b, shifts = self.emitter, self.of.shifts
+        if weights not in shifts:
+            layer = block.embed_layers
+            embedding = layer(self.of.embedding.to(layer[1].weight)).to("cpu", b.precise)
+            shifts[weights] = embedding + block.in_layers[2].bias.detach().to("cpu", b.precise)
+        shift = shifts[weights].repeat_interleave(self.batch, dim=0).to(b.device)
+        return Constant(f"{weights}.shift", shift, shift.nbytes)
 
     def gates(self, name: str, weights: str, block: ResBlock, h: Feature, residual: Feature) -> Feature:
         """The gates of a DACM block, and the sum with its residual."""
@@ -267,8 +273,8 @@ class _Lowered:
         b, act = self.emitter, self.config.seg_activation
         for index, (conv, norm) in enumerate(zip(layers[::3], layers[1::3], strict=True)):
             own = f"{name}.{index}"
-            weight, bias = folded(conv, norm)
-            constants = b.weight(own, weight), b.constant(f"{own}.bias", bias)
+            weight, bias = folded(conv, norm) if own not in b.constants else (None, None)
+            constants = b.weight(own, weight), b.constants.get(f"{own}.bias") or b.constant(f"{own}.bias", bias)
             x, partner = b.conv(own, *constants, x, partner, act=act), None
         return x
 

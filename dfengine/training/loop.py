@@ -23,6 +23,7 @@ from dfengine.data.synthesis import Synthesizer
 from dfengine.data.textures import TextureSource
 from dfengine.data.training_set import validation_set
 from dfengine.engine.modules import ModuleRunner
+from dfengine.engine.runner import make_runner
 from dfengine.errors import DfengineError, UsageError
 from dfengine.evaluation.calibration import calibrate
 from dfengine.models import ModelConfig
@@ -288,7 +289,7 @@ class _Run:
         if self.state.best and self.state.best["step"] != self.state.step and self.config.keep == "best":
             weights, metrics = load_checkpoint(self.best_path).state, self.state.best
         checkpoint = Checkpoint(self.model_config, weights, self._record(metrics))
-        detector = ModuleRunner(checkpoint.build(), self.world.device, "float32", INFERENCE_SEED)
+        detector = make_runner(checkpoint.build(), self.world.device, "float32", INFERENCE_SEED)
         scores = run(detector, self.normals.images[self.normals.held_out])[2]
         calibration = calibrate(scores, self.config.false_alarm_rate, INFERENCE_SEED, "float32")
         save_checkpoint(self.out, checkpoint.with_calibration(calibration))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from dfengine import native
 from dfengine.engine.builder import Fusion
 from dfengine.engine.execute import Executor
 from dfengine.engine.lower import Lowering, NotLoweredError
@@ -68,6 +69,15 @@ def exact(model, batch: torch.Tensor, seed=5) -> Output:
     return Output(maps, reconstruction, score)
 
 
+def compiled_kernels() -> None:
+    """Skips with the reason where a program would not run by the compiled kernels."""
+    if not native.available():
+        pytest.skip(native.status())
+    executor = Executor(Lowering(tiny_model()).program(1))
+    chosen = {executor.backends[op.name] for op in executor.program.ops if op.kernel != "attention"}
+    assert chosen == {"cpu"}
+
+
 @pytest.mark.parametrize("fusion", [Fusion(), SPLIT], ids=["fused", "split"])
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_a_program_is_its_module(name, fusion):
@@ -80,6 +90,7 @@ def test_a_program_is_its_module(name, fusion):
 
 @pytest.mark.parametrize("name", ["diff-fastener", "diffusionad", "averaged"])
 def test_in_float32_through_the_compiled_kernels(name):
+    compiled_kernels()
     batch = images(3)
     got = run(tiny_model(**CONFIGURATIONS[name]), batch, torch.float32, backend=None)
     want = exact(tiny_model(**CONFIGURATIONS[name]), batch)
@@ -108,6 +119,7 @@ def test_through_the_triton_kernels():
 @pytest.mark.parametrize("name", ["diff-fastener", "diffusionad", "averaged"])
 def test_in_half_precision_maps_err_little_more_than_under_autocast(name):
     """DESIGN section 3: at most twice the error of torch autocast plus 1e-3."""
+    compiled_kernels()
 
     def model():
         made = tiny_model(**CONFIGURATIONS[name])
@@ -165,9 +177,32 @@ def test_constants_are_shared_by_the_programs_of_a_model():
     one = {id(a) for op in lowering.program(1).ops for a in op.arguments.values()}
     before = len(lowering.constants)
     other = [a for op in lowering.program(2).ops for a in op.arguments.values() if a in lowering.constants.values()]
-    weights = [a for a in other if id(a) in one]
-    assert len(weights) > 40
-    assert all("shift" in name for name in list(lowering.constants)[before:])
+    assert len(other) > 40 and all(id(a) in one for a in other)
+    assert len(lowering.constants) == before
+
+
+def test_weights_are_released_once_a_program_holds_them():
+    batch = images(2)
+    kept, released = Lowering(tiny_model()), Lowering(tiny_model())
+    with pytest.raises(ValueError, match="no program"):
+        released.release()
+    released.program(1)
+    released.release()
+    assert all(p.device.type == "meta" for p in released.model.parameters())
+    results = [Executor(of.program(2)).run(images=batch, threshold=torch.tensor([0.5])) for of in (kept, released)]
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name])
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.zeros(2, 32, 32, 1), torch.zeros(2, 1, 1, 3), torch.zeros(2, 32, 32, 3).byte()], ids=["gray", "one pixel", "uint8"]
+)
+def test_other_inputs_are_refused(wrong):
+    executor = Executor(Lowering(tiny_model()).program(2))
+    with pytest.raises(ValueError, match=r"images: expected \(2, 32, 32, 3\) torch.float32"):
+        executor.run(images=wrong, threshold=torch.tensor([0.5]))
+    with pytest.raises(ValueError, match="inputs: expected images, threshold"):
+        executor.run(images=images(2))
 
 
 def test_every_op_is_a_kernel_and_the_program_can_be_read():

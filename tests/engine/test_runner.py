@@ -1,0 +1,90 @@
+"""Which runner serves a detector, and the programs that it keeps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dfengine import native
+from dfengine.checkpoint import load_checkpoint, shipped_checkpoint
+from dfengine.engine import runner as runner_module
+from dfengine.engine.lower import NotLoweredError
+from dfengine.engine.modules import ModuleRunner
+from dfengine.engine.runner import ProgramRunner, make_runner
+from tests.helpers import tiny_model
+
+CPU = torch.device("cpu")
+compiled = pytest.mark.skipif(not native.available(), reason="dfengine._native is missing")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_forced(monkeypatch):
+    monkeypatch.delenv("DFENGINE_BACKEND", raising=False)
+
+
+def images(count: int, size: int = 32) -> np.ndarray:
+    return np.random.default_rng(0).random((count, size, size, 3), dtype=np.float32)
+
+
+@compiled
+def test_programs_serve_a_cpu():
+    assert isinstance(make_runner(tiny_model(), CPU, "float32", 0), ProgramRunner)
+
+
+@pytest.mark.parametrize("model", [dict(mode="iterative", t_b=3)], ids=["iterative"])
+def test_modules_serve_what_has_no_program(model):
+    assert isinstance(make_runner(tiny_model(**model), CPU, "float32", 0), ModuleRunner)
+
+
+def test_modules_serve_where_the_kernels_are_missing_or_not_wanted(monkeypatch):
+    monkeypatch.setenv("DFENGINE_BACKEND", "reference")
+    assert isinstance(make_runner(tiny_model(), CPU, "float32", 0), ModuleRunner)
+    monkeypatch.delenv("DFENGINE_BACKEND")
+    monkeypatch.setattr(native, "module", None)
+    assert isinstance(make_runner(tiny_model(), CPU, "float32", 0), ModuleRunner)
+
+
+@compiled
+def test_a_program_that_needs_a_slow_reference_is_refused_and_the_model_kept(monkeypatch):
+    monkeypatch.delattr(native.module, "max_pool")
+    model = tiny_model()
+    with pytest.raises(NotLoweredError, match="segment.pool2 would run by its reference"):
+        ProgramRunner(model)
+    served = make_runner(model, CPU, "float32", 0)
+    assert isinstance(served, ModuleRunner)
+    assert served.run(images(1)).anomaly_map.shape == (1, 32, 32)
+
+
+@compiled
+def test_programs_share_memory_and_the_least_used_goes(monkeypatch):
+    monkeypatch.setattr(runner_module, "MOST_PROGRAMS", 2)
+    served, modules = ProgramRunner(tiny_model(), seed=3), ModuleRunner(tiny_model(), seed=3)
+    assert list(served._executors) == [1]
+    batch = images(4)
+    for count, kept in ((4, [4]), (1, [4, 1]), (4, [1, 4]), (2, [4, 2]), (3, [2, 3])):
+        got, want = served.run(batch[:count]), modules.run(batch[:count])
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+        assert list(served._executors) == kept
+    assert len({executor._block.data_ptr() for executor in served._executors.values()}) == 1
+
+
+@compiled
+def test_results_are_not_changed_by_later_calls():
+    served = ProgramRunner(tiny_model())
+    first = served.run(images(2))
+    copies = [value.clone() for value in first]
+    served.run(1 - images(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, copies, strict=True))
+
+
+@compiled
+@pytest.mark.parametrize("precision, bound", [("float32", 1e-4), ("bfloat16", 0.06)])
+def test_the_shipped_detector_gives_the_maps_of_its_modules(precision, bound):
+    checkpoint = load_checkpoint(shipped_checkpoint())
+    unit = images(2, 64)
+    want = ModuleRunner(checkpoint.build()).run(unit)
+    got = make_runner(checkpoint.build(), CPU, precision, 0).run(unit)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=bound)
