@@ -29,8 +29,8 @@ def load(path: str | Path, device: str = "auto", precision: str = "auto", seed: 
     """The detector in the checkpoint `path`, ready to run.
 
     device: "auto" (a CUDA GPU where there is one, else the CPU), "cpu", "cuda" or "cuda:N".
-    precision of the networks and their images (maps and scores are always float32): "float32"; "bfloat16"; on a GPU also
-        "float16" and "tf32"; "auto" is float32 on a CPU, and on a GPU float16 where a trial image gives the map of
+    precision of the networks and their input (maps and scores are always float32): "float32"; "bfloat16"; on a GPU
+        also "float16" and "tf32"; "auto" is float32 on a CPU, and on a GPU float16 where a trial image gives the map of
         float32 within 0.01, else float32.
     seed: of the diffusion noise, 0 to 2**64 - 1; the same seed gives the same scores.
 

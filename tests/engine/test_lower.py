@@ -194,9 +194,14 @@ def test_weights_are_released_once_a_program_holds_them():
         assert torch.equal(value, results[1][name])
 
 
-@pytest.mark.parametrize(
-    "wrong", [torch.zeros(2, 32, 32, 1), torch.zeros(2, 1, 1, 3), torch.zeros(2, 32, 32, 3).byte()], ids=["gray", "one pixel", "uint8"]
-)
+WRONG = {
+    "gray": torch.zeros(2, 32, 32, 1),
+    "one pixel": torch.zeros(2, 1, 1, 3),
+    "uint8": torch.zeros(2, 32, 32, 3, dtype=torch.uint8),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
 def test_other_inputs_are_refused(wrong):
     executor = Executor(Lowering(tiny_model()).program(2))
     with pytest.raises(ValueError, match=r"images: expected \(2, 32, 32, 3\) torch.float32"):
