@@ -50,11 +50,13 @@ void float_block(const BlockArguments& p) {
     for (int64_t i = 0; i < p.count; ++i) float_block_at<Rows, Vectors>(p, i * Rows);
 }
 
-// Sixteen channels of `pixels` pixels, or the first `count` of them. The processor does not see by itself that the pixels `ahead` follow.
+constexpr int64_t AHEAD = 4096;  // values that are asked for before they are needed
+
+// Sixteen channels of `pixels` pixels, or the first `count` of them.
 template <typename T, typename G, Activation A, bool Full>
-DFE_HD void apply_chunk(const T* x, int64_t pixels, int64_t pitch, int64_t ahead, int count, Floats scale, Floats offset, G* out, int64_t out_pitch) {
+DFE_HD void apply_chunk(const T* x, int64_t pixels, int64_t pitch, int count, Floats scale, Floats offset, G* out, int64_t out_pitch) {
     for (int64_t i = 0; i < pixels; ++i, x += pitch, out += out_pitch) {
-        __builtin_prefetch(x + ahead);
+        __builtin_prefetch(x + AHEAD);
         const Floats z = (Full ? load_vector(x) : load_some(x, count)) * scale + offset;
         const Floats value = activated<static_cast<int>(A), digits_of<T>()>(z);
         if (Full) {
@@ -65,10 +67,19 @@ DFE_HD void apply_chunk(const T* x, int64_t pixels, int64_t pitch, int64_t ahead
     }
 }
 
-// out = act(scale x + offset) of `pixels` pixels; scale may be null. Some pixels at a time, so that they stay in the first-level cache while
-// their channels are taken in turn.
+// out = act(scale x + offset) of `pixels` pixels; scale may be null. Many channels in the order of memory; few in turn, each for all pixels.
 template <typename T, typename G, Activation A>
 void apply(const T* x, int64_t pixels, int64_t pitch, int64_t channels, const float* scale, const float* offset, G* out, int64_t out_pitch) {
+    if (channels >= 4 * WIDTH && channels % WIDTH == 0 && scale != nullptr) {
+        for (int64_t i = 0; i < pixels; ++i, x += pitch, out += out_pitch) {
+            for (int64_t c = 0; c < channels; c += WIDTH) {
+                __builtin_prefetch(x + c + AHEAD);
+                const Floats z = load_vector(x + c) * load_vector(scale + c) + load_vector(offset + c);
+                store_vector(out + c, activated<static_cast<int>(A), digits_of<T>()>(z));
+            }
+        }
+        return;
+    }
     const int64_t step = 4096 / channels + 1;
     for (int64_t i = 0; i < pixels; i += step, x += step * pitch, out += step * out_pitch) {
         const int64_t size = pixels - i < step ? pixels - i : step;
@@ -76,11 +87,11 @@ void apply(const T* x, int64_t pixels, int64_t pitch, int64_t channels, const fl
             Floats factor = broadcast(1.0f), term = {};
             if (channels - c >= WIDTH) {
                 if (scale != nullptr) factor = load_vector(scale + c), term = load_vector(offset + c);
-                apply_chunk<T, G, A, true>(x + c, size, pitch, step * pitch, WIDTH, factor, term, out + c, out_pitch);
+                apply_chunk<T, G, A, true>(x + c, size, pitch, WIDTH, factor, term, out + c, out_pitch);
             } else {
                 const int count = static_cast<int>(channels - c);
                 if (scale != nullptr) factor = load_some(scale + c, count), term = load_some(offset + c, count);
-                apply_chunk<T, G, A, false>(x + c, size, pitch, step * pitch, count, factor, term, out + c, out_pitch);
+                apply_chunk<T, G, A, false>(x + c, size, pitch, count, factor, term, out + c, out_pitch);
             }
         }
     }

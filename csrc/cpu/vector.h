@@ -128,6 +128,14 @@ DFE_HD Floats reciprocal(Floats value) {
 #endif
 }
 
+DFE_HD Floats smaller(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return _mm512_min_ps(a, b);  // b where it is NaN
+#else
+    return a < b ? a : b;
+#endif
+}
+
 // 2^x for x <= 0, as 2^n 2^f with a polynomial through the Chebyshev points of [-1/2, 1/2]; 2^-125 for smaller x.
 template <Digits D>
 DFE_HD Floats power_of_two(Floats x) {
@@ -155,20 +163,15 @@ DFE_HD Floats magnitude_of(Floats z) { return reinterpret_cast<Floats>(reinterpr
 
 constexpr int SIGMOID = 4;  // beside those of Activation
 
-// The formulas of activation.h; for few digits the tail of the normal distribution by Abramowitz and Stegun 7.1.25.
+// The formulas of activation.h.
 template <int A, Digits D>
 DFE_HD Floats activated(Floats z) {
     if (A == static_cast<int>(Activation::gelu)) {
-        const Floats magnitude = magnitude_of(z), bell = power_of_two<D>(z * z * -0.721347520f);
-        Floats tail;
-        if (D == Digits::all) {
-            const Floats t = reciprocal<D>(1.0f + 0.231641888f * magnitude);
-            tail = bell * t * (0.127414796f + t * (-0.142248368f + t * (0.710706871f + t * (-0.726576014f + t * 0.530702714f))));
-        } else {
-            const Floats t = reciprocal<D>(1.0f + 0.332672527f * magnitude);
-            tail = bell * t * (0.1740121f + t * (-0.0479399f + t * 0.3739278f));
-        }
-        return larger(z, Floats{}) - magnitude * tail;
+        const Floats m = smaller(broadcast(6.0f), magnitude_of(z));
+        const Floats exponent =
+            -0.999993086f +
+            m * (-1.15120173f + m * (-0.458770961f + m * (-0.0534121022f + m * (0.00808071531f + m * (-0.000769219419f + m * 3.30927869e-05f)))));
+        return larger(z, Floats{}) - m * power_of_two<D>(exponent);
     }
     if (A == static_cast<int>(Activation::silu) || A == SIGMOID) {
         const Floats e = power_of_two<D>(magnitude_of(z) * -1.44269504f), share = (z > 0.0f ? broadcast(1.0f) : e) * reciprocal<D>(1.0f + e);
