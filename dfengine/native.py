@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch  # noqa: F401  (before the extension, which looks for its OpenMP runtime: csrc/cpu/parallel.cpp)
+
 BUILD_NOTE = "_native_missing.txt"
 """Written beside this file by setup.py when the extension could not be built; its text is the reason."""
 

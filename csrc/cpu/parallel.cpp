@@ -8,6 +8,7 @@
 #include <vector>
 
 #if !defined(_WIN32)
+#include <dlfcn.h>
 #include <pthread.h>
 #endif
 
@@ -64,11 +65,50 @@ private:
 // Never destroyed: its threads wait in it until the process ends.
 std::atomic<Pool*> current{nullptr};
 
+// The OpenMP runtime that torch has loaded, by the entry points that GCC's compiled code uses. Its threads spin for a while after each of
+// torch's operations: threads of our own would share a core with them, and be half as fast wherever both are at work.
+struct OpenMp {
+    void (*parallel)(void (*)(void*), void*, unsigned threads, unsigned flags);
+    int (*thread)();
+    int (*threads)();
+};
+
+OpenMp find_open_mp() {
+    OpenMp found{};
 #if !defined(_WIN32)
-// A forked child has none of the threads, and another thread may have held the locks: it leaves the pool alone and gets its own.
-// There is no lock around `current` itself that a fork could find taken.
-[[maybe_unused]] const int forget_in_child = pthread_atfork(nullptr, nullptr, [] { current.store(nullptr); });
+    found.parallel = reinterpret_cast<decltype(found.parallel)>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    found.thread = reinterpret_cast<decltype(found.thread)>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+    found.threads = reinterpret_cast<decltype(found.threads)>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"));
+    if (found.thread == nullptr || found.threads == nullptr) found.parallel = nullptr;
 #endif
+    return found;
+}
+
+// Found when the module is loaded, after torch.
+OpenMp open_mp = find_open_mp();
+
+#if !defined(_WIN32)
+// A forked child has none of the threads, and another thread may have held the locks: it leaves the pool alone and gets its own, and it
+// leaves the OpenMP runtime alone, which does not survive a fork. There is no lock around `current` itself that a fork could find taken.
+[[maybe_unused]] const int forget_in_child = pthread_atfork(nullptr, nullptr, [] {
+    current.store(nullptr);
+    open_mp.parallel = nullptr;
+});
+#endif
+
+struct Shared {
+    int64_t items;
+    int pieces;
+    const std::function<void(int, int64_t, int64_t)>* body;
+};
+
+// What a thread of the team does: the team may be smaller than was asked for.
+void share(void* data) {
+    const Shared& shared = *static_cast<const Shared*>(data);
+    for (int piece = open_mp.thread(); piece < shared.pieces; piece += open_mp.threads()) {
+        (*shared.body)(piece, shared.items * piece / shared.pieces, shared.items * (piece + 1) / shared.pieces);
+    }
+}
 
 Pool& pool() {
     Pool* found = current.load();
@@ -88,6 +128,9 @@ void parallel_for(int64_t items, int threads, const std::function<void(int, int6
     const int pieces = pieces_of(items, threads);
     if (pieces == 1) {
         body(0, 0, items);
+    } else if (open_mp.parallel != nullptr) {
+        Shared shared{items, pieces, &body};
+        open_mp.parallel(share, &shared, static_cast<unsigned>(pieces), 0);
     } else {
         pool().run(items, pieces, body);
     }

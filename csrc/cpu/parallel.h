@@ -1,4 +1,4 @@
-// A loop over work items on a small persistent set of threads.
+// A loop over work items on a small persistent set of threads: those of the OpenMP runtime that torch uses, where it is loaded.
 #pragma once
 
 #include <cstdint>
