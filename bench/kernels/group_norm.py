@@ -36,7 +36,7 @@ def cases(device: str):
             return x, torch.zeros_like(x), weight, bias, *statistics
 
         rivals = {"kernel": forward, "torch": torch_forward}
-        yield Case(shape, dtype, 3 * make()[0].nbytes, make, rivals, "group_norm")
+        yield Case(shape, dtype, 3 * make()[0].nbytes, make, rivals)
 
     for shape, dtype in itertools.product(TRAINING_SHAPES, DTYPES[device]):
         generator = torch.Generator().manual_seed(0)
@@ -47,7 +47,7 @@ def cases(device: str):
             return x, dy, torch.zeros_like(x), torch.zeros_like(x), weight, bias
 
         rivals = {"kernel": training, "torch": torch_training}
-        yield Case(shape, dtype, 5 * make_training()[0].nbytes, make_training, rivals, "group_norm training")
+        yield Case(shape, dtype, 5 * make_training()[0].nbytes, make_training, rivals, "training")
 
 
 def forward(x, y, weight, bias, mean, rstd) -> None:
