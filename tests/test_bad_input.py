@@ -245,7 +245,7 @@ ROWS = [
         exit_status=2),
     Row("train: unknown preset", tree("a.png"), prints="unknown preset 'nope'", command=TRAIN + " --preset nope",
         exit_status=2),
-    Row("train: odd size", tree("a.png"), prints="image_size", command=TRAIN + " --image-size 100", exit_status=2),
+    Row("train: odd size", tree("a.png"), prints="image size", command=TRAIN + " --image-size 100", exit_status=2),
     Row("train: nothing to resume", tree("a.png", "b.png"), prints="resume", command=TRAIN + " --steps 1 --resume",
         exit_status=1),
     Row("fasteners: output is a file", content(b"", "out"), prints="out",
