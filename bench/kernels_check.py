@@ -30,6 +30,7 @@ from dfengine.kernels import cuda_launch  # noqa: E402
 
 OPS = sorted(path.stem for path in (Path(__file__).parent / "kernels").glob("[!_]*.py"))
 ARCHITECTURES = (89, 90)
+ONES = "sizes 1,"
 FIELDS = ("registers", "shared", "stack", "local")
 
 
@@ -53,16 +54,32 @@ def triton_tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
+def with_ones(module):
+    """The compilations of an op, and the first of each kernel again with every number that it may be given as 1: that
+    is a constant to the launcher's compiler, on which tensor methods fail."""
+    seen = set()
+    for label, kernel, signature, constants, options in module.compilations():
+        yield label, kernel, signature, constants, options
+        if kernel in seen:
+            continue
+        seen.add(kernel)
+        kept = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+        ones = {name: 1 for name, kind in signature.items() if kind == "i32" and name not in kept}
+        divisible = [name for name in options.get("divisible", ()) if name not in ones]
+        types = {name: "constexpr" if name in ones else kind for name, kind in signature.items()}
+        yield f"{ONES} {label}", kernel, types, constants | ones, options | {"divisible": divisible}
+
+
 def check_triton(op: str, architecture: int, quick: bool) -> list[dict]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     rows, seen = [], set()
-    for label, kernel, signature, constants, options in importlib.import_module(f"bench.kernels.{op}").compilations():
-        if quick and kernel in seen:
+    for label, kernel, signature, constants, options in with_ones(importlib.import_module(f"bench.kernels.{op}")):
+        if quick and (kernel, label.startswith(ONES)) in seen:
             continue
-        seen.add(kernel)
+        seen.add((kernel, label.startswith(ONES)))
         known = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in options.get("divisible", ())}
         options = {name: value for name, value in options.items() if name != "divisible"}
         source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=known)

@@ -29,7 +29,8 @@ def kernel_table(folder: Path) -> list[str]:
             label = row.get("label", "")
             lines.append(
                 f"| `{row['op']}` | {'' if label == row['op'] else label} | {'x'.join(map(str, row['shape']))} | "
-                f"{row['dtype']} | {row['us']:.0f} | {rate} | {row['percent_of_ceiling']:.0f}% | {row['speedup']:.1f}x |"
+                f"{row['dtype']} | {row['us']:.0f} | {rate} | {row['percent_of_ceiling']:.0f}% | "
+                f"{row['speedup']:.1f}x |"
             )
     return lines
 

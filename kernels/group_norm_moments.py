@@ -40,8 +40,8 @@ def default_tile_pixels(pixels: int) -> int:
 
 def tile_counts(pixels: int, tile_pixels: int, device: torch.device | str = "cpu") -> Tensor:
     """The `counts` of tiles of `tile_pixels` pixels: int32 (T,), the last one what is left."""
-    first = torch.arange(0, pixels, tile_pixels, dtype=torch.int32)
-    return (pixels - first).clamp(max=tile_pixels).to(device)
+    first = torch.arange(0, pixels, tile_pixels, dtype=torch.int32, device=device)
+    return (pixels - first).clamp(max=tile_pixels)
 
 
 def moments(
@@ -125,8 +125,13 @@ def can_run_on_gpu(first: Tensor, *args, **_kwargs) -> None:
     if first.shape[0] > 65535:
         raise CannotRunError(f"a batch of {first.shape[0]}, more than 65,535")
     for tensor in (first, *args):
-        if isinstance(tensor, Tensor) and tensor.ndim == 4 and tensor.numel() // tensor.shape[0] >= 2**31 - 2**20:
-            raise CannotRunError("a sample of 2^31 elements or more")
+        if isinstance(tensor, Tensor) and tensor.ndim == 4 and _span(tensor) >= 2**31 - 2**20:
+            raise CannotRunError("a sample that spans 2^31 elements or more")
+
+
+def _span(tensor: Tensor) -> int:
+    """Elements from the first to the last of a sample, the gaps of a channel slice included."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
 
 
 @triton.jit

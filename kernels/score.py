@@ -266,7 +266,7 @@ def score_select_kernel(
         key = _pixel_keys(map_of_n, chosen, start, found, pixels, GROUP, GROUPS)
         sums += tl.where(key > kth, key.to(tl.float32, bitcast=True), 0.0)
     total = tl.sum(sums) + left.to(tl.float32) * kth.to(tl.float32, bitcast=True)
-    score = tl.minimum(total / k.to(tl.float32), 1.0)
+    score = tl.minimum(total / (1.0 * k), 1.0)  # 1 comes as a constant, which has no `to`
     score = tl.where(most > 0x7F800000, float("nan"), score)
     tl.store(pred_score + n, score)
     tl.store(pred_label + n, (score > tl.load(threshold)).to(tl.uint8))

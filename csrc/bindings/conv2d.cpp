@@ -143,6 +143,9 @@ int64_t plan_conv2d(Conv2dArguments& p, int threads) {
 }
 
 void bind_conv2d(py::module_& module) {
+    // Found now: a fork during the first call would leave the child waiting.
+    cache_bytes();
+    conv2d_product(static_cast<int>(FloatType::bfloat16));
     module.def("conv2d_product", &conv2d_product, py::arg("type"), "The product (csrc/cpu/conv2d.h) taken here for a type.");
     module.def("conv2d_supported", [](int product) { return supported(static_cast<Product>(product)); }, py::arg("product"),
                "Whether this processor has the instructions of a product.");

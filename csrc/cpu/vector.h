@@ -175,7 +175,8 @@ DFE_HD Floats activated(Floats z) {
     }
     if (A == static_cast<int>(Activation::silu) || A == SIGMOID) {
         const Floats e = power_of_two<D>(magnitude_of(z) * -1.44269504f), share = (z > 0.0f ? broadcast(1.0f) : e) * reciprocal<D>(1.0f + e);
-        return A == SIGMOID ? share : z * share;
+        if (A == SIGMOID) return z == z ? share : z;  // a comparison with a NaN is false
+        return z * share;
     }
     if (A == static_cast<int>(Activation::relu)) return z < 0.0f ? Floats{} : z;
     return z;

@@ -129,9 +129,10 @@ def test_nan_spreads_to_its_neighbours_and_no_further(launcher, dilation):
     x = torch.randn((1, 12, 14, 16), generator=torch.Generator().manual_seed(0)).to(dtype)
     x[0, 5, 6, 3] = float("nan")
     weight = conv2d.ConvWeight.pack(torch.ones((8, 16, 3, 3), dtype=dtype), dilation)
-    for act in conv2d.PROLOGUE_ACTIVATIONS:
+    acts = [(act, "none") for act in conv2d.PROLOGUE_ACTIVATIONS] + [("none", act) for act in conv2d.ACTIVATIONS]
+    for before, after in acts:
         y = torch.zeros((1, 12, 14, 8), dtype=dtype)
-        launcher.run(conv2d.OP, x, None, weight, None, None, None, act, "none", None, "none", "none", y, None, 0)
+        launcher.run(conv2d.OP, x, None, weight, None, None, None, before, "none", None, "none", after, y, None, 0)
         near = torch.zeros((12, 14), dtype=torch.bool)
         near[5 - dilation : 6 + dilation : dilation, 6 - dilation : 7 + dilation : dilation] = True
         assert torch.equal(y[0].isnan().any(dim=2), near) and torch.equal(y[0].isnan().all(dim=2), near)
