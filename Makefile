@@ -41,7 +41,7 @@ bench: $(VENV)/installed
 	@$(BIN)/python bench/kernels.py --device cpu
 
 kernels-check: $(VENV)/installed
-	@$(BIN)/python bench/kernels_check.py
+	@$(BIN)/python bench/kernels_check.py --json build/kernels-check.json
 
 # torch goes in first and alone, so that the build that pip finds is kept; TORCH_INDEX names another package index (a CPU-only one, say).
 $(VENV)/torch: | $(VENV)/bin/python
