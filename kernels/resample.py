@@ -202,7 +202,7 @@ def max_pool_kernel(
     tl.store(y + pixel.to(tl.int64) * y_stride + channel, value.to(y.dtype.element_ty), mask=live)
 
 
-CONFIGURATIONS = tuple(dict(VALUES=values, num_warps=warps) for values, warps in ((512, 4), (1024, 4), (1024, 8)))
+CONFIGURATIONS = tuple(dict(VALUES=values, num_warps=warps) for values, warps in ((512, 4), (1024, 8), (256, 2)))
 """Launch configurations, each tested; VALUES are those of a program. The first is used until they have been timed."""
 MAX_CHANNELS = 128
 """Channels of a program: a run of them that is read at once."""
