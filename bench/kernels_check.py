@@ -3,7 +3,8 @@
     python bench/kernels_check.py [--json OUT] [--quick]
 
 Prints a table; exits with 1 when a kernel spills or does not compile. Triton compiles in every shipped configuration
-and type (`compilations` of bench/kernels/<op>.py, whose options may name the arguments that are "divisible" by 16);
+and type (`compilations` of bench/kernels/<op>.py, whose options may name the arguments that are "divisible" by 16, and "ones",
+integers of 1, which a launch makes constants);
 CUDA files compile by nvcc and by NVRTC, where these are found.
 """
 
@@ -60,11 +61,12 @@ def check_triton(op: str, architecture: int, quick: bool) -> list[dict]:
 
     rows, seen = [], set()
     for label, kernel, signature, constants, options in importlib.import_module(f"bench.kernels.{op}").compilations():
-        if quick and kernel in seen:
+        ones, divisible = options.pop("ones", ()), options.pop("divisible", ())
+        if quick and (kernel, ones) in seen:
             continue
-        seen.add(kernel)
-        known = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in options.get("divisible", ())}
-        options = {name: value for name, value in options.items() if name != "divisible"}
+        seen.add((kernel, ones))
+        signature, constants = signature | dict.fromkeys(ones, "constexpr"), constants | dict.fromkeys(ones, 1)
+        known = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
         source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=known)
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
         (used,) = resources(compiled.asm["cubin"], triton_tool("cuobjdump")).values()
@@ -115,7 +117,7 @@ def check_nvrtc(nvrtc: ctypes.CDLL, source: Path, architecture: int) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--quick", action="store_true", help="only the first configuration of each Triton kernel")
+    parser.add_argument("--quick", action="store_true", help="only the first configurations of each Triton kernel")
     arguments = parser.parse_args()
     rows = []
     nvcc = shutil.which("nvcc")

@@ -202,8 +202,9 @@ def one_step_kernel(
     e_s = tl.load(eps + eps_at, mask=inside, other=0).to(tl.float32)
     r = from_x_s * x_s - from_eps_s * e_s
     if SCALES == 2:
-        x_b = tl.load(x_t + pixels.to(tl.int64) * x_t_stride + x_at, mask=inside, other=0).to(tl.float32)
-        e_b = tl.load(eps + pixels.to(tl.int64) * eps_stride + eps_at, mask=inside, other=0).to(tl.float32)
+        scale = tl.cast(pixels, tl.int64)  # 1 pixel is a constant, not a tensor
+        x_b = tl.load(x_t + scale * x_t_stride + x_at, mask=inside, other=0).to(tl.float32)
+        e_b = tl.load(eps + scale * eps_stride + eps_at, mask=inside, other=0).to(tl.float32)
         r += weight * (_clamped(from_x_b * x_b - from_eps_b * e_b, -1.0, 1.0) - r)
     r = _clamped(r, -1.0, 1.0)
     image = tl.load(x_0 + x_0_at, mask=inside, other=0)

@@ -143,10 +143,13 @@ def _pixels_and_channels(channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr)
 
 @triton.jit
 def _around(i, size):
-    """Of output row (or column) i: the input rows before and after, and the weight of the latter."""
+    """Of output row (or column) i: the input rows before and after, and the weight of the latter.
+
+    A size of 1 is a constant, not a tensor.
+    """
     place = i * (size - 1)
     whole = place // (2 * size - 1)
-    weight = (place - whole * (2 * size - 1)).to(tl.float32) / (2 * size - 1).to(tl.float32)
+    weight = (place - whole * (2 * size - 1)).to(tl.float32) / (2.0 * size - 1.0)
     return whole, tl.minimum(whole + 1, size - 1), weight
 
 

@@ -65,3 +65,6 @@ def compilations():
         kind = f"{TRITON_TYPES[image]}-{TRITON_TYPES[dtype]} S={scales} {'packed' if packed else 'sliced'}"
         label = f"{kind} BLOCK={block} warps={warps}"
         yield label, one_step.one_step_kernel, signature, constants, {"num_warps": warps}
+        if configuration is one_step.CONFIGURATIONS[0]:
+            options = {"num_warps": warps, "ones": ("pixels",)}
+            yield f"{label} pixels=1", one_step.one_step_kernel, signature, constants, options

@@ -57,3 +57,6 @@ def compilations(triton_kernel=None):
         signature = {name: types.get(name, "i32") for name in triton_kernel.arg_names}
         label = f"{TRITON_TYPES[dtype]} C={channels} VALUES={values} warps={warps}"
         yield label, triton_kernel, signature, constants, {"num_warps": warps}
+        if triton_kernel is resample.upsample_bilinear_kernel and configuration is resample.CONFIGURATIONS[0]:
+            for one in ("height", "width"):
+                yield f"{label} {one}=1", triton_kernel, signature, constants, {"num_warps": warps, "ones": (one,)}
