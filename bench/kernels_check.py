@@ -3,9 +3,8 @@
     python bench/kernels_check.py [--json OUT] [--quick]
 
 Prints a table; exits with 1 when a kernel spills or does not compile. Triton compiles in every shipped configuration
-and type (`compilations` of bench/kernels/<op>.py, whose options may name the arguments that are "divisible" by 16, and "ones",
-integers of 1, which a launch makes constants);
-CUDA files compile by nvcc and by NVRTC, where these are found.
+and type (`compilations` of bench/kernels/<op>.py, whose options may name the arguments that are "divisible" by 16, and the
+"ones", integers that are 1, which a launch makes constants); CUDA files compile by nvcc and by NVRTC, where these are found.
 """
 
 from __future__ import annotations
