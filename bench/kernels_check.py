@@ -3,8 +3,9 @@
     python bench/kernels_check.py [--json OUT] [--quick]
 
 Prints a table; exits with 1 when a kernel spills or does not compile. Triton compiles in every shipped configuration
-and type (`compilations` of bench/kernels/<op>.py, whose options may name the arguments that are "divisible" by 16, and the
-"ones", integers that are 1, which a launch makes constants); CUDA files compile by nvcc and by NVRTC, where these are found.
+and type (`compilations` of bench/kernels/<op>.py, whose options may name the arguments that are "divisible" by 16, and
+the "ones", integers that are 1, which a launch makes constants); CUDA files compile by nvcc and by NVRTC, where these
+are found.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def check_nvrtc(nvrtc: ctypes.CDLL, source: Path, architecture: int) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--quick", action="store_true", help="only the first configurations of each Triton kernel")
+    parser.add_argument("--quick", action="store_true", help="only the first configuration of each Triton kernel")
     arguments = parser.parse_args()
     rows = []
     nvcc = shutil.which("nvcc")

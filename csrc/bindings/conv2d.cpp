@@ -103,6 +103,7 @@ int64_t step_of(int64_t length) {
 
 int64_t plan_conv2d(Conv2dArguments& p, int threads) {
     const int64_t size = p.product == Product::float32 ? 4 : 2, pixels = p.multiplier.most * p.multiplier.pixels;
+    p.dilation = std::min(p.dilation, std::max(p.height, p.width));  // from there on the outer taps see zeros only
     p.margin = p.dilation * (p.kernel - 1) / 2;
     p.row = p.width + p.margin;
     p.runs = 0;
@@ -143,6 +144,8 @@ int64_t plan_conv2d(Conv2dArguments& p, int threads) {
 }
 
 void bind_conv2d(py::module_& module) {
+    cache_bytes();  // and tiles: found now, as the levels are, since a fork during the first call would leave the child waiting for it
+    supported(Product::tiles);
     module.def("conv2d_product", &conv2d_product, py::arg("type"), "The product (csrc/cpu/conv2d.h) taken here for a type.");
     module.def("conv2d_supported", [](int product) { return supported(static_cast<Product>(product)); }, py::arg("product"),
                "Whether this processor has the instructions of a product.");
