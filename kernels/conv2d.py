@@ -21,8 +21,8 @@ Layouts: x, x2, residual and y are channels-last and may be channel slices of wi
 Types: x, x2, residual, y and weight share float32, float16 or bfloat16 (the reference also float64); the others are
 float32 (float64). Products are summed in float32; the prologue is computed in float32 and rounded once, to x's dtype.
 
-Compiled backends serve 1x1 and 3x3 kernels with dilation 1 or 2; the reference every odd one.
-Backends: reference (any device), triton (GPU; CPU through the interpreter).
+Compiled backends serve 1x1 and 3x3 kernels, Triton with dilation 1 or 2; the reference every odd one.
+Backends: reference (any device), triton (GPU; CPU through the interpreter), cpu (kernels/conv2d_cpu.py).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dfengine.kernels import group_norm_moments, registry, triton_import
 from dfengine.kernels.conv2d_triton import configuration_for, conv2d_kernel, launch_options
@@ -49,15 +50,19 @@ RESAMPLES = {"none": 0, "down": 1, "up": 2}
 class ConvWeight:
     """A weight packed once for the GEMM.
 
-    packed: (KH, KW, C, O), contiguous, of the activations' dtype. prepacked: what other backends make of it on first
-    use, by backend; the weight must not change afterwards.
+    packed: (KH, KW, C, O), contiguous, of the activations' dtype. disposable: whether a backend that is bound to it and
+    has its own form of it may `release` it. prepacked: what other backends make of it on first use, by backend; the
+    weight must not change afterwards.
     """
 
     packed: Tensor
     dilation: int = 1
+    disposable: bool = False
     prepacked: dict[str, object] = field(default_factory=dict, repr=False)
+    device: torch.device = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "device", self.packed.device)
         if self.packed.ndim != 4 or self.packed.numel() == 0 or not self.packed.is_contiguous():
             raise ValueError(f"weight: expected contiguous (KH, KW, C, O), got {tuple(self.packed.shape)}")
         if self.packed.shape[0] % 2 == 0 or self.packed.shape[1] % 2 == 0:
@@ -66,9 +71,23 @@ class ConvWeight:
             raise ValueError(f"weight: dilation {self.dilation} is below 1")
 
     @classmethod
-    def pack(cls, weight: Tensor, dilation: int = 1, dtype: torch.dtype | None = None) -> ConvWeight:
+    def pack(
+        cls, weight: Tensor, dilation: int = 1, dtype: torch.dtype | None = None, disposable: bool = False
+    ) -> ConvWeight:
         """From torch's (O, C, KH, KW), in `dtype` (by default the weight's own)."""
-        return cls(weight.detach().permute(2, 3, 1, 0).to(dtype or weight.dtype).contiguous(), dilation)
+        return cls(weight.detach().permute(2, 3, 1, 0).to(dtype or weight.dtype).contiguous(), dilation, disposable)
+
+    def release(self) -> None:
+        """Drop the taps, whose shape and dtype stay: from then on only what is in `prepacked` runs."""
+        if not self.prepacked:
+            raise ValueError("weight: nothing was made of it yet")
+        object.__setattr__(self, "packed", self.packed.to("meta"))
+
+    def taps(self) -> Tensor:
+        """`packed`. Raises CannotRunError where it was released."""
+        if self.packed.device != self.device:
+            raise CannotRunError("weight: released, only the form that was made of it is left")
+        return self.packed
 
     @property
     def kernel(self) -> tuple[int, int]:
@@ -100,6 +119,8 @@ def conv2d(
 ) -> Tensor:
     """Return a new y (N, H, W, O), written by the chosen backend.
 
+    The form in which a backend wants the weight is made in the first call and kept in the ConvWeight, which therefore
+    must not change. Where calls are recorded (torch.compile, fake tensors) the recorded op makes it anew in every call.
     Raises ValueError for arguments no backend accepts, CannotRunError when the forced backend does not serve them.
     """
     y = torch.empty(output_shape(x, weight, resample), dtype=x.dtype, device=x.device)
@@ -121,7 +142,16 @@ def conv2d_into(
     """As `conv2d`, into given outputs, every element of which is written: y, and moments of tiles of `tile_pixels`."""
     before = (bias, scale, offset, prologue_act, resample, residual, residual_resample, act, y, moments, tile_pixels)
     _check(x, x2, weight, *before)
-    torch.ops.dfengine.conv2d(x, x2, weight.packed, weight.dilation, *before, backend or "")
+    if _recorded(x):
+        torch.ops.dfengine.conv2d(x, x2, weight.taps(), weight.dilation, *before, backend or "")
+    else:
+        OP(x, x2, weight, *before, backend=backend)
+
+
+def _recorded(x: Tensor) -> bool:
+    """Whether torch looks on: it compiles or traces, or there is a dispatch mode or another class of tensor."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return traced or type(x) is not Tensor or is_in_torch_dispatch_mode()
 
 
 @torch.library.custom_op("dfengine::conv2d", mutates_args=("y", "moments"))
@@ -143,7 +173,7 @@ def _conv2d(
     tile_pixels: int,
     backend: str,
 ) -> None:
-    """What a backend keeps in ConvWeight.prepacked is lost here: the engine calls OP."""
+    """What a backend keeps in ConvWeight.prepacked is lost here: only recorded calls come this way."""
     OP(
         x, x2, ConvWeight(packed, dilation), bias, scale, offset, prologue_act, resample, residual, residual_resample,
         act, y, moments, tile_pixels, backend=backend,
@@ -240,8 +270,8 @@ def _check(
             pixel_stride(name, tensor)
         elif not tensor.is_contiguous():
             raise ValueError(f"{name}: not contiguous")
-    if weight.packed.dtype != x.dtype or weight.packed.device != x.device:
-        raise ValueError(f"weight: {weight.packed.dtype} on {weight.packed.device}, x {x.dtype} on {x.device}")
+    if weight.packed.dtype != x.dtype or weight.device != x.device:
+        raise ValueError(f"weight: {weight.packed.dtype} on {weight.device}, x {x.dtype} on {x.device}")
 
 
 def can_run(x, x2, weight, *rest) -> None:
@@ -250,8 +280,6 @@ def can_run(x, x2, weight, *rest) -> None:
         raise CannotRunError(f"x: {x.dtype} is none of float32, float16, bfloat16")
     if weight.kernel not in ((1, 1), (3, 3)):
         raise CannotRunError(f"a kernel of {weight.kernel[0]} x {weight.kernel[1]} is neither 1 x 1 nor 3 x 3")
-    if weight.dilation not in (1, 2):
-        raise CannotRunError(f"dilation {weight.dilation} is neither 1 nor 2")
 
 
 def _activated(z: Tensor, act: str) -> Tensor:
@@ -280,7 +308,7 @@ def reference(
     d, (rows, columns) = weight.dilation, weight.kernel
     margin_y, margin_x = d * (rows - 1) // 2, d * (columns - 1) // 2
     p = F.pad(p, (0, 0, margin_x, margin_x, margin_y, margin_y))
-    taps = weight.packed.to(dtype)
+    taps = weight.taps().to(dtype)
     z = torch.zeros((p.shape[0], height, width, weight.outputs), dtype=dtype, device=x.device)
     for i in range(rows):
         for j in range(columns):
@@ -314,6 +342,10 @@ def _run_reference(
         moments.copy_(group_norm_moments.reference(y, tile_pixels))
 
 
+def _can_run_reference(x, x2, weight, *rest) -> None:
+    weight.taps()
+
+
 def _run_triton(
     x, x2, weight, bias, scale, offset, prologue_act, resample, residual, residual_resample, act, y,
     moments, tile_pixels, configuration=None,
@@ -329,7 +361,7 @@ def _run_triton(
     tiles = triton.cdiv(height * width, options["BLOCK_M"])
     pitches = (0 if t is None else pixel_stride("", t) for t in (x, x2, residual, y))
     conv2d_kernel[(batch * tiles * triton.cdiv(outputs, options["BLOCK_N"]),)](
-        x, x2, weight.packed, bias, scale, offset, residual, y, moments,
+        x, x2, weight.taps(), bias, scale, offset, residual, y, moments,
         batch, tiles, height, width, *x.shape[1:3], *pitches, 0 if bias is None or bias.ndim == 1 else outputs,
         C1=sources[0], C2=sum(sources[1:]), OUTPUTS=outputs, K=weight.kernel[0], DILATION=weight.dilation,
         RESAMPLE=resample, PROLOGUE=prologue_act, RESIDUAL="" if residual is None else residual_resample, ACT=act,
@@ -342,6 +374,9 @@ def _can_run_triton(
     moments, tile_pixels,
 ) -> None:  # fmt: skip
     can_run(x, x2, weight)
+    weight.taps()
+    if weight.dilation not in (1, 2):
+        raise CannotRunError(f"dilation {weight.dilation} is neither 1 nor 2")
     for tensor in (x, x2, residual, y):
         if tensor is not None and tensor.shape[1] * tensor.shape[2] * pixel_stride("", tensor) >= 2**31 - 2**24:
             raise CannotRunError("a sample of more than 2^31 - 2^24 values")
@@ -351,4 +386,4 @@ def _can_run_triton(
 
 OP = Op("conv2d")
 OP.register("triton", _run_triton, triton_import.available, _can_run_triton)
-OP.register("reference", _run_reference, registry.always, registry.always)
+OP.register("reference", _run_reference, registry.always, _can_run_reference)

@@ -75,7 +75,7 @@ def prepacked(weight: ConvWeight, product: str, level: str) -> tuple[Tensor, int
     key = f"cpu {product} {level}"
     if key not in weight.prepacked:
         block = block_outputs(weight.outputs, product, level)
-        weight.prepacked[key] = pack(weight.packed, product, block), padded_channels(weight.inputs), block
+        weight.prepacked[key] = pack(weight.taps(), product, block), padded_channels(weight.inputs), block
     return weight.prepacked[key]
 
 
@@ -121,20 +121,26 @@ def bind(*args, level: str = "", product: str = "") -> Callable[[], None]:
     return run
 
 
+def library_taps(weight: ConvWeight) -> Tensor:
+    """(O, C, KH, KW) for torch's convolution, made once."""
+    if "library" not in weight.prepacked:
+        taps = weight.taps().permute(3, 2, 0, 1)
+        weight.prepacked["library"] = taps.contiguous(memory_format=torch.channels_last)
+    return weight.prepacked["library"]
+
+
 def run_library(
     x, x2, weight, bias, scale, offset, prologue_act, resample, residual, residual_resample, act, y, moments,
     tile_pixels,
 ) -> None:  # fmt: skip
     """torch's convolution (oneDNN) between passes of elementwise operations, in x's dtype."""
-    if "library" not in weight.prepacked:
-        taps = weight.packed.permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)
-        weight.prepacked["library"] = taps
+    taps = library_taps(weight)
     p = x if x2 is None else torch.cat((x, x2), dim=3)
     if scale is not None:
         p = torch.addcmul(offset[:, None, None], p.float(), scale[:, None, None])
     p = _resample(_activated(p, prologue_act), resample).to(x.dtype)
     padding = weight.dilation * (weight.kernel[0] // 2)
-    z = F.conv2d(p.permute(0, 3, 1, 2), weight.prepacked["library"], None, 1, padding, weight.dilation)
+    z = F.conv2d(p.permute(0, 3, 1, 2), taps, None, 1, padding, weight.dilation)
     z = z.permute(0, 2, 3, 1)
     if bias is not None:
         z = z + bias.view(-1, 1, 1, weight.outputs)
@@ -154,8 +160,16 @@ def _run_cpu(*args, **options) -> None:
     (run_native if _compiled() else run_library)(*args, **options)
 
 
-def _bind_cpu(*args) -> Callable[[], None]:
-    return bind(*args) if _compiled() else functools.partial(run_library, *args)
+def _bind_cpu(x, x2, weight, *rest) -> Callable[[], None]:
+    """As `bind`; a disposable weight is then held in one form only."""
+    if _compiled():
+        run = bind(x, x2, weight, *rest)
+    else:
+        library_taps(weight)
+        run = functools.partial(run_library, x, x2, weight, *rest)
+    if weight.disposable:
+        weight.release()
+    return run
 
 
 def _available(device: str) -> None:

@@ -39,7 +39,8 @@ def default_tile_pixels(pixels: int) -> int:
 
 
 def tile_counts(pixels: int, tile_pixels: int, device: torch.device | str = "cpu") -> Tensor:
-    """The `counts` of tiles of `tile_pixels` pixels: int32 (T,), the last one what is left."""
+    """The `counts` of tiles of `tile_pixels` pixels: int32 (T,), the last one what is left; made on the device, since a
+    copy from the host would wait for it, and may not stand in a captured graph."""
     first = torch.arange(0, pixels, tile_pixels, dtype=torch.int32, device=device)
     return (pixels - first).clamp(max=tile_pixels)
 
@@ -120,18 +121,15 @@ def can_run(first: Tensor, *_args, **_kwargs) -> None:
 
 
 def can_run_on_gpu(first: Tensor, *args, **_kwargs) -> None:
-    """As can_run, for the kernels on a GPU, which number the elements of a sample in 32 bits."""
+    """As can_run, for the kernels on a GPU: 32 bits number the values from the first of a sample to its last one."""
     can_run(first)
     if first.shape[0] > 65535:
         raise CannotRunError(f"a batch of {first.shape[0]}, more than 65,535")
     for tensor in (first, *args):
-        if isinstance(tensor, Tensor) and tensor.ndim == 4 and _span(tensor) >= 2**31 - 2**20:
-            raise CannotRunError("a sample that spans 2^31 elements or more")
-
-
-def _span(tensor: Tensor) -> int:
-    """Elements from the first to the last of a sample, the gaps of a channel slice included."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
+        if not isinstance(tensor, Tensor) or tensor.ndim != 4:
+            continue
+        if tensor.shape[1] * tensor.shape[2] * pixel_stride("tensor", tensor) >= 2**31 - 2**20:
+            raise CannotRunError("a sample spans 2^31 values or more")
 
 
 @triton.jit

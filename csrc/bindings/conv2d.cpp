@@ -103,6 +103,7 @@ int64_t step_of(int64_t length) {
 
 int64_t plan_conv2d(Conv2dArguments& p, int threads) {
     const int64_t size = p.product == Product::float32 ? 4 : 2, pixels = p.multiplier.most * p.multiplier.pixels;
+    p.dilation = std::min(p.dilation, std::max(p.height, p.width));  // from there on the outer taps see zeros only
     p.margin = p.dilation * (p.kernel - 1) / 2;
     p.row = p.width + p.margin;
     p.runs = 0;

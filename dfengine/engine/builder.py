@@ -93,9 +93,9 @@ class Builder:
         return self.constants[name]
 
     def weight(self, name: str, weight: torch.Tensor, dilation: int = 1) -> Constant:
-        """A convolution's weight (O, C, KH, KW), packed."""
+        """A convolution's weight (O, C, KH, KW), packed; it is the programs' own."""
         if name not in self.constants:
-            packed = ConvWeight.pack(weight.to(self.device), dilation, self.dtype)
+            packed = ConvWeight.pack(weight.to(self.device), dilation, self.dtype, disposable=True)
             self.constants[name] = Constant(name, packed, packed.packed.nbytes)
         return self.constants[name]
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from dfengine import native
 from dfengine.kernels import CannotRunError, conv2d, group_norm_moments
 from dfengine.kernels.conv2d_triton import CONFIGURATIONS, configuration_for, launch_options
 from tests.kernels import launchers
@@ -243,13 +247,18 @@ def test_other_kernels_and_types_fall_back(monkeypatch):
     monkeypatch.delenv("DFENGINE_BACKEND", raising=False)
     for case, dtype, message in (
         (Case((1, 6, 6), (4,), 3, 5), torch.float32, "5 x 5"),
-        (Case((1, 6, 6), (4,), 3, 3, 3), torch.float32, "dilation 3"),
         (Case((1, 6, 6), (4,), 3), torch.float64, "float64"),
     ):
         x, _, weight, *_ = make(case, dtype)
         with pytest.raises(CannotRunError, match=message):
             conv2d.conv2d(x, weight, backend="triton")
         assert torch.equal(conv2d.conv2d(x, weight), conv2d.conv2d(x, weight, backend="reference"))
+
+
+def test_triton_refuses_other_dilations():
+    x, _, weight, *_ = make(Case((1, 6, 6), (4,), 3, 3, 3), torch.float32)
+    with pytest.raises(CannotRunError, match="dilation 3"):
+        conv2d.conv2d(x, weight, backend="triton")
 
 
 def test_moments_of_another_tile_are_refused(monkeypatch):
@@ -303,6 +312,37 @@ def test_public_functions(monkeypatch):
     into, moments = torch.full_like(y, NAN), torch.full((2, 3, 2, 7), NAN)
     conv2d.conv2d_into(*arguments, into, moments, 12)
     assert torch.equal(into, y) and torch.equal(moments, group_norm_moments.reference(y, 12))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_recorded_calls_go_through_the_custom_op(monkeypatch):
+    monkeypatch.setenv("DFENGINE_BACKEND", "reference")
+    x, _, weight, *_ = make(Case((1, 4, 6), (5,), 4), torch.float32)
+
+    def call(x):
+        return conv2d.conv2d(x, weight, act="gelu")
+
+    nodes = make_fx(call)(x).graph.nodes
+    assert torch.ops.dfengine.conv2d.default in {node.target for node in nodes}
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert call(mode.from_tensor(x)).shape == (1, 4, 6, 4)
+    assert torch.equal(torch.compile(call, backend="eager", fullgraph=True)(x), call(x))
+    assert torch.equal(torch.jit.trace(call, x)(x + 1), call(x + 1))
+
+
+def test_a_released_weight_is_refused_by_what_wants_its_taps(monkeypatch):
+    launchers.launcher(CHEAP, monkeypatch, CONFIGURATIONS)
+    x, _, weight, *_ = make(Case((1, 4, 6), (5,), 4), torch.float32)
+    with pytest.raises(ValueError, match="nothing was made"):
+        weight.release()
+    weight.prepacked["form"] = object()
+    weight.release()
+    assert weight.packed.shape == (3, 3, 5, 4) and weight.packed.dtype == torch.float32
+    for backend in ("reference", "triton", "cpu") if native.available() else ("reference", "triton"):
+        with pytest.raises(CannotRunError, match="released"):
+            conv2d.conv2d(x, weight, backend=backend)
+        with pytest.raises(CannotRunError, match="released"):
+            make_fx(partial(conv2d.conv2d, weight=weight, backend=backend))(x)
 
 
 def test_custom_op_is_registered_soundly():

@@ -28,6 +28,10 @@ LARGER = [
     # more weights than stay in the cache beside the band, taken in parts
     (Case((1, 5, 9), (328,), 192, 3, 1, True, "relu"), 45),
     (Case((2, 24, 24), (20,), 160, 1, 1, True, "gelu", "up", "down"), 24 * 8),
+    # taps further apart, in bands whose common rows are more than their own, and beyond the image
+    (Case((2, 40, 33), (24, 16), 20, 3, 3, True, "gelu", residual="none"), 33),
+    (Case((1, 30, 64), (256,), 24, 3, 4, act="gelu"), 64),
+    (Case((2, 3, 2), (6,), 17, 3, 4, True, "silu"), 5),
 ]
 
 
@@ -123,7 +127,19 @@ def test_activations_over_their_range(launcher, act):
         assert error.max() < bound
 
 
-@pytest.mark.parametrize("dilation", [1, 2])
+def test_taps_beyond_the_image_cost_nothing(launcher):
+    """Zeros as far out as the dilation says would fill no memory."""
+    dtype = dtypes_of(launcher)[0]
+    x, _, weight, *_ = make(Case((2, 9, 7), (20,), 17), dtype)
+    far = conv2d.ConvWeight(weight.packed, 10**6)
+    centre = conv2d.ConvWeight(weight.packed[1:2, 1:2])
+    of_far, of_centre = torch.full((2, 2, 9, 7, 17), float("nan"), dtype=dtype)
+    for taps, y in ((far, of_far), (centre, of_centre)):
+        launcher.run(conv2d.OP, x, None, taps, *[None] * 3, "none", "none", None, "none", "none", y, None, 0)
+    assert torch.allclose(of_far.float(), of_centre.float(), rtol=8e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dilation", [1, 2, 3, 4])
 def test_nan_spreads_to_its_neighbours_and_no_further(launcher, dilation):
     dtype = dtypes_of(launcher)[0]
     x = torch.randn((1, 12, 14, 16), generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -162,6 +178,36 @@ def test_is_taken_on_a_cpu_and_packs_once(monkeypatch):
     assert len(weight.prepacked) == 1 and next(iter(weight.prepacked.values())) is packed
     large = conv2d.ConvWeight.pack(torch.ones((3, 3, 5, 5)))
     assert conv2d.OP.choose(arguments[0], None, large, *arguments[3:], y, None, 0) == "reference"
+
+
+def test_the_public_function_packs_once(monkeypatch):
+    monkeypatch.delenv("DFENGINE_BACKEND", raising=False)
+    x, _, weight, *_ = make(FEATURES[0], torch.float32)
+    y = conv2d.dilated_conv_gelu(x, weight)
+    (packed,) = weight.prepacked.values()
+    assert torch.equal(conv2d.dilated_conv_gelu(x, weight), y)
+    assert next(iter(weight.prepacked.values())) is packed
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_disposable_weight_is_held_once(monkeypatch, compiled):
+    if not compiled:
+        monkeypatch.setattr(native, "module", None)
+    elif not native.available():
+        pytest.skip(native.status())
+    arguments = make(Case((1, 5, 6), (16,), 24, act="gelu"), torch.bfloat16)
+    full = arguments[2].packed
+    weight, y = conv2d.ConvWeight(full, disposable=True), torch.full((2, 1, 5, 6, 24), float("nan")).bfloat16()
+    cpu = conv2d.OP.implementations["cpu"]
+    run, again = (cpu.bind(*arguments[:2], weight, *arguments[3:], to, None, 0) for to in y)
+    run()
+    again()
+    assert weight.packed.is_meta and weight.packed.shape == full.shape and len(weight.prepacked) == 1
+    want = torch.empty_like(y[0])
+    cpu.bind(*arguments, want, None, 0)()
+    assert arguments[2].packed is full  # of a weight that is somebody's
+    assert torch.equal(y[0], want) and torch.equal(y[1], want)
+    assert torch.equal(conv2d.conv2d(arguments[0], weight, *arguments[3:4], act="gelu"), want)
 
 
 @pytest.mark.parametrize("case", FEATURES, ids=str)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dfengine.kernels import CannotRunError, group_norm_moments
+from dfengine.kernels import CannotRunError, group_norm_apply, group_norm_moments
 from dfengine.kernels.group_norm_moments import OP
 from tests.kernels import launchers
 from tests.kernels.contract import assert_numeric_contract
@@ -77,6 +78,42 @@ def test_default_tiles():
         assert group_norm_moments.default_tile_pixels(pixels) == tile
     assert group_norm_moments.tile_counts(35, 16).tolist() == [16, 16, 3]
     assert group_norm_moments.tile_counts(32, 16).tolist() == [16, 16]
+
+
+def test_counts_are_made_on_their_device():
+    """A copy from the host waits for the device, and cannot be captured."""
+
+    class Devices(TorchDispatchMode):
+        found: set[str] = set()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            self.found.add(result.device.type)
+            return result
+
+    with Devices() as devices:
+        counts = group_norm_moments.tile_counts(35, 16, "meta")
+    assert counts.shape == (3,) and counts.dtype == torch.int32
+    assert devices.found == {"meta"}
+
+
+def spread(height: int, width: int, channels: int, stride: int) -> torch.Tensor:
+    """A channel slice without memory."""
+    strides = (height * width * stride, width * stride, stride, 1)
+    return torch.empty_strided((1, height, width, channels), strides, device="meta")
+
+
+def test_the_gaps_between_pixels_count_where_32_bits_number_values():
+    """2^27 pixels of 8 values, 16 apart."""
+    far, near = spread(2**13, 2**14, 8, 16), spread(2**13, 2**14, 8, 8)
+    small = torch.empty((1, 2, 2, 8), device="meta")
+    group_norm_moments.can_run_on_gpu(near, near)
+    for arguments in ((far,), (near, far), (near, None, far)):
+        with pytest.raises(CannotRunError, match=r"2\^31"):
+            group_norm_moments.can_run_on_gpu(*arguments)
+    for x, x2, y in ((far, None, small), (small, far, small), (small, small, far)):
+        with pytest.raises(CannotRunError, match=r"2\^31"):
+            group_norm_apply.OP.implementations["triton"].can_run(x, x2, None, None, "none", "none", y)
 
 
 def test_the_custom_op_is_registered_soundly():
