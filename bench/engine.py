@@ -25,7 +25,7 @@ from bench.measuring import environment, results_path, write  # noqa: E402
 from dfengine.engine.execute import Executor  # noqa: E402
 from dfengine.engine.lower import Lowering  # noqa: E402
 from dfengine.engine.modules import PRECISIONS, ModuleRunner  # noqa: E402
-from dfengine.models import build_model, cost, preset  # noqa: E402
+from dfengine.models import PRESETS, build_model, cost, preset  # noqa: E402
 from tests.helpers import redraw  # noqa: E402
 
 AGREEMENT = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.02}
@@ -99,7 +99,8 @@ def bench(name: str, batch: int, precision: str, device: str, seconds: float, co
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", nargs="+", default=["diff-fastener-tiny", "diff-fastener-small"])
+    presets = ["diff-fastener-tiny", "diff-fastener-small"]
+    parser.add_argument("--preset", nargs="+", choices=sorted(PRESETS), default=presets)
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--precision", nargs="+", choices=sorted(AGREEMENT), default=["float32", "bfloat16"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")

@@ -66,6 +66,9 @@ class Detector:
         """The raw score above which an image is an alarm; None without a calibration."""
         return None if self.calibration is None else self.calibration.threshold
 
+    def __reduce__(self):
+        raise TypeError("a Detector cannot be copied or pickled: load it in each process (dfengine.load)")
+
     def __repr__(self) -> str:
         calibrated = "not calibrated" if self.threshold is None else f"threshold {self.threshold:.4f}"
         size = self.config.image_size

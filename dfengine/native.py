@@ -6,12 +6,18 @@ The extension is optional: installation builds it where a C++ compiler is found 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch  # noqa: F401  (before the extension, which looks for its OpenMP runtime: csrc/cpu/parallel.cpp)
 
 BUILD_NOTE = "_native_missing.txt"
 """Written beside this file by setup.py when the extension could not be built; its text is the reason."""
+
+
+if hasattr(os, "register_at_fork"):
+    # A forked child has none of the threads of torch's OpenMP runtime, and would wait for them.
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 def _load():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -323,3 +326,28 @@ def test_import_does_not_load_torch():
     assert (dfengine.load, dfengine.Detector) == (load, Detector)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         dfengine.nonsense  # noqa: B018
+
+
+def test_a_detector_is_not_pickled(detector):
+    with pytest.raises(TypeError, match="load it in each process"):
+        pickle.dumps(detector)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_detects(detector, images):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = detector.detect(images).pred_score
+        child = os.fork()
+        if child == 0:
+            os._exit(int(not np.array_equal(detector.detect(images).pred_score, expected)))
+        end = time.monotonic() + 30
+        while (done := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < end:
+            time.sleep(0.01)
+        if done[0] == 0:
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+        assert done[0] == child and done[1] == 0
+    finally:
+        torch.set_num_threads(threads)

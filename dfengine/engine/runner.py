@@ -13,8 +13,7 @@ from dfengine.engine.arena import plan
 from dfengine.engine.execute import Executor, allocate
 from dfengine.engine.lower import Lowering, NotLoweredError
 from dfengine.engine.modules import PRECISIONS, ModuleRunner, Output
-from dfengine.engine.program import Op
-from dfengine.kernels import OPS, CannotRunError, forced_backend
+from dfengine.kernels import CannotRunError, forced_backend
 from dfengine.models import Model
 
 MOST_PROGRAMS = 8
@@ -24,28 +23,35 @@ MOST_PROGRAMS = 8
 class ProgramRunner:
     """As `ModuleRunner`, through fused kernels; what it runs is float32 or half precision from the pixels on.
 
-    The model is the runner's own from then on: its weights move into the programs. Raises `NotLoweredError`, and leaves
-    the model as it was, for a configuration that has no program, or whose program would have to run one of its ops by
-    a slow reference.
+    The model is the runner's own from then on: its weights move into the programs. backend: the implementation of every
+    op but attention, which is torch's. Raises `NotLoweredError` for a configuration that has no program and
+    `CannotRunError` where the backend does not serve one of its ops, and leaves the model as it was.
     """
 
-    def __init__(self, model: Model, device: str | torch.device = "cpu", precision: str = "float32", seed: int = 0):
+    def __init__(
+        self,
+        model: Model,
+        device: str | torch.device = "cpu",
+        precision: str = "float32",
+        seed: int = 0,
+        backend: str = "cpu",
+    ):
         self.config = model.config
         self.device = torch.device(device)
         self.precision = precision
         self.seed = seed
-        self._lowering = Lowering(model, PRECISIONS[precision], self.device)
+        self.backend = backend
         self._executors: OrderedDict[int, Executor] = OrderedDict()
         self._block: Tensor | None = None
-        self._threshold = torch.tensor([torch.inf], device=self.device)
-        try:
-            backends = self.executor(1).backends
-        except CannotRunError as error:
-            raise NotLoweredError(str(error)) from None
-        slow = [op.name for op in self._executors[1].program.ops if _by_reference(op, backends)]
-        if slow:
-            raise NotLoweredError(f"{slow[0]} would run by its reference")
-        self._lowering.release()
+        self._threshold = torch.full((1,), torch.inf, dtype=torch.float32, device=self.device)
+        with self._plain():
+            self._lowering = Lowering(model, PRECISIONS[precision], self.device, keep_noise=backend == "cpu")
+            self.executor(1)
+            self._lowering.release()
+
+    def _plain(self):
+        """A caller's autocast changes nothing."""
+        return torch.autocast(self.device.type, enabled=False)
 
     def executor(self, batch: int) -> Executor:
         """The bound program for `batch` images; the least recently used is dropped beyond `MOST_PROGRAMS`."""
@@ -58,31 +64,31 @@ class ProgramRunner:
                 self._block = allocate(arena.nbytes, self.device)
             if len(self._executors) == MOST_PROGRAMS:
                 self._executors.popitem(last=False)
-            self._executors[batch] = Executor(program, self.device, arena=arena, block=self._block)
+            self._executors[batch] = Executor(program, self.device, self.backend, arena, self._block)
         self._executors.move_to_end(batch)
         return self._executors[batch]
 
     def run(self, unit: np.ndarray | Tensor) -> Output:
         """Scores a batch of float32 (B, S, S, C) images in [0, 1] at model size."""
         images = torch.as_tensor(unit, dtype=torch.float32, device=self.device)
-        outputs = self.executor(len(images)).run(images=images, threshold=self._threshold)
+        with self._plain():
+            outputs = self.executor(len(images)).run(images=images, threshold=self._threshold)
         return Output(outputs["anomaly_map"], outputs["reconstruction"].mean(dim=0), outputs["pred_score"])
-
-
-def _by_reference(op: Op, backends: dict[str, str]) -> bool:
-    """Whether it runs by its reference although there are better implementations; attention has no other."""
-    return backends[op.name] == "reference" and len(OPS[op.kernel].implementations) > 1
 
 
 def make_runner(model: Model, device: torch.device, precision: str, seed: int) -> ModuleRunner | ProgramRunner:
     """The runner that serves a detector: programs on a CPU with the compiled kernels, else the modules.
 
-    On a GPU the modules run: no program has been measured there yet. DFENGINE_BACKEND=reference asks for the modules
-    too, of which the reference kernels are a slower copy.
+    On a GPU the modules run: no program has been measured there yet. A backend forced by DFENGINE_BACKEND, which is
+    read here once, runs its programs or raises with the reason (CannotRunError, NotLoweredError); "reference" stands
+    for the modules, of which the reference kernels are a slower copy.
     """
-    if device.type == "cpu" and native.available() and forced_backend(None) in (None, "cpu"):
+    forced = forced_backend(None)
+    if forced not in (None, "reference"):
+        return ProgramRunner(model, device, precision, seed, forced)
+    if forced is None and device.type == "cpu" and native.available():
         try:
             return ProgramRunner(model, device, precision, seed)
-        except NotLoweredError:
+        except (NotLoweredError, CannotRunError):
             pass
     return ModuleRunner(model, device, precision, seed)

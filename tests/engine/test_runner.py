@@ -12,6 +12,7 @@ from dfengine.engine import runner as runner_module
 from dfengine.engine.lower import NotLoweredError
 from dfengine.engine.modules import ModuleRunner
 from dfengine.engine.runner import ProgramRunner, make_runner
+from dfengine.kernels import CannotRunError
 from tests.helpers import tiny_model
 
 CPU = torch.device("cpu")
@@ -46,10 +47,10 @@ def test_modules_serve_where_the_kernels_are_missing_or_not_wanted(monkeypatch):
 
 
 @compiled
-def test_a_program_that_needs_a_slow_reference_is_refused_and_the_model_kept(monkeypatch):
+def test_a_program_that_needs_a_reference_is_refused_and_the_model_kept(monkeypatch):
     monkeypatch.delattr(native.module, "max_pool")
     model = tiny_model()
-    with pytest.raises(NotLoweredError, match="segment.pool2 would run by its reference"):
+    with pytest.raises(CannotRunError, match="op max_pool on cpu"):
         ProgramRunner(model)
     served = make_runner(model, CPU, "float32", 0)
     assert isinstance(served, ModuleRunner)
@@ -68,6 +69,32 @@ def test_programs_share_memory_and_the_least_used_goes(monkeypatch):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
         assert list(served._executors) == kept
     assert len({executor._block.data_ptr() for executor in served._executors.values()}) == 1
+
+
+def test_a_forced_backend_runs_or_says_why_not(monkeypatch):
+    monkeypatch.setenv("DFENGINE_BACKEND", "cuda")
+    with pytest.raises(CannotRunError, match="cuda: the cuda backend does not run on cpu"):
+        make_runner(tiny_model(), CPU, "float32", 0)
+    monkeypatch.setenv("DFENGINE_BACKEND", "cpu")
+    with pytest.raises(NotLoweredError, match="iterative"):
+        make_runner(tiny_model(mode="iterative", t_b=3), CPU, "float32", 0)
+    if native.available():
+        served = make_runner(tiny_model(), CPU, "float32", 0)
+        monkeypatch.setenv("DFENGINE_BACKEND", "triton")  # it was read before
+        assert isinstance(served, ProgramRunner) and len(served.run(images(3)).pred_score) == 3
+
+
+@compiled
+def test_the_callers_defaults_and_autocast_change_nothing():
+    want, model = ProgramRunner(tiny_model()).run(images(2)), tiny_model()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = ProgramRunner(model).run(images(2))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
 @compiled
