@@ -22,27 +22,31 @@ sys.path.append(str(ROOT))
 import torch  # noqa: E402
 
 from bench.measuring import environment, results_path, write  # noqa: E402
-from dfengine.engine.execute import Executor  # noqa: E402
-from dfengine.engine.lower import Lowering  # noqa: E402
-from dfengine.engine.modules import PRECISIONS, ModuleRunner  # noqa: E402
-from dfengine.models import PRESETS, build_model, cost, preset  # noqa: E402
+from dfengine.engine.modules import ModuleRunner  # noqa: E402
+from dfengine.engine.runner import ProgramRunner  # noqa: E402
+from dfengine.models import PRESETS, Model, build_model, cost, preset  # noqa: E402
 from tests.helpers import redraw  # noqa: E402
 
 AGREEMENT = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.02}
 """Largest difference of a map, in probability, from the float32 modules'."""
 SETS = 4
+BACKENDS = {"cpu": "cpu", "cuda": "triton"}
+
+
+def redrawn(name: str) -> Model:
+    return redraw(build_model(preset(name))).eval()
 
 
 def runners(name: str, batch: int, precision: str, device: str, compiled: bool) -> dict:
     """Name -> function of float32 images (B, S, S, C) that gives the anomaly maps."""
-    model = redraw(build_model(preset(name))).eval()
+    model = redrawn(name)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    executor = Executor(Lowering(model, PRECISIONS[precision], device).program(batch), device)
-    threshold = torch.tensor([0.5], device=device)
+    program = ProgramRunner(redrawn(name), device, precision, backend=BACKENDS[device])
+    program.executor(batch)
     eager = ModuleRunner(model, device, precision)
     found = {
-        "engine": lambda images: executor.run(images=images, threshold=threshold)["anomaly_map"],
+        "engine": lambda images: program.run(images).anomaly_map,
         "eager": lambda images: eager.run(images).anomaly_map,
     }
     if compiled:
@@ -65,7 +69,7 @@ def bench(name: str, batch: int, precision: str, device: str, seconds: float, co
     generator = torch.Generator().manual_seed(0)
     sets = [torch.rand((batch, size, size, 3), generator=generator).to(device) for _ in range(SETS)]
     functions = runners(name, batch, precision, device, compiled)
-    exact = ModuleRunner(redraw(build_model(config)).eval(), device).run(sets[0]).anomaly_map
+    exact = ModuleRunner(redrawn(name), device).run(sets[0]).anomaly_map
     error = (functions["engine"](sets[0]).float() - exact).abs().max().item()
     if error > AGREEMENT[precision]:
         raise SystemExit(f"{name} {precision}: the program's map differs by {error:.3g} from the modules'")

@@ -33,11 +33,9 @@ from dfengine import native
 from dfengine.kernels import channel_attention_triton as kernels
 from dfengine.kernels import cuda_launch, registry, triton_import
 from dfengine.kernels.registry import CannotRunError, Op
-from dfengine.kernels.slices import pixel_stride
+from dfengine.kernels.slices import TYPES, pixel_stride
 from dfengine.kernels.triton_import import triton
 
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-"""Codes of csrc/common/convert.h: FloatType."""
 ONE_LAUNCH_PIXELS = 64
 """Images of at most so many pixels are one launch on a GPU."""
 TILES = 32

@@ -37,10 +37,9 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from dfengine.kernels import group_norm_moments, registry, triton_import
 from dfengine.kernels.conv2d_triton import configuration_for, conv2d_kernel, launch_options
 from dfengine.kernels.registry import CannotRunError, Op
-from dfengine.kernels.slices import pixel_stride
+from dfengine.kernels.slices import TYPES, pixel_stride, resampled
 from dfengine.kernels.triton_import import triton
 
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ACTIVATIONS = {"none": 0, "gelu": 1, "silu": 2, "relu": 3, "sigmoid": 4}
 PROLOGUE_ACTIVATIONS = ("none", "gelu", "silu", "relu")
 RESAMPLES = {"none": 0, "down": 1, "up": 2}
@@ -187,18 +186,12 @@ def _(x, x2, packed, dilation, *rest) -> None:
 
 def output_shape(x: Tensor, weight: ConvWeight, resample: str) -> tuple[int, int, int, int]:
     """(N, H, W, O)."""
-    return (x.shape[0], *_resampled(x.shape[1:3], resample), weight.outputs)
+    return (x.shape[0], *resampled(x.shape[1:3], resample), weight.outputs)
 
 
 def moment_tile(shape: tuple[int, int, int, int], dtype: torch.dtype) -> int:
     """The tile_pixels to allocate moments for, from the shape (N, H, W, O) of y: the BLOCK_M of `configuration_for`."""
     return configuration_for(shape, dtype)["BLOCK_M"]
-
-
-def _resampled(size, resample: str) -> tuple[int, int]:
-    if resample == "down":
-        return size[0] // 2, size[1] // 2
-    return (2 * size[0], 2 * size[1]) if resample == "up" else tuple(size)
 
 
 def _check(
@@ -238,7 +231,7 @@ def _check(
     size = shape[1:3]
     if residual_resample == "up" and (size[0] % 2 or size[1] % 2):
         raise ValueError(f"residual: {size[0]} x {size[1]} pixels are not twice a whole number")
-    of_residual = _resampled(size, {"down": "up", "up": "down", "none": "none"}[residual_resample])
+    of_residual = resampled(size, {"down": "up", "up": "down", "none": "none"}[residual_resample])
     if (scale is None) != (offset is None):
         raise ValueError("scale and offset come together")
     if moments is not None and tile_pixels < 1:

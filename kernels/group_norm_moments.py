@@ -26,11 +26,8 @@ from torch import Tensor
 from dfengine import native
 from dfengine.kernels import cuda_launch, registry, triton_import
 from dfengine.kernels.registry import CannotRunError, Op
-from dfengine.kernels.slices import pixel_stride
+from dfengine.kernels.slices import TYPES, pixel_stride
 from dfengine.kernels.triton_import import tl, triton
-
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-"""Codes of csrc/common/convert.h: FloatType."""
 
 
 def default_tile_pixels(pixels: int) -> int:

@@ -40,11 +40,11 @@ import torch
 from dfengine import native
 from dfengine.kernels import cuda_launch, registry, triton_import
 from dfengine.kernels.registry import CannotRunError, Op
+from dfengine.kernels.slices import TYPES
 from dfengine.kernels.triton_import import tl, triton
 
 LEVELS = {torch.uint8: 255.0, torch.uint16: 65535.0, torch.float32: 1.0}
 """The pixel value that means 1.0, by input type."""
-OUTPUT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
@@ -232,7 +232,7 @@ def _check(images, x_0, x_t, a, b, seed, draw, step, noise) -> None:
 
 def can_run(images, x_0, x_t, *numbers) -> None:
     """Raise CannotRunError with the reason where the compiled backends do not serve these (checked) arguments."""
-    if x_0.dtype not in OUTPUT_TYPES:
+    if x_0.dtype not in TYPES:
         raise CannotRunError(f"output {x_0.dtype} is none of float32, float16, bfloat16")
 
 
@@ -410,7 +410,6 @@ def _run_cuda(images, x_0, x_t, gain, offset, a, b, seed, draw, step, noise=None
 
 
 PIXEL_CODES = {torch.uint8: 0, torch.uint16: 1, torch.float32: 2}
-OUTPUT_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 STREAM_BYTES = 24 * 2**20
 """Outputs larger than this bypass the caches; smaller ones are likely read from them by the next op."""
 
@@ -419,7 +418,7 @@ def _run_cpu(images, x_0, x_t, gain, offset, a, b, seed, draw, step, noise=None,
     native.module.ingest(
         images.data_ptr(), PIXEL_CODES[images.dtype], tuple(images.shape), tuple(images.stride()),
         x_0.data_ptr(), x_t.data_ptr(),
-        OUTPUT_CODES[x_0.dtype], gain / LEVELS[images.dtype], offset, a, b, seed, draw, step,
+        TYPES[x_0.dtype], gain / LEVELS[images.dtype], offset, a, b, seed, draw, step,
         0 if noise is None else noise.data_ptr(), threads=torch.get_num_threads(),
         stream=(x_0.nbytes + x_t.nbytes) > STREAM_BYTES, level=level,
     )  # fmt: skip

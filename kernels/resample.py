@@ -23,11 +23,8 @@ import torch.nn.functional as F
 from dfengine import native
 from dfengine.kernels import registry, triton_import
 from dfengine.kernels.registry import CannotRunError, Op
-from dfengine.kernels.slices import pixel_stride
+from dfengine.kernels.slices import TYPES, pixel_stride
 from dfengine.kernels.triton_import import tl, triton
-
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-"""Codes of csrc/common/convert.h: FloatType."""
 
 
 def reference_upsample(x: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,17 @@ from typing import Any, NamedTuple
 
 import torch
 
+TRITON_TYPES = {
+    torch.uint8: "u8",
+    torch.uint16: "u16",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+}
+"""Triton's names of types, for the signatures of `compilations`."""
+FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Of activations."""
+
 
 class Case(NamedTuple):
     """One timed case of an op.

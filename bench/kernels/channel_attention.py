@@ -7,7 +7,7 @@ import itertools
 
 import torch
 
-from bench.kernels import Case
+from bench.kernels import FLOAT_TYPES, TRITON_TYPES, Case
 from dfengine.kernels import channel_attention, channel_attention_triton
 from dfengine.models.blocks import ChannelAttention, SpatialAttention
 
@@ -15,7 +15,6 @@ SHAPES = [(batch, *image) for image in ((8, 8, 512), (64, 64, 256)) for batch in
 REDUCTION = 16
 FLOATS = ("w1", "w2", "spatial_weight", "spatial_bias", "partials", "gate", "maps")
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
-TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def cases(device: str):
@@ -55,7 +54,7 @@ def torch_composition(x, residual, channel, spatial) -> torch.Tensor:
 
 def compilations():
     """Yield (label, kernel, signature, constants, options) for every shipped configuration and type."""
-    for configuration, dtype in itertools.product(channel_attention_triton.CONFIGURATIONS, TRITON_TYPES):
+    for configuration, dtype in itertools.product(channel_attention_triton.CONFIGURATIONS, FLOAT_TYPES):
         passes = {name: value for name, value in configuration.items() if name != "sample"}
         one_launch = {"BLOCK_P": channel_attention.ONE_LAUNCH_PIXELS, **configuration["sample"]}
         mlp, last = {"HIDDEN": 32, "BLOCK_R": 32}, {"SPATIAL": True, "RESIDUAL": True}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from bench.kernels import Case
+from bench.kernels import TRITON_TYPES, Case
 from dfengine.kernels import conv2d
 from dfengine.kernels.conv2d_triton import (
     HALF_CONFIGURATIONS,
@@ -28,7 +28,6 @@ SHAPES = [
     ((1, 256, 256), (6,), 64, 3, 1),
     ((1, 256, 256), (64,), 1, 3, 1),
 ]
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float16, torch.bfloat16)}
 
 
@@ -139,13 +138,13 @@ def compilation(
     constants |= dict.fromkeys(["x2"] if len(sources) == 1 else [])
     constants |= dict.fromkeys([] if scaled else ["scale", "offset"]) | dict.fromkeys([] if residual else ["residual"])
     activations = ("x", "x2", "weight", "residual", "y")
-    types = dict.fromkeys(conv2d_kernel.arg_names, "i32") | dict.fromkeys(activations, "*" + TYPES[dtype])
+    types = dict.fromkeys(conv2d_kernel.arg_names, "i32") | dict.fromkeys(activations, "*" + TRITON_TYPES[dtype])
     types |= dict.fromkeys(("bias", "scale", "offset", "moments"), "*fp32") | dict.fromkeys(constants, "constexpr")
     pitches = dict(pitch=sources[0], pitch2=sources[-1], pitch_residual=outputs, pitch_y=outputs, pitch_bias=outputs)
     whole = {name for name, size in pitches.items() if size % 16 == 0} | {"height", "width", "height_in", "width_in"}
     divisible = [name for name, kind in types.items() if kind.startswith("*") or name in whole]
     label = (
-        f"{TYPES[dtype]} {options['BLOCK_M']}x{options['BLOCK_N']}x{options['BLOCK_K']} "
+        f"{TRITON_TYPES[dtype]} {options['BLOCK_M']}x{options['BLOCK_N']}x{options['BLOCK_K']} "
         f"{'+'.join(map(str, sources))}-{outputs} {kernel_size}x{kernel_size}"
     )
     label += f"/{dilation}" if dilation > 1 else ""

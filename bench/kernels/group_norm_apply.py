@@ -7,8 +7,8 @@ import itertools
 import torch
 import torch.nn.functional as F
 
-from bench.kernels import Case
-from bench.kernels.group_norm_moments import DTYPES, SHAPES, TRITON_TYPES, described, random
+from bench.kernels import FLOAT_TYPES, TRITON_TYPES, Case
+from bench.kernels.group_norm_moments import DTYPES, SHAPES, described, random
 from dfengine.kernels import group_norm_apply
 
 
@@ -41,7 +41,7 @@ def torch_composition(x, x2, scale, offset, act, resample, y) -> None:
 def compilations():
     """Yield (label, kernel, signature, constants, options) for every shipped configuration and type."""
     for options, dtype, resample, sources in itertools.product(
-        group_norm_apply.CONFIGURATIONS, TRITON_TYPES, group_norm_apply.RESAMPLES, (1, 2)
+        group_norm_apply.CONFIGURATIONS, FLOAT_TYPES, group_norm_apply.RESAMPLES, (1, 2)
     ):
         types = dict.fromkeys(("x", "x2", "y"), "*" + TRITON_TYPES[dtype]) | {"scale": "*fp32", "offset": "*fp32"}
         if sources == 1:

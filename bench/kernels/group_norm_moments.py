@@ -6,12 +6,11 @@ import itertools
 
 import torch
 
-from bench.kernels import Case
+from bench.kernels import FLOAT_TYPES, TRITON_TYPES, Case
 from dfengine.kernels import group_norm_moments
 
 SHAPES = [(1, 256, 256, 128), (1, 64, 64, 256), (1, 8, 8, 512)]
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
-TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def tiles_of(shape: tuple[int, int, int, int]) -> tuple[int, tuple[int, int, int, int]]:
@@ -44,7 +43,7 @@ def torch_composition(x, tile_pixels, moments) -> None:
 
 def compilations():
     """Yield (label, kernel, signature, constants, options) for every shipped configuration and type."""
-    for options, dtype in itertools.product(group_norm_moments.CONFIGURATIONS, TRITON_TYPES):
+    for options, dtype in itertools.product(group_norm_moments.CONFIGURATIONS, FLOAT_TYPES):
         types = {"x": "*" + TRITON_TYPES[dtype], "moments": "*fp32"}
         yield described(group_norm_moments.moments_kernel, types, options, TRITON_TYPES[dtype])
 

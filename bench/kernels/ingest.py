@@ -6,19 +6,12 @@ import itertools
 
 import torch
 
-from bench.kernels import Case
+from bench.kernels import TRITON_TYPES, Case
 from dfengine.kernels import ingest
 
 COEFFICIENTS = dict(gain=2.0, offset=-1.0, a=[0.9, 0.5], b=[0.43, 0.86], seed=1)
 SHAPES = [(1, 256, 256, 3), (8, 256, 256, 3), (16, 256, 256, 3)]
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
-TRITON_TYPES = {
-    torch.uint8: "u8",
-    torch.uint16: "u16",
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-}
 
 
 def cases(device: str):
@@ -62,7 +55,7 @@ def compilations():
     strides = ["stride_n", "stride_y", "stride_x", "stride_c"]
     floats = ["gain", "offset", "a_0", "b_0", "a_1", "b_1"]
     for configuration, pixels, output, channels in itertools.product(
-        ingest.CONFIGURATIONS, ingest.LEVELS, ingest.OUTPUT_TYPES, (1, 3)
+        ingest.CONFIGURATIONS, ingest.LEVELS, ingest.TYPES, (1, 3)
     ):
         block, warps = configuration["BLOCK"], configuration["num_warps"]
         constants = {"CHANNELS": channels, "SCALES": 2, "BLOCK": block, "IMAGES": ingest.MAX_IMAGES}

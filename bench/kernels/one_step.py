@@ -6,13 +6,12 @@ import itertools
 
 import torch
 
-from bench.kernels import Case
+from bench.kernels import FLOAT_TYPES, TRITON_TYPES, Case
 from dfengine.kernels import one_step
 
 A, B, WEIGHT = one_step.coefficients([0.6588, 0.1951])
 SHAPES = [(1, 256, 256, 3), (8, 256, 256, 3), (16, 256, 256, 3)]
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
-TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def cases(device: str):
@@ -49,7 +48,7 @@ def compilations():
     """Yield (label, kernel, signature, constants, options) for every shipped configuration and type."""
     floats = ["from_x_s", "from_x_b", "from_eps_s", "from_eps_b", "weight", "unit_gain", "unit_offset"]
     integers = ["pixels", "x_t_stride", "eps_stride", "x_0_stride", "pair_stride"]
-    kinds = [(dtype, dtype) for dtype in TRITON_TYPES] + [
+    kinds = [(dtype, dtype) for dtype in FLOAT_TYPES] + [
         (torch.float32, torch.float16),
         (torch.float32, torch.bfloat16),
     ]

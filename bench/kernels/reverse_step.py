@@ -6,9 +6,8 @@ import itertools
 
 import torch
 
-from bench.kernels import Case
-from bench.kernels.one_step import TRITON_TYPES
-from dfengine.kernels import ingest, one_step, reverse_step
+from bench.kernels import FLOAT_TYPES, TRITON_TYPES, Case
+from dfengine.kernels import ingest, reverse_step
 
 NUMBERS = reverse_step.coefficients(0.1951, 0.1967, 0.0081)
 SHAPES = [(1, 256, 256, 3), (8, 256, 256, 3), (16, 256, 256, 3)]
@@ -47,7 +46,7 @@ def compilations():
     """Yield (label, kernel, signature, constants, options) for every shipped configuration and type."""
     floats = ["from_x", "from_eps", "from_x0", "from_xt", "sigma"]
     integers = ["key_0", "key_1", "draw", "step", "batch", "size", "x_t_stride", "eps_stride", "out_stride"]
-    kinds = [(dtype, dtype) for dtype in one_step.TYPES]
+    kinds = [(dtype, dtype) for dtype in FLOAT_TYPES]
     kinds += [(torch.float32, torch.float16), (torch.float32, torch.bfloat16)]
     for configuration, (image, dtype), channels in itertools.product(reverse_step.CONFIGURATIONS, kinds, (1, 3)):
         block, warps = configuration["BLOCK"], configuration["num_warps"]

@@ -6,8 +6,8 @@ import itertools
 
 import torch
 
-from bench.kernels import Case
-from bench.kernels.one_step import DTYPES, TRITON_TYPES
+from bench.kernels import FLOAT_TYPES, TRITON_TYPES, Case
+from bench.kernels.one_step import DTYPES
 from dfengine.kernels import score
 
 SHAPES = [(1, 1, 256, 256), (1, 16, 256, 256), (1, 1, 512, 512)]
@@ -56,7 +56,7 @@ def torch_composition(logits, threshold, anomaly_map, pred_score, pred_label, wo
 
 def compilations():
     """Yield (label, kernel, signature, constants, options) for every shipped configuration and type."""
-    for configuration, dtype, maps in itertools.product(score.CONFIGURATIONS, TRITON_TYPES, (1, 2)):
+    for configuration, dtype, maps in itertools.product(score.CONFIGURATIONS, FLOAT_TYPES, (1, 2)):
         constants = {"GROUP": score.GROUP, "GROUPS": configuration["GROUPS"], "MAPS": maps}
         types = {"logits": "*" + TRITON_TYPES[dtype], "anomaly_map": "*fp32", "workspace": "*i32"}
         label = f"map {TRITON_TYPES[dtype]} M={maps}"

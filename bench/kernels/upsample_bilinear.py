@@ -11,8 +11,8 @@ import itertools
 import torch
 import torch.nn.functional as F
 
-from bench.kernels import Case
-from bench.kernels.one_step import DTYPES, TRITON_TYPES
+from bench.kernels import FLOAT_TYPES, TRITON_TYPES, Case
+from bench.kernels.one_step import DTYPES
 from dfengine.kernels import resample
 
 SHAPES = [(1, 128, 128, 64), (1, 32, 32, 256), (8, 64, 64, 128)]
@@ -50,7 +50,7 @@ def torch_composition(x, y, joined) -> None:
 def compilations(triton_kernel=None):
     """Yield (label, kernel, signature, constants, options) for every shipped configuration and type."""
     triton_kernel = triton_kernel or resample.upsample_bilinear_kernel
-    for configuration, dtype, channels in itertools.product(resample.CONFIGURATIONS, TRITON_TYPES, (64, 16)):
+    for configuration, dtype, channels in itertools.product(resample.CONFIGURATIONS, FLOAT_TYPES, (64, 16)):
         values, warps = configuration["VALUES"], configuration["num_warps"]
         constants = {"PIXELS": values // channels, "CHANNELS": channels}
         types = dict.fromkeys(("x", "y"), "*" + TRITON_TYPES[dtype]) | dict.fromkeys(constants, "constexpr")

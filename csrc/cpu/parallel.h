@@ -11,7 +11,7 @@ int pieces_of(int64_t items, int threads);
 
 // Call body(piece, begin, end) on contiguous pieces of [0, items) from up to `threads` threads, the caller among them; return when all are
 // done. Pieces depend only on `items` and `threads`. `body` must not throw, so it must not allocate: scratch for pieces_of(items, threads)
-// pieces is made before. Calls from several threads take turns. Safe after fork().
+// pieces is made before. Threads may call it at once. Safe after fork(), which leaves the child this file's own threads.
 void parallel_for(int64_t items, int threads, const std::function<void(int, int64_t, int64_t)>& body);
 
 }  // namespace dfe

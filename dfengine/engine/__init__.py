@@ -1,1 +1,2 @@
-"""Running a loaded model. `modules` runs the plain torch modules and defines what is correct."""
+"""Running a loaded model: as a program of fused kernels (`runner`), or as plain torch modules (`modules`), which define
+what is correct."""

@@ -11,11 +11,12 @@ import torch
 from dfengine.engine.program import Buffer, Constant, Op, Value
 from dfengine.kernels.conv2d import ConvWeight
 from dfengine.kernels.group_norm_moments import tile_counts
+from dfengine.kernels.slices import resampled
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """What the convolution of a device does itself; what it does not is an op of its own before or after it.
+    """What a convolution does itself; what it does not is an op of its own before or after it.
 
     prologue: applies a GroupNorm with its activation, and resampling, to what it reads. two_sources: reads a channel
     concatenation from two tensors. residual_resample: pools or repeats the residual while it adds it. moments: leaves
@@ -29,10 +30,10 @@ class Fusion:
     tile_pixels: int = 256
 
     @classmethod
-    def of(cls, device: torch.device) -> Fusion:
-        """What the convolutions of a device fuse by default. That of a GPU only makes programs run there: every Triton
-        configuration can leave tiles of 64 pixels, but which tile and which prologues are quick is not measured yet."""
-        return cls(tile_pixels=64) if device.type == "cuda" else cls()
+    def of(cls, backend: str) -> Fusion:
+        """What the convolutions of a backend fuse by default. That of Triton only makes programs run: each of its
+        configurations can leave tiles of 64 pixels, but which tile and which prologues are quick is not measured."""
+        return cls() if backend == "cpu" else cls(tile_pixels=64)
 
 
 @dataclass
@@ -137,7 +138,7 @@ class Builder:
     ) -> Feature:
         """resample(act(norm(cat(x, x2)))) as an op of its own."""
         batch, height, width, channels = x.shape
-        height, width = resampled(height, width, resample)
+        height, width = resampled((height, width), resample)
         y = self.buffer(name, (batch, height, width, channels + (x2.shape[3] if x2 else 0)))
         self.emit(
             name, "group_norm_apply", ("y",),
@@ -160,7 +161,6 @@ class Builder:
         residual_resample: str = "none",
         act: str = "none",
         moments: bool = False,
-        out: Value | None = None,
     ) -> Feature:
         """act(conv(resample(norm(cat(x, x2)))) + bias) + resampled residual; `moments`: a GroupNorm will read it."""
         fusion = self.fusion
@@ -169,9 +169,9 @@ class Builder:
             x, x2, norm, resample = self.apply(f"{name}.input", x, x2, norm, resample), None, None, "none"
         if residual is not None and residual_resample != "none" and not fusion.residual_resample:
             residual, residual_resample = self.apply(f"{name}.residual", residual, resample=residual_resample), "none"
-        batch, (height, width) = x.shape[0], resampled(x.shape[1], x.shape[2], resample)
+        batch, (height, width) = x.shape[0], resampled(x.shape[1:3], resample)
         packed: ConvWeight = weight.content
-        y = out or self.buffer(name, (batch, height, width, packed.outputs))
+        y = self.buffer(name, (batch, height, width, packed.outputs))
         result = Feature(y, self._moments_buffer(name, y.shape) if moments and fusion.moments else None)
         taps = packed.kernel[0] * packed.kernel[1]
         self.emit(
@@ -182,10 +182,3 @@ class Builder:
             moments=result.moments, tile_pixels=fusion.tile_pixels if result.moments else 0,
         )  # fmt: skip
         return result
-
-
-def resampled(height: int, width: int, resample: str) -> tuple[int, int]:
-    """The size after "none", "down" (2x2 average) or "up" (nearest x2)."""
-    if resample == "down":
-        return height // 2, width // 2
-    return (2 * height, 2 * width) if resample == "up" else (height, width)

@@ -87,7 +87,3 @@ class Executor:
         """Run every op on the inputs that are in place."""
         for _, call in self._calls:
             call()
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """The memory of the buffer called `name`, which later ops of a run may use for another."""
-        return self._tensors[self.program.buffer(name)]

@@ -12,9 +12,11 @@ from torch import nn
 
 from dfengine.diffusion import Schedule
 from dfengine.engine.builder import Builder, Feature, Fusion, Norm
+from dfengine.engine.modules import top_k_count
 from dfengine.engine.program import Constant, Program, Value
 from dfengine.errors import DfengineError
-from dfengine.kernels import channel_attention, ingest, score
+from dfengine.kernels import ingest, score
+from dfengine.kernels.channel_attention import pack_gate, pack_spatial, workspace_size
 from dfengine.kernels.one_step import coefficients
 from dfengine.models import Model
 from dfengine.models.blocks import AttentionBlock, ResBlock
@@ -32,8 +34,8 @@ class Lowering:
     """The programs of one model: `program(batch)`; their constants are shared.
 
     dtype: of activations and weights: float32, float16, bfloat16 (and float64 through the reference kernels).
-    fusion: what a convolution does itself. keep_noise: noise is drawn once and read, as is quicker on a CPU, or drawn
-    in the kernel. Both by the device where they are None.
+    backend: the kernels that will run: "cpu", which read noise that is drawn once, or those of a GPU, which draw it.
+    fusion: what a convolution does itself; by the backend where it is None.
     The model must not change afterwards; after `release` its weights are gone.
     """
 
@@ -42,8 +44,8 @@ class Lowering:
         model: Model,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        backend: str = "cpu",
         fusion: Fusion | None = None,
-        keep_noise: bool | None = None,
     ):
         if model.config.mode == "iterative":
             raise NotLoweredError("mode iterative is not lowered: its reverse chain runs as modules")
@@ -51,8 +53,8 @@ class Lowering:
         self.config = model.config
         self.dtype = dtype
         self.device = torch.device(device)
-        self.fusion = fusion or Fusion.of(self.device)
-        self.keep_noise = self.device.type == "cpu" if keep_noise is None else keep_noise
+        self.backend = backend
+        self.fusion = fusion or Fusion.of(backend)
         self.constants: dict[str, Constant] = {}
         schedule = Schedule.of(model.config)
         self.alpha_bar = [float(schedule.alpha_bar[t]) for t in (model.config.t_s, model.config.t_b)]
@@ -124,7 +126,7 @@ class _Lowered:
     def noise(self, seed: int, draw: int) -> Constant | None:
         """The noise of both scales where it is drawn once."""
         b, size, name = self.emitter, self.config.image_size, f"noise.{seed}.{draw}"
-        if not self.of.keep_noise:
+        if self.of.backend != "cpu":
             return None
         if name not in b.constants:
             b.constant(name, ingest.draw_noise((size, size, self.config.channels), 2, seed, draw), torch.float32)
@@ -132,11 +134,10 @@ class _Lowered:
 
     def score(self, logits: Value, maps: int) -> None:
         b, config, batch, size = self.emitter, self.config, self.batch, self.config.image_size
-        k = max(1, round(config.top_k * size * size / 65536))
         b.emit(
             "score", "score", ("anomaly_map", "pred_score", "pred_label", "workspace"),
             logits=Value(logits.buffer, view=(maps, batch, size, size)),
-            threshold=b.buffer("threshold", (1,), torch.float32, "input"), k=k,
+            threshold=b.buffer("threshold", (1,), torch.float32, "input"), k=top_k_count(size, size, config.top_k),
             anomaly_map=b.buffer("anomaly_map", (batch, size, size), b.precise, "output"),
             pred_score=b.buffer("pred_score", (batch,), b.precise, "output"),
             pred_label=b.buffer("pred_label", (batch,), torch.bool, "output"),
@@ -216,15 +217,14 @@ class _Lowered:
         """The gates of a DACM block, and the sum with its residual."""
         b, channel, spatial = self.emitter, block.channel_attention, block.spatial_attention
         y = b.buffer(f"{name}.gates", h.shape)
-        workspace = b.buffer(f"{name}.gates.workspace", (channel_attention.workspace_size(h.shape),), torch.float32)
-        # (1, 2, 7, 7) to (7, 7, 2)
-        window = spatial and b.constant(f"{weights}.spatial", spatial.conv.weight[0].permute(1, 2, 0))
+        workspace = b.buffer(f"{name}.gates.workspace", (workspace_size(h.shape),), torch.float32)
+        w1, w2 = pack_gate(channel.mlp[0].weight, channel.mlp[2].weight) if channel else (None, None)
+        window, bias = pack_spatial(spatial.conv.weight, spatial.conv.bias) if spatial else (None, None)
         b.emit(
             f"{name}.gates", "channel_attention", ("y", "workspace"), x=h.value,
-            w1=channel and b.constant(f"{weights}.mlp1", channel.mlp[0].weight),
-            w2=channel and b.constant(f"{weights}.mlp2", channel.mlp[2].weight.t()),
-            spatial_weight=window, spatial_bias=spatial and b.constant(f"{weights}.spatial.bias", spatial.conv.bias),
-            residual=residual.value, y=y, workspace=workspace,
+            w1=b.constant(f"{weights}.mlp1", w1), w2=b.constant(f"{weights}.mlp2", w2),
+            spatial_weight=b.constant(f"{weights}.spatial", window),
+            spatial_bias=b.constant(f"{weights}.spatial.bias", bias), residual=residual.value, y=y, workspace=workspace,
         )  # fmt: skip
         return Feature(y)
 

@@ -159,13 +159,6 @@ class Program:
                     raise ValueError(f"{op.name} reads {value.buffer.name}, which nothing wrote before")
             written.update(value.buffer for value in op.values(written=True))
 
-    def buffer(self, name: str) -> Buffer:
-        """The buffer called `name`. Raises KeyError."""
-        for buffer in self.buffers:
-            if buffer.name == name:
-                return buffer
-        raise KeyError(name)
-
     @property
     def flops(self) -> int:
         return sum(op.flops for op in self.ops)

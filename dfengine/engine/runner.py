@@ -45,7 +45,7 @@ class ProgramRunner:
         self._block: Tensor | None = None
         self._threshold = torch.full((1,), torch.inf, dtype=torch.float32, device=self.device)
         with self._plain():
-            self._lowering = Lowering(model, PRECISIONS[precision], self.device, keep_noise=backend == "cpu")
+            self._lowering = Lowering(model, PRECISIONS[precision], self.device, backend)
             self.executor(1)
             self._lowering.release()
 

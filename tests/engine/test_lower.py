@@ -108,7 +108,7 @@ def test_through_the_triton_kernels():
         triton_import.available(device)
     except CannotRunError as error:
         pytest.skip(str(error))
-    lowering = Lowering(tiny_model(**small), device=device, fusion=Fusion(tile_pixels=64), keep_noise=False)
+    lowering = Lowering(tiny_model(**small), device=device, backend="triton")
     executor = Executor(lowering.program(1, seed=5), device, backend="triton")
     assert set(executor.backends.values()) == {"triton", "reference"}
     got = executor.run(images=batch, threshold=torch.tensor([0.5]))

@@ -123,7 +123,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("pixels", [torch.uint8, torch.uint16, torch.float32], ids=str)
-@pytest.mark.parametrize("dtype", ingest.OUTPUT_TYPES, ids=str)
+@pytest.mark.parametrize("dtype", ingest.TYPES, ids=str)
 def test_meets_the_numeric_contract(launcher, pixels, dtype):
     for number, (shape, layout) in enumerate(CASES):
         images = make_images(pixels, shape, layout, seed=number)
@@ -191,7 +191,7 @@ def test_backends_that_draw_refuse_given_noise():
 
 @pytest.mark.skipif(not native.available(), reason="dfengine._native is missing")
 @pytest.mark.parametrize("level", ["base", "avx2", "avx512"])
-@pytest.mark.parametrize("dtype", ingest.OUTPUT_TYPES, ids=str)
+@pytest.mark.parametrize("dtype", ingest.TYPES, ids=str)
 def test_cpu_threads_and_streaming_change_nothing(level, dtype):
     if not native.cpu_levels().get(level):
         pytest.skip(f"this processor does not run {level}")
@@ -205,7 +205,7 @@ def test_cpu_threads_and_streaming_change_nothing(level, dtype):
         head = (images.data_ptr(), 0, tuple(images.shape), images.stride(), x_0.data_ptr(), x_t.data_ptr())
         coefficients = (1 / 255, 0.0, [0.5, 0.2], [0.5, 0.8])
         options = dict(seed=3, draw=0, step=0, noise=0, threads=threads, stream=stream, level=level)
-        native.module.ingest(*head, ingest.OUTPUT_CODES[dtype], *coefficients, **options)
+        native.module.ingest(*head, ingest.TYPES[dtype], *coefficients, **options)
         results.append((x_0, x_t))
     for x_0, x_t in results[1:]:
         assert torch.equal(x_0, results[0][0]) and torch.equal(x_t, results[0][1])
