@@ -45,7 +45,7 @@ class Feature:
 
     value: Value
     moments: Value | None = None
-    shift: Constant | None = None
+    shift: Constant | Value | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -46,6 +46,7 @@ class Executor:
         self._block = allocate(self.arena.nbytes, self.device) if block is None else block
         self._tensors = {buffer: self._tensor(buffer) for buffer in program.buffers}
         self._calls = [self._bound(op, backend) for op in program.ops]
+        self._rounds = self._arranged()
         self._inputs = {b.name: t for b, t in self._tensors.items() if b.role == "input"}
         self._outputs = {b.name: t for b, t in self._tensors.items() if b.role == "output"}
         self.backends = {op.name: chosen for op, (chosen, _) in zip(program.ops, self._calls, strict=True)}
@@ -55,14 +56,24 @@ class Executor:
         start = self.arena.offsets[buffer]
         return self._block[start : start + buffer.nbytes].view(buffer.dtype).view(buffer.shape)
 
-    def _bound(self, op: Op, backend: str | None) -> tuple[str, Callable[[], None]]:
+    def _bound(self, op: Op, backend: str | None) -> tuple[str, list[Callable[[], None]]]:
+        """The implementation and its call, or one call for each step where arguments are `PerStep`."""
         kernel = OPS[op.kernel]
-        arguments = [self._argument(argument) for argument in op.arguments.values()]
-        # Where torch is all there is (attention), no backend can be forced.
+        # Where torch is all there is (attention, copy), no backend can be forced.
         alone = list(kernel.implementations) == ["reference"]
-        chosen = kernel.choose(*arguments, backend="reference" if alone else backend)
+        steps = [[self._argument(argument) for argument in op.at(step)] for step in range(op.steps)]
+        chosen = kernel.choose(*steps[0], backend="reference" if alone else backend)
         implementation = kernel.implementations[chosen]
-        return chosen, (implementation.bind or partial(partial, implementation.run))(*arguments)
+        bind = implementation.bind or partial(partial, implementation.run)
+        return chosen, [bind(*arguments) for arguments in steps]
+
+    def _arranged(self) -> list[list[Callable[[], None]]]:
+        """The calls of each section, for each of its steps."""
+        return [
+            [calls[step % len(calls)] for _, calls in self._calls[section.first : section.last]]
+            for section in self.program.sections()
+            for step in range(section.steps)
+        ]
 
     def _argument(self, argument: Any) -> torch.Tensor | ConvWeight | Any:
         if isinstance(argument, Value):
@@ -85,5 +96,6 @@ class Executor:
 
     def launch(self) -> None:
         """Run every op on the inputs that are in place."""
-        for _, call in self._calls:
-            call()
+        for calls in self._rounds:
+            for call in calls:
+                call()

@@ -33,9 +33,22 @@ def test_programs_serve_a_cpu():
     assert isinstance(make_runner(tiny_model(), CPU, "float32", 0), ProgramRunner)
 
 
-@pytest.mark.parametrize("model", [dict(mode="iterative", t_b=3)], ids=["iterative"])
-def test_modules_serve_what_has_no_program(model):
-    assert isinstance(make_runner(tiny_model(**model), CPU, "float32", 0), ModuleRunner)
+def _not_lowered(*_args):
+    raise NotLoweredError("up.0.0: a block that nobody lowered")
+
+
+def test_modules_serve_what_has_no_program(monkeypatch):
+    monkeypatch.setattr(runner_module, "Lowering", _not_lowered)
+    assert isinstance(make_runner(tiny_model(), CPU, "float32", 0), ModuleRunner)
+
+
+@compiled
+def test_the_reverse_chain_is_a_program():
+    served = make_runner(tiny_model(mode="iterative", t_b=5), CPU, "float32", 3)
+    assert isinstance(served, ProgramRunner)
+    want = ModuleRunner(tiny_model(mode="iterative", t_b=5), seed=3).run(images(3))
+    for a, b in zip(served.run(images(3)), want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
 
 def test_modules_serve_where_the_kernels_are_missing_or_not_wanted(monkeypatch):
@@ -76,8 +89,9 @@ def test_a_forced_backend_runs_or_says_why_not(monkeypatch):
     with pytest.raises(CannotRunError, match="cuda: the cuda backend does not run on cpu"):
         make_runner(tiny_model(), CPU, "float32", 0)
     monkeypatch.setenv("DFENGINE_BACKEND", "cpu")
-    with pytest.raises(NotLoweredError, match="iterative"):
-        make_runner(tiny_model(mode="iterative", t_b=3), CPU, "float32", 0)
+    with monkeypatch.context() as patch, pytest.raises(NotLoweredError, match=r"up\.0\.0"):
+        patch.setattr(runner_module, "Lowering", _not_lowered)
+        make_runner(tiny_model(), CPU, "float32", 0)
     if native.available():
         served = make_runner(tiny_model(), CPU, "float32", 0)
         monkeypatch.setenv("DFENGINE_BACKEND", "triton")  # it was read before
