@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -63,9 +62,7 @@ class Executor:
         alone = list(kernel.implementations) == ["reference"]
         steps = [[self._argument(argument) for argument in op.at(step)] for step in range(op.steps)]
         chosen = kernel.choose(*steps[0], backend="reference" if alone else backend)
-        implementation = kernel.implementations[chosen]
-        bind = implementation.bind or partial(partial, implementation.run)
-        return chosen, [bind(*arguments) for arguments in steps]
+        return chosen, [kernel.implementations[chosen].bound(*arguments) for arguments in steps]
 
     def _arranged(self) -> list[list[Callable[[], None]]]:
         """The calls of each section, for each of its steps."""
