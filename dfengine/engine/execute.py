@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from dfengine.engine.arena import ALIGNMENT, Arena, plan
 from dfengine.engine.program import Buffer, Constant, Op, Program, Value
+from dfengine.engine.ranges import named_range, ranges_wanted
 from dfengine.errors import DfengineError
 from dfengine.kernels import OPS
 from dfengine.kernels.conv2d import ConvWeight
@@ -50,6 +51,8 @@ class Executor:
         self._outputs = {b.name: t for b, t in self._tensors.items() if b.role == "output"}
         self.backends = {op.name: chosen for op, (chosen, _) in zip(program.ops, self._calls, strict=True)}
         """The implementation of each op, by its name."""
+        if ranges_wanted():
+            self.annotate()
 
     def _tensor(self, buffer: Buffer) -> torch.Tensor:
         start = self.arena.offsets[buffer]
@@ -66,8 +69,23 @@ class Executor:
 
     def _argument(self, argument: Any) -> torch.Tensor | ConvWeight | Any:
         if isinstance(argument, Value):
-            return argument.of(self._tensors[argument.buffer])
+            return self.tensor(argument)
         return argument.content if isinstance(argument, Constant) else argument
+
+    def tensor(self, value: Value) -> torch.Tensor:
+        """What the arena holds of `value`: a view, which other buffers overwrite when its life is over."""
+        return value.of(self._tensors[value.buffer])
+
+    def steps(self) -> Iterator[tuple[Op, Callable[[], None]]]:
+        """Each op in its turn, and the function that runs it on what its buffers hold."""
+        return zip(self.program.ops, (call for _, call in self._calls), strict=True)
+
+    def annotate(self) -> None:
+        """From now on each op runs in an NVTX range "kernel op". Raises DfengineError where there is no NVTX."""
+        self._calls = [
+            (chosen, named_range(f"{op.kernel} {op.name}", call))
+            for op, (chosen, call) in zip(self.program.ops, self._calls, strict=True)
+        ]
 
     @torch.inference_mode()
     def run(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
