@@ -13,20 +13,9 @@ import torch
 
 import dfengine.native
 from dfengine._version import __version__
+from dfengine.devices import hardware_name
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-        name = re.search(r"model name\s*:\s*(.+)", text).group(1)
-        family, model = (re.search(rf"^{key}\s*:\s*(\d+)", text, re.M).group(1) for key in ("cpu family", "model"))
-        return f"{name} family {family} model {model}, {os.cpu_count()} cores"
-    except (OSError, AttributeError):
-        return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def command_output(*command: str) -> str | None:
@@ -39,7 +28,7 @@ def command_output(*command: str) -> str | None:
 def environment(device: str) -> dict:
     """Where and with what the numbers were measured."""
     result = {
-        "device": device_name(device),
+        "device": hardware_name(device),
         "dfengine": __version__,
         "commit": command_output("git", "describe", "--always", "--dirty"),
         "python": platform.python_version(),

@@ -18,7 +18,7 @@ from dfengine.data.inputs import InputImage, collect_inputs
 from dfengine.detection import Detection, Refused, resize_map
 from dfengine.devices import resolve_device
 from dfengine.engine.modules import PRECISIONS, ModuleRunner
-from dfengine.engine.runner import make_runner
+from dfengine.engine.runner import ProgramRunner, make_runner
 from dfengine.errors import DfengineError, ImageError, UsageError
 from dfengine.models import Model
 
@@ -73,6 +73,14 @@ class Detector:
         calibrated = "not calibrated" if self.threshold is None else f"threshold {self.threshold:.4f}"
         size = self.config.image_size
         return f"Detector({self.config.preset}, {size}x{size}, {self.device}, {self.precision}, {calibrated})"
+
+    @contextmanager
+    def program_runner(self) -> Iterator[ProgramRunner | None]:
+        """For `with`: what runs the batches, for this thread alone and in the detector's arithmetic; None where that
+        is torch modules and not a program."""
+        runner = self._runner if isinstance(self._runner, ProgramRunner) else None
+        with self._lock, _float32_arithmetic(self.device, self.precision):
+            yield runner
 
     def detect(self, batch: Any, batch_size: int = 16, original_size: bool = False) -> Detection:
         """Score images; `dfengine.data.inputs` says what `batch` can be. All results are held in memory.

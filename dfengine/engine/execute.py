@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from dfengine.engine.arena import ALIGNMENT, Arena, plan
 from dfengine.engine.program import Buffer, Constant, Op, Program, Value
+from dfengine.engine.ranges import named_range, ranges_wanted
 from dfengine.errors import DfengineError
 from dfengine.kernels import OPS
 from dfengine.kernels.conv2d import ConvWeight
@@ -50,6 +51,8 @@ class Executor:
         self._outputs = {b.name: t for b, t in self._tensors.items() if b.role == "output"}
         self.backends = {op.name: chosen for op, (chosen, _) in zip(program.ops, self._calls, strict=True)}
         """The implementation of each op, by its name."""
+        if ranges_wanted():
+            self.annotate()
 
     def _tensor(self, buffer: Buffer) -> torch.Tensor:
         start = self.arena.offsets[buffer]
@@ -74,8 +77,27 @@ class Executor:
 
     def _argument(self, argument: Any) -> torch.Tensor | ConvWeight | Any:
         if isinstance(argument, Value):
-            return argument.of(self._tensors[argument.buffer])
+            return self.tensor(argument)
         return argument.content if isinstance(argument, Constant) else argument
+
+    def tensor(self, value: Value) -> torch.Tensor:
+        """What the arena holds of `value`: a view, which other buffers overwrite when its life is over."""
+        return value.of(self._tensors[value.buffer])
+
+    def steps(self) -> Iterator[tuple[Op, Callable[[], None]]]:
+        """Each op in its turn, those of a loop in every step, and the function that runs it on what its buffers hold."""
+        rounds = iter(self._rounds)
+        for section in self.program.sections():
+            for _ in range(section.steps):
+                yield from zip(self.program.ops[section.first : section.last], next(rounds), strict=True)
+
+    def annotate(self) -> None:
+        """From now on each op runs in an NVTX range "kernel op". Raises DfengineError where there is no NVTX."""
+        self._calls = [
+            (chosen, [named_range(f"{op.kernel} {op.name}", call) for call in calls])
+            for op, (chosen, calls) in zip(self.program.ops, self._calls, strict=True)
+        ]
+        self._rounds = self._arranged()
 
     @torch.inference_mode()
     def run(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from dfengine.engine.arena import plan
 from dfengine.engine.execute import Executor, allocate
 from dfengine.engine.lower import Lowering, NotLoweredError
 from dfengine.engine.modules import PRECISIONS, ModuleRunner, Output
+from dfengine.engine.program import Program
 from dfengine.kernels import CannotRunError, forced_backend
 from dfengine.models import Model
 
@@ -67,6 +68,13 @@ class ProgramRunner:
             self._executors[batch] = Executor(program, self.device, self.backend, arena, self._block)
         self._executors.move_to_end(batch)
         return self._executors[batch]
+
+    def twin(self, model: Model, batch: int) -> Program:
+        """The program for `batch` images lowered anew, from another copy of the model: its packed weights are whole,
+        where those of a bound program may be left only in the form of one backend."""
+        of = self._lowering
+        with self._plain():
+            return Lowering(model, of.dtype, of.device, of.backend, of.fusion).program(batch, self.seed)
 
     def run(self, unit: np.ndarray | Tensor) -> Output:
         """Scores a batch of float32 (B, S, S, C) images in [0, 1] at model size."""
