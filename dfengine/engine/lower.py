@@ -40,7 +40,7 @@ class Lowering:
 
     dtype: of activations and weights: float32, float16, bfloat16 (and float64 through the reference kernels).
     backend: the kernels that will run: "cpu", which read noise that is drawn once, or those of a GPU, which draw it.
-    fusion: what a convolution does itself; by the backend where it is None.
+    fusion: what a convolution does itself; by the backend where it is None. disposable: as in `Builder`.
     The model must not change afterwards; after `release` its weights are gone.
     """
 
@@ -51,6 +51,7 @@ class Lowering:
         device: str | torch.device = "cpu",
         backend: str = "cpu",
         fusion: Fusion | None = None,
+        disposable: bool = True,
     ):
         self.model = model
         self.config = model.config
@@ -58,6 +59,7 @@ class Lowering:
         self.device = torch.device(device)
         self.backend = backend
         self.fusion = fusion or Fusion.of(backend)
+        self.disposable = disposable
         self.constants: dict[str, Constant] = {}
         self.schedule = Schedule.of(model.config)
         precise = torch.float64 if dtype == torch.float64 else torch.float32
@@ -109,7 +111,9 @@ class _Lowered:
 
     def __init__(self, lowering: Lowering, batch: int, seed: int):
         self.of, self.config, self.batch = lowering, lowering.config, batch
-        self.emitter = Builder(lowering.dtype, lowering.device, lowering.fusion, lowering.constants)
+        self.emitter = Builder(
+            lowering.dtype, lowering.device, lowering.fusion, lowering.constants, lowering.disposable
+        )
         self.loops: list[Loop] = []
         self.shift_row: Value | None = None  # of the step of a loop
         config, b = self.config, self.emitter

@@ -133,6 +133,12 @@ class Op:
         return sum(value.nbytes for value in self.values()) + sum(constants)
 
     @property
+    def in_place(self) -> set[str]:
+        """The arguments that it writes into a buffer that it reads."""
+        read = {value.buffer for value in self.values(written=False)}
+        return {n for n in self.writes if isinstance(self.arguments[n], Value) and self.arguments[n].buffer in read}
+
+    @property
     def steps(self) -> int:
         """How many values its arguments go through: 1 where none is `PerStep`."""
         return max((len(a.values) for a in self.arguments.values() if isinstance(a, PerStep)), default=1)

@@ -3,27 +3,21 @@ modules, all in float64 (DESIGN section 3, "Numerics")."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from dfengine.engine.contract import contents, distance, exact_outputs, judged, torch_outputs
 from dfengine.engine.exact import ExactRunner, module_ops, watched
 from dfengine.engine.execute import Executor
 from dfengine.engine.measure import place, trial_inputs
 from dfengine.engine.modules import ModuleRunner
-from dfengine.engine.program import Constant, Op, Program, Value
+from dfengine.engine.program import Op, Program, Value
 from dfengine.engine.runner import ProgramRunner
-from dfengine.kernels import OPS, conv2d_library, group_norm_moments
-from dfengine.kernels.conv2d import ConvWeight
 from dfengine.models import Model
 
-FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-"""Of an op's error beside the largest value of the output, by its dtype."""
-MEAN_FLOOR, SPREAD_FLOOR = 2e-6, 1e-5
-"""Of the moments of tiles: of means beside the largest value they are of, of sums of squares beside the largest."""
 BLOCK_FLOOR = {"float32": 1e-4, "tf32": 1e-3, "float16": 1e-3, "bfloat16": 8e-3}
 """Of a block's error, with those of all ops before it, beside the largest value of its output, by precision."""
 SINGLE_MAP, HALF_MAP = 1e-4, 1e-3
@@ -105,89 +99,19 @@ def check_ops(executor: Executor, twin: Program, inputs: dict[str, Tensor]) -> I
     for index, ((op, call), other) in enumerate(zip(executor.steps(), twin.ops, strict=True)):
         if (op.name, op.kernel, list(op.arguments)) != (other.name, other.kernel, list(other.arguments)):
             raise ValueError(f"op {index} is {op.name}, in the twin {other.name}")
-        arguments = {
-            name: executor.tensor(value).clone() if isinstance(value, Value) else _content(other.arguments[name])
-            for name, value in op.arguments.items()
-        }
+        arguments = contents(other, executor, op)
         written = {n: executor.tensor(op.arguments[n]) for n in op.writes if op.arguments[n] is not None}
-        for tensor in written.values():
-            if tensor.is_floating_point():
+        for name, tensor in written.items():
+            if tensor.is_floating_point() and name not in op.in_place:
                 tensor.fill_(torch.nan)  # what the op does not write cannot pass
         call()
-        as_read = {name for name, value in op.arguments.items() if isinstance(value, Value) and _is_input(value)}
-        exact = _through_reference(op, {n: a if n in as_read else _exact(a) for n, a in arguments.items()})
-        plain = _through_torch(op, arguments)
+        exact = exact_outputs(op, arguments)
+        plain = torch_outputs(op, arguments)
         backend = executor.backends[op.name]
         yield op, [
             Check("op", index, op.name, op.kernel, backend, output, error, allowed)
-            for output, error, allowed in _judged(op, written, exact, plain, arguments)
+            for output, error, allowed in judged(op, written, exact, plain, arguments)
         ]
-
-
-def _content(argument: Any) -> Any:
-    return argument.content if isinstance(argument, Constant) else argument
-
-
-def _is_input(value: Value) -> bool:
-    return value.buffer.role == "input"
-
-
-def _exact(argument: Any) -> Any:
-    """In float64; the program's inputs keep their dtypes, which say what they are."""
-    if isinstance(argument, ConvWeight):
-        return ConvWeight(argument.taps().double(), argument.dilation)
-    if isinstance(argument, Tensor) and argument.is_floating_point():
-        return argument.double()
-    return argument
-
-
-def _through(run: Callable[..., None], op: Op, arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """What `run` writes, by name; into new tensors."""
-    given = {n: torch.empty_like(a) if n in op.writes and a is not None else a for n, a in arguments.items()}
-    run(*given.values())
-    return {name: given[name] for name in op.writes if given[name] is not None}
-
-
-def _through_reference(op: Op, arguments: dict[str, Any]) -> dict[str, Tensor]:
-    return _through(OPS[op.kernel].implementations["reference"].run, op, arguments)
-
-
-def _through_torch(op: Op, arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """At the arguments' own dtypes: torch's convolution rounds what it reads, which the reference does not."""
-    if op.kernel == "conv2d":
-        return _through(conv2d_library.run_library, op, arguments)
-    return _through_reference(op, arguments)
-
-
-def _judged(
-    op: Op, written: dict[str, Tensor], exact: dict[str, Tensor], plain: dict[str, Tensor], arguments: dict[str, Any]
-) -> Iterator[tuple[str, float, float]]:
-    """(output, error, allowed) of what the op wrote."""
-    for name, got in written.items():
-        if name == "workspace":
-            continue
-        if name == "moments":
-            x = written.get("y", arguments.get("x"))  # those of what was written, as it was rounded
-            yield from _judged_moments(got, x, arguments["tile_pixels"])
-        elif got.dtype == torch.bool:
-            wanted = written["pred_score"] > arguments["threshold"]
-            yield name, float((got != wanted).sum()), 0.0
-        else:
-            error, torch_error = (_distance(of, exact[name]) for of in (got, plain[name]))
-            yield name, error, 2 * torch_error + FLOOR[got.dtype] * exact[name].abs().max().item()
-
-
-def _judged_moments(got: Tensor, x: Tensor, tile_pixels: int) -> Iterator[tuple[str, float, float]]:
-    exact, plain = (group_norm_moments.reference(of, tile_pixels) for of in (x.double(), x))
-    floors = (MEAN_FLOOR * x.abs().max().item(), SPREAD_FLOOR * exact[:, :, 1].max().item() + 1e-9)
-    for part, (name, floor) in enumerate(zip(("means", "spreads"), floors, strict=True)):
-        error, torch_error = (_distance(of[:, :, part], exact[:, :, part]) for of in (got, plain))
-        yield f"moments, {name}", error, 2 * torch_error + floor
-
-
-def _distance(result: Tensor, exact: Tensor) -> float:
-    """The largest; not a number where one of them holds none."""
-    return (result.double() - exact).abs().max().item()
 
 
 # ---- modules -----------------------------------------------------------------------------------------------------
@@ -211,7 +135,7 @@ def _check_modules(
 
     def compare(op: Op, first: int, exact: Tensor) -> None:
         got = kept[op.name][first : first + len(exact)]
-        errors = _distance(got, exact), _distance(plain.pop((op.name, first)), exact)
+        errors = distance(got, exact), distance(plain.pop((op.name, first)), exact)
         found.setdefault(op.name, []).append((*errors, exact.abs().max().item()))
 
     runners = (ModuleRunner, dict(precision=precision), keep), (ExactRunner, {}, compare)
@@ -228,7 +152,7 @@ def _check_modules(
             allowed = 2 * torch_error + BLOCK_FLOOR[precision] * scale
             checks.append(Check("block", index, op.name, op.kernel, backends[op.name], "y", error, allowed))
     last = program.ops[-1]
-    error, torch_error = (_distance(of, maps[1]) for of in (anomaly_map, maps[0]))
+    error, torch_error = (distance(of, maps[1]) for of in (anomaly_map, maps[0]))
     allowed = SINGLE_MAP if precision == "float32" else 2 * torch_error + HALF_MAP
     return [
         *checks,
