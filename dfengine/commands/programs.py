@@ -47,7 +47,7 @@ class Bound:
     def title(self) -> str:
         """The facts in a line."""
         facts = self.facts()
-        where = f"{facts['hardware']}" + (f", {facts['threads']} threads" if "threads" in facts else "")
+        where = facts["hardware"] + (f", threads: {facts['threads']}" if "threads" in facts else "")
         return f"{facts['preset']}, batch {facts['batch']}, {facts['precision']} on {facts['device']} ({where})"
 
 

@@ -112,7 +112,7 @@ def trial_inputs(executor: Executor, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def place(executor: Executor, inputs: dict[str, torch.Tensor]) -> None:
-    """Put the inputs where the ops read them. Each run needs them anew: their place in the arena goes to other buffers."""
+    """Put the inputs where the ops read them. Each run needs them anew: other buffers get their place in the arena."""
     for buffer in executor.program.buffers:
         if buffer.role == "input":
             executor.tensor(Value(buffer)).copy_(inputs[buffer.name])
