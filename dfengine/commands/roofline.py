@@ -7,9 +7,9 @@ from pathlib import Path
 from dfengine.commands.plan import ceiling_line
 from dfengine.commands.programs import bound_program
 from dfengine.engine.measure import measure
+from dfengine.engine.roofline import roofline_plot
 from dfengine.errors import UsageError
 from dfengine.files import atomic_write
-from dfengine.report.roofline import roofline_plot
 
 
 def run_roofline(checkpoint: Path, out: Path, batch: int, device: str, precision: str) -> None:
