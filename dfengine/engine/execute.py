@@ -133,20 +133,25 @@ class Executor:
         """What the arena holds of `value`: a view, which other buffers overwrite when its life is over."""
         return value.of(self._tensors[value.buffer])
 
-    def steps(self) -> Iterator[tuple[Op, Callable[[], None]]]:
-        """Each op in its turn, those of a loop in every step, and the function that runs it on what buffers hold."""
-        rounds = iter(self._rounds)
+    def steps(self) -> Iterator[tuple[int, Callable[[], None]]]:
+        """The index of each op in its turn, those of a loop in every step, and the function that runs it on what its
+        buffers hold."""
+        rounds = iter(self._arranged())
         for section in self.program.sections():
             for _ in range(section.steps):
-                yield from zip(self.program.ops[section.first : section.last], next(rounds), strict=True)
+                yield from zip(range(section.first, section.last), next(rounds), strict=True)
 
-    def annotate(self) -> None:
-        """From now on each op runs in an NVTX range "kernel op". Raises DfengineError where there is no NVTX."""
+    def wrap(self, around: Callable[[Op, Callable[[], None]], Callable[[], None]]) -> None:
+        """From now on `around(op, call)` runs for the call of each op; without CUDA graphs."""
         self._calls = [
-            (chosen, [named_range(f"{op.kernel} {op.name}", call) for call in calls])
+            (chosen, [around(op, call) for call in calls])
             for op, (chosen, calls) in zip(self.program.ops, self._calls, strict=True)
         ]
         self._rounds = self._arranged()
+
+    def annotate(self) -> None:
+        """From now on each op runs in an NVTX range "kernel op". Raises DfengineError where there is no NVTX."""
+        self.wrap(lambda op, call: named_range(f"{op.kernel} {op.name}", call))
 
     @torch.inference_mode()
     def run(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -25,13 +25,15 @@ ROTATED_INPUTS = 3
 class Row:
     """An op of a program: what it is, which implementation serves it, and, where measured, its time.
 
-    seconds: median of the op in whole runs of the program, so with its inputs where the ops before left them.
+    repeat: how often it runs in a run of the program, all of which counts in `flops`, `moved` and the times. seconds:
+    median of the op in whole runs of the program, so with its inputs where the ops before left them.
     bound: seconds below which the device cannot go, by `Ceilings.bound`.
     """
 
     index: int
     op: Op
     backend: str
+    repeat: int = 1
     seconds: float | None = None
     bound: float | None = None
     limit: str | None = None
@@ -41,6 +43,14 @@ class Row:
     def shape(self) -> tuple[int, ...]:
         """Of the first thing that the op writes."""
         return next(self.op.values(written=True)).shape
+
+    @property
+    def flops(self) -> int:
+        return self.op.flops * self.repeat
+
+    @property
+    def moved(self) -> int:
+        return self.op.moved * self.repeat
 
     @property
     def percent(self) -> float | None:
@@ -54,15 +64,16 @@ class Row:
             "name": self.op.name,
             "kernel": self.op.kernel,
             "shape": list(self.shape),
-            "flops": self.op.flops,
-            "bytes": self.op.moved,
+            "flops": self.flops,
+            "bytes": self.moved,
             "backend": self.backend,
+            "repeat": self.repeat,
         }
         if self.seconds is not None:
             facts |= {
                 "us": self.seconds * 1e6,
-                "gflops": self.op.flops / self.seconds / 1e9,
-                "gbps": self.op.moved / self.seconds / 1e9,
+                "gflops": self.flops / self.seconds / 1e9,
+                "gbps": self.moved / self.seconds / 1e9,
                 "bound_us": self.bound * 1e6,
                 "limit": self.limit,
                 "percent_of_roofline": self.percent,
@@ -112,7 +123,7 @@ def trial_inputs(executor: Executor, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def place(executor: Executor, inputs: dict[str, torch.Tensor]) -> None:
-    """Put the inputs where the ops read them. Each run needs them anew: their place goes to other buffers."""
+    """Put the inputs where the ops read them. Each run needs them anew: other buffers get their place in the arena."""
     for buffer in executor.program.buffers:
         if buffer.role == "input":
             executor.tensor(Value(buffer)).copy_(inputs[buffer.name])
@@ -120,7 +131,8 @@ def place(executor: Executor, inputs: dict[str, torch.Tensor]) -> None:
 
 def unmeasured(executor: Executor) -> Plan:
     """The ops alone."""
-    return Plan([Row(i, op, executor.backends[op.name]) for i, op in enumerate(executor.program.ops)])
+    repeats = executor.program.repeats()
+    return Plan([Row(i, op, executor.backends[op.name], repeats[i]) for i, op in enumerate(executor.program.ops)])
 
 
 @torch.inference_mode()
@@ -141,17 +153,17 @@ def measure(executor: Executor, seconds: float = 2.0, ceilings: Ceilings | None 
     while len(runs) < LEAST_ROUNDS or (time.perf_counter() < end and len(runs) < MOST_ROUNDS):
         inputs = sets[len(runs) % len(sets)]
         place(executor, inputs)
-        stamps = split(executor)
-        ops.append([after - before for before, after in zip(stamps, stamps[1:], strict=False)])
+        ops.append(by_op(executor, split(executor)))
         place(executor, inputs)
         with timed(device) as taken:
             executor.launch()
         runs.append(taken[0])
-    rows = []
+    rows, repeats = [], program.repeats()
     for index, (op, values) in enumerate(zip(program.ops, zip(*ops, strict=True), strict=True)):
-        bound = ceilings.bound(op.flops, op.moved)
+        bound, repeat = ceilings.bound(op.flops, op.moved), repeats[index]
         limit = "matmul" if op.flops and bound == op.flops / ceilings.matmul else "bandwidth"
-        rows.append(Row(index, op, executor.backends[op.name], statistics.median(values), bound, limit))
+        backend, median = executor.backends[op.name], statistics.median(values)
+        rows.append(Row(index, op, backend, repeat, median, bound * repeat, limit))
     return Plan(rows, ceilings, statistics.median(runs), len(runs))
 
 
@@ -173,8 +185,17 @@ def timed(device: torch.device) -> Iterator[list[float]]:
     taken.append(begin.elapsed_time(end) / 1e3)
 
 
+def by_op(executor: Executor, stamps: list[float]) -> list[float]:
+    """The seconds of each op between the stamps of a round; of those in loops over all steps."""
+    taken = [0.0] * len(executor.program.ops)
+    for (index, _), before, after in zip(executor.steps(), stamps[:-1], stamps[1:], strict=True):
+        taken[index] += after - before
+    return taken
+
+
 def cpu_round(executor: Executor, clock: Callable[[], float] = time.perf_counter) -> list[float]:
-    """Run the program on the inputs in place: seconds on the clock before the first op and after each."""
+    """Run the program on the inputs in place: seconds on the clock before the first of `Executor.steps` and after each.
+    """
     stamps = [clock()]
     for _, call in executor.steps():
         call()
@@ -184,11 +205,12 @@ def cpu_round(executor: Executor, clock: Callable[[], float] = time.perf_counter
 
 def cuda_round(executor: Executor) -> list[float]:
     """As `cpu_round` by events, in seconds from the first: the GPU waits first, so that it never waits for the host."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(executor.program.ops) + 1)]
+    calls = [call for _, call in executor.steps()]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
     torch.cuda.synchronize()
     torch.cuda._sleep(HOST_CYCLES * len(events))
     events[0].record()
-    for event, (_, call) in zip(events[1:], executor.steps(), strict=True):
+    for event, call in zip(events[1:], calls, strict=True):
         call()
         event.record()
     torch.cuda.synchronize()

@@ -30,6 +30,8 @@ log = logging.getLogger("dfengine")
 LEVELS = ("tuned", "exhaustive")
 SECONDS = {"tuned": 0.03, "exhaustive": 0.3}
 """For timing the candidates of one op, in all; at least five calls of each."""
+WORTH = 0.97
+"""What is quicker than the default by less is noise, and the default stays."""
 HOPELESS = 2.0
 """Candidates that take so many times as long as the best in their first calls are dropped, unless exhaustive."""
 
@@ -139,9 +141,10 @@ def _measured(executor: Executor, op: Op, arguments: list[Any], ways: list[Tacti
         calls.setdefault(default, right[default][1])
     times = {n: statistics.median(t) for n, t in interleaved(calls, sets, device.type, SECONDS[level]).items()}
     restore()
+    usual = next(iter(right))
     best = min(times, key=times.get)
-    default = times[next(iter(right))]
+    best = best if times[best] < WORTH * times[usual] else usual
     way = right[best][0]
     return Choice(
-        op, Tactic(way.backend, way.options, times[best] * 1e6), default * 1e6, len(right), tuple(refused)
+        op, Tactic(way.backend, way.options, times[best] * 1e6), times[usual] * 1e6, len(right), tuple(refused)
     )

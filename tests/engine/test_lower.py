@@ -159,7 +159,7 @@ def test_every_op_matters(mode):
     inputs = dict(images=batch, threshold=torch.tensor([0.5]))
     names = [op.name for op in program.ops]
     right, calls = executor.run(**inputs), list(executor._calls)
-    for index, op in enumerate(program.ops):
+    for index, op in enumerate(program.ops):  # of a loop in all its steps
         written = [value.of(executor._tensors[value.buffer]) for value in op.values(written=True)]
 
         def spoilt(written=written):
