@@ -43,7 +43,9 @@ class Bound:
             "hardware": hardware_name(device),
         }
         if device.type == "cpu":
-            facts |= {"threads": torch.get_num_threads(), "load_average": os.getloadavg()[0]}
+            facts["threads"] = torch.get_num_threads()
+            if hasattr(os, "getloadavg"):  # what else runs shows in the times
+                facts["load_average"] = os.getloadavg()[0]
         return facts
 
     @property
@@ -51,8 +53,8 @@ class Bound:
         """The facts in a line."""
         facts = self.facts()
         where = facts["hardware"]
-        if "threads" in facts:  # what else runs shows in the times
-            where += f", threads: {facts['threads']}, load average: {facts['load_average']:.1f}"
+        where += f", threads: {facts['threads']}" if "threads" in facts else ""
+        where += f", load average: {facts['load_average']:.1f}" if "load_average" in facts else ""
         return f"{facts['preset']}, batch {facts['batch']}, {facts['precision']} on {facts['device']} ({where})"
 
 
