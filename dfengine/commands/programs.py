@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -41,13 +42,19 @@ class Bound:
             "device": str(device),
             "hardware": hardware_name(device),
         }
-        return facts | ({"threads": torch.get_num_threads()} if device.type == "cpu" else {})
+        if device.type == "cpu":
+            facts["threads"] = torch.get_num_threads()
+            if hasattr(os, "getloadavg"):  # what else runs shows in the times
+                facts["load_average"] = os.getloadavg()[0]
+        return facts
 
     @property
     def title(self) -> str:
         """The facts in a line."""
         facts = self.facts()
-        where = facts["hardware"] + (f", threads: {facts['threads']}" if "threads" in facts else "")
+        where = facts["hardware"]
+        where += f", threads: {facts['threads']}" if "threads" in facts else ""
+        where += f", load average: {facts['load_average']:.1f}" if "load_average" in facts else ""
         return f"{facts['preset']}, batch {facts['batch']}, {facts['precision']} on {facts['device']} ({where})"
 
 

@@ -27,13 +27,12 @@ def verify_program(checkpoint: Path, batch: int, device: str, precision: str, se
     print(f"{checkpoint}: {bound.title}")
     for kind in ("op", "block", "map"):
         print("\n".join(worst([check for check in checks if check.kind == kind])))
-    wrong = first_divergence(checks)
+    wrong, ops = first_divergence(checks), len({check.name for check in checks if check.kind == "op"})
     if wrong is not None:
-        ops = len({check.name for check in checks if check.kind == "op" and not check.agrees})
-        raise DfengineError(f"{checkpoint}: the first divergence is {wrong} ({ops} ops differ by themselves)")
-    ops = {check.name for check in checks if check.kind == "op"}
+        bad = len({check.name for check in checks if check.kind == "op" and not check.agrees})
+        raise DfengineError(f"{checkpoint}: the first divergence is {wrong}; by themselves {bad} of {ops} ops differ")
     blocks = sum(check.kind == "block" for check in checks)
-    print(f"all {len(ops)} ops agree with their references; {blocks} blocks and the map agree with the modules")
+    print(f"all {ops} ops agree with their references; {blocks} blocks and the map agree with the modules")
 
 
 def worst(checks: list[Check]) -> list[str]:

@@ -22,7 +22,7 @@ def roofline_plot(plan: Plan, title: str) -> bytes:
         raise ValueError("the plan was not measured")
     figure = Figure(figsize=(13, 5.4), layout="constrained")
     products, traffic = figure.subplots(1, 2)
-    figure.suptitle(f"{title}: {plan.run_seconds * 1e3:.3g} ms, {plan.percent:.0f}% of the roofline", fontsize=11)
+    figure.suptitle(f"{title}\n{plan.run_seconds * 1e3:.2f} ms a run, {plan.percent:.1f}% of the roofline", fontsize=10)
     kernels = sorted({row.op.kernel for row in plan.rows})
     colours = {kernel: COLOURS[i % len(COLOURS)] for i, kernel in enumerate(kernels)}
     multiplying = [row for row in plan.rows if row.op.flops]

@@ -26,6 +26,6 @@ def test_a_wrong_op_is_named_and_the_status_is_1(tiny, capsys, monkeypatch):
     printed = capsys.readouterr()
     assert printed.err.count("\n") == 1 and "Traceback" not in printed.err
     assert "the first divergence is op segment.db2.0 (conv2d, cpu): y is " in printed.err
-    assert "(1 ops differ by themselves)" in printed.err
+    assert "by themselves 1 of " in printed.err
     assert printed.out.splitlines()[2].startswith("segment.db2.0 ")  # the worst op
     assert "all " not in printed.out
