@@ -222,6 +222,24 @@ def verify(
 
 
 @app.command()
+def tune(
+    checkpoint: CheckpointArgument,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Images per run (default: 1, 16); repeatable.")] = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    exhaustive: Annotated[
+        bool, typer.Option("--exhaustive", help="Measure everything anew, every candidate to the end.")
+    ] = False,
+    seconds: Annotated[float | None, typer.Option(min=0, help="Begin no further op after so long.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write what was measured here (for DFENGINE_TACTICS).")] = None,
+) -> None:
+    """Measure which kernels are quickest for a detector on this device; later runs take them."""
+    from dfengine.commands.tune import run_tune
+
+    run_tune(checkpoint, batch or [1, 16], device, precision, exhaustive, seconds, out)
+
+
+@app.command()
 def profile(
     checkpoint: CheckpointArgument,
     batch: RunOption = 1,

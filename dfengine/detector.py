@@ -18,14 +18,16 @@ from dfengine.data.inputs import InputImage, collect_inputs
 from dfengine.detection import Detection, Refused, resize_map
 from dfengine.devices import resolve_device
 from dfengine.engine.modules import PRECISIONS, ModuleRunner
-from dfengine.engine.runner import ProgramRunner, make_runner
+from dfengine.engine.runner import TACTICS, ProgramRunner, make_runner
 from dfengine.errors import DfengineError, ImageError, UsageError
 from dfengine.models import Model
 
 _AUTO_TOLERANCE = 0.01  # of map probability, float16 against float32
 
 
-def load(path: str | Path, device: str = "auto", precision: str = "auto", seed: int = 0) -> Detector:
+def load(
+    path: str | Path, device: str = "auto", precision: str = "auto", seed: int = 0, tactics: str = "default"
+) -> Detector:
     """The detector in the checkpoint `path`, ready to run.
 
     device: "auto" (a CUDA GPU where there is one, else the CPU), "cpu", "cuda" or "cuda:N".
@@ -33,11 +35,14 @@ def load(path: str | Path, device: str = "auto", precision: str = "auto", seed: 
         also "float16" and "tf32"; "auto" is float32 on a CPU, and on a GPU float16 where a trial image gives the map of
         float32 within 0.01, else float32.
     seed: of the diffusion noise, 0 to 2**64 - 1; the same seed gives the same scores.
+    tactics: which kernels run: "default" takes what is known to be quick on this device; "tuned" measures what is not,
+        once for each batch size (seconds to minutes), and remembers it; "exhaustive" measures everything anew. On a GPU
+        the fused kernels run only once that was done, here or by `dfengine tune`; before, the PyTorch modules.
 
     Raises `CheckpointError` for a checkpoint that cannot be used, `UsageError` for a device or precision that this
     machine does not have.
     """
-    return Detector(load_checkpoint(path), device, precision, seed)
+    return Detector(load_checkpoint(path), device, precision, seed, tactics)
 
 
 class Detector:
@@ -47,7 +52,17 @@ class Detector:
     for later calls. device, precision: as chosen. seed. A detector may be shared by threads: they take turns.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: str = "auto", precision: str = "auto", seed: int = 0):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: str = "auto",
+        precision: str = "auto",
+        seed: int = 0,
+        tactics: str = "default",
+        tuning_seconds: float | None = None,
+    ):
+        if tactics not in TACTICS:
+            raise UsageError(f"tactics must be one of {', '.join(TACTICS)}, not {tactics!r}")
         if type(seed) is not int or not 0 <= seed < 2**64:
             raise UsageError(f"seed must be a whole number from 0 to 2**64 - 1, not {seed!r}")
         self.config = checkpoint.config
@@ -58,7 +73,7 @@ class Detector:
         _check_precision(precision, self.device)
         model = checkpoint.build()
         self.precision = _choose_precision(model, self.device, seed) if precision == "auto" else precision
-        self._runner = make_runner(model, self.device, self.precision, seed)
+        self._runner = make_runner(model, self.device, self.precision, seed, tactics, tuning_seconds)
         self._lock = threading.Lock()
 
     @property

@@ -59,10 +59,18 @@ class Bound:
 
 
 @contextmanager
-def bound_program(path: Path, batch: int, device: str, precision: str, seed: int = 0) -> Iterator[Bound]:
+def bound_program(
+    path: Path,
+    batch: int,
+    device: str,
+    precision: str,
+    seed: int = 0,
+    tactics: str = "default",
+    tuning_seconds: float | None = None,
+) -> Iterator[Bound]:
     """For `with`: the program that detection with this checkpoint runs. Raises DfengineError where it runs none."""
     checkpoint = load_checkpoint(path)
-    detector = Detector(checkpoint, device, precision, seed)
+    detector = Detector(checkpoint, device, precision, seed, tactics, tuning_seconds)
     chosen = torch.cuda.device(detector.device) if detector.device.type == "cuda" else nullcontext()
     with chosen, detector.program_runner() as runner:
         if runner is None:
@@ -75,9 +83,8 @@ def _reason(checkpoint: Checkpoint, detector: Detector) -> str:
         return "DFENGINE_BACKEND=reference"
     if detector.device.type == "cpu" and not native.available():
         return native.status()
-    backend = "cpu" if detector.device.type == "cpu" else "triton"
     try:
-        ProgramRunner(checkpoint.build(), detector.device, detector.precision, detector.seed, backend)
+        ProgramRunner(checkpoint.build(), detector.device, detector.precision, detector.seed)
     except (NotLoweredError, CannotRunError) as error:
         return str(error)
-    return f"that is the choice on {detector.device}; DFENGINE_BACKEND={backend} makes it one"
+    return f"no tactics were measured on {detector.device}: dfengine tune does that"

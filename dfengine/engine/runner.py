@@ -65,6 +65,8 @@ class ProgramRunner:
         self.tactics = None if backend else Tactics(self.device)
         self.choices: list[Choice] = []
         """What tuning found, over all programs."""
+        self.unmeasured = 0
+        """Ops for which it had no time."""
         self.backend = "cpu" if backend is None and self.device.type == "cpu" else backend
         self.buckets = self.device.type == "cuda" if buckets is None else buckets
         self._executors: OrderedDict[int, Executor] = OrderedDict()
@@ -104,8 +106,7 @@ class ProgramRunner:
         if self.tactics is not None and self.level != "default":
             choices, left = tune(executor, self.tactics, self.level, self.tuning_seconds)
             self.choices += choices
-            if left:
-                log.warning("tactics: batch %d: no time for %d of the ops", program.batch, left)
+            self.unmeasured += left
             if choices:
                 self.tactics.save()
                 executor = bound()
@@ -153,16 +154,17 @@ def make_runner(
 ) -> ModuleRunner | ProgramRunner:
     """The runner that serves a detector: programs on a CPU with the compiled kernels, else the modules.
 
-    On a GPU programs run where tactics other than "default" are asked for, which measure them; without, the modules: no
-    program has been measured there yet. A backend forced by DFENGINE_BACKEND, which is read here once, runs its
-    programs or raises with the reason (CannotRunError, NotLoweredError); "reference" stands for the modules, of which
-    the reference kernels are a slower copy.
+    On a GPU programs run once tactics were measured there, or where others than "default" are asked for, which measures
+    them; before that the modules. A backend forced by DFENGINE_BACKEND, which is read here once, runs its programs or
+    raises with the reason (CannotRunError, NotLoweredError); "reference" stands for the modules, of which the reference
+    kernels are a slower copy.
     """
     forced = forced_backend(None)
     if forced not in (None, "reference"):
         return ProgramRunner(model, device, precision, seed, forced)
     tuned = tactics != "default"
-    if forced is None and (native.available() if device.type == "cpu" else tuned):
+    serves = native.available() if device.type == "cpu" else tuned or len(Tactics(device)) > 0
+    if forced is None and serves:
         try:
             return ProgramRunner(model, device, precision, seed, None, tactics, tuning_seconds)
         except (NotLoweredError, CannotRunError):

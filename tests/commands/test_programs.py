@@ -6,6 +6,8 @@ import pytest
 
 from dfengine import native
 from dfengine.cli import main
+from dfengine.engine import runner
+from dfengine.engine.lower import NotLoweredError
 
 COMMANDS = (["info", "--plan"], ["info", "--plan", "--no-measure"], ["verify"], ["profile"], ["roofline"])
 
@@ -27,10 +29,15 @@ def refused(command, path, capsys) -> str:
     return printed.err
 
 
-def test_the_iterative_mode(command, save_model, capsys):
+def test_what_is_not_lowered(command, save_model, capsys, monkeypatch):
     if not native.available():
         pytest.skip(native.status())
-    assert "iterative" in refused(command, save_model(mode="iterative", t_b=3), capsys)
+
+    def not_lowered(*_args, **_options):
+        raise NotLoweredError("up.0.0: a block that nobody lowered")
+
+    monkeypatch.setattr(runner, "Lowering", not_lowered)
+    assert "a block that nobody lowered" in refused(command, save_model(), capsys)
 
 
 def test_a_forced_reference(command, save_model, capsys, monkeypatch):
