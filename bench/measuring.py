@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import resource
 import subprocess
 from pathlib import Path
 
@@ -47,6 +48,13 @@ def environment(device: str) -> dict:
             "driver, clocks, power": command_output("nvidia-smi", query, "--format=csv,noheader"),
         }
     return result
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: of this process's resident memory on a CPU, of torch's allocations on a GPU, at their highest so far."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def results_path(head: dict, name: str, folder: Path = ROOT / "bench" / "results") -> Path:
