@@ -30,8 +30,9 @@ demo: $(VENV)/installed
 checkpoint: $(VENV)/installed
 	@bench/demo_checkpoint.sh
 
+# Two workers with a thread each: two with two wait for each other.
 test: $(VENV)/installed
-	@timeout --kill-after=30 $(TEST_SECONDS) $(BIN)/python -m pytest -q -n 2 --dist=worksteal $(TEST_ARGUMENTS); status=$$?; \
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} timeout --kill-after=30 $(TEST_SECONDS) $(BIN)/python -m pytest -q -n 2 --dist=worksteal $(TEST_ARGUMENTS); status=$$?; \
 	if [ $$status -eq 124 ]; then echo "make test: stopped after $(TEST_SECONDS) seconds"; fi; exit $$status
 
 lint: $(VENV)/installed

@@ -1,26 +1,35 @@
 #!/usr/bin/env bash
 # One round on a machine with a GPU: what cannot be checked elsewhere, as one command.
 #
-#   bench/gpu_round.sh --stage {tests,check,bench,all}
+#   bench/gpu_round.sh --stage {tests,kernels,tactics,throughput,profile,sanitize,check,all} [--out DIR] [--again]
 #
-# tests: the kernel tests on the device (pytest -m gpu and tests/kernels); check: offline compilation for sm_89 and sm_90; bench: kernel timings.
-# Results (JSON, logs) go under ${OUT:-bench/results}. The Python is ${PYTHON:-python3} (3.11 or later) with torch, triton and pytest
-# in it; dfengine runs from this checkout without being installed, with its extension where pybind11, cmake and a compiler are there.
+# tests: facts about the machine, the tests of kernels, engine and everything marked gpu. kernels: every op timed. tactics: the quickest kernels
+# for the full model (dfengine tune). throughput: detection and one evaluation beside the rivals. profile: every op with its time, and Nsight
+# Compute on the five longest. sanitize: compute-sanitizer over the CUDA kernels. check: offline compilation for sm_89 and sm_90.
+# Each stage ends within ${STAGE_SECONDS:-530} seconds. What a stage wrote into DIR (default bench/results/gpu) is kept: run again, it goes on with
+# what is missing; --again begins anew. Nothing is timed where the tests failed. The Python is ${PYTHON:-python3} (3.11 or later) with torch, triton
+# and pytest in it; dfengine runs from this checkout without being installed, with its extension where pybind11, cmake and a compiler are there.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-stage=all
+usage() { sed -n '4p' bench/gpu_round.sh | cut -c3- >&2; exit 2; }
+stage=all out="${OUT:-bench/results/gpu}" again=no
 while [ $# -gt 0 ]; do
     case "$1" in
-        --stage) stage="${2:?--stage needs a value}"; shift 2 ;;
-        *) echo "usage: bench/gpu_round.sh --stage {tests,check,bench,all}" >&2; exit 2 ;;
+        --stage) [ $# -ge 2 ] || usage; stage="$2"; shift 2 ;;
+        --out) [ $# -ge 2 ] || usage; out="$2"; shift 2 ;;
+        --again) again=yes; shift ;;
+        *) usage ;;
     esac
 done
-case "$stage" in tests|check|bench|all) ;; *) echo "unknown stage $stage" >&2; exit 2 ;; esac
+case "$stage" in tests|kernels|tactics|throughput|profile|sanitize|check|all) ;; *) usage ;; esac
 
 PYTHON="${PYTHON:-python3}"
-OUT="${OUT:-bench/results}"
-mkdir -p "$OUT"
+PRESET="${PRESET:-diff-fastener}"
+PRECISION="${PRECISION:-bfloat16}"
+mkdir -p "$out" || exit 1
+log="$out/round.log"
+export DFENGINE_CACHE="${DFENGINE_CACHE:-$PWD/build/gpu-cache}"
 unset TRITON_INTERPRET
 
 # dfengine.kernels lies outside dfengine/, so the checkout is laid out as it installs, in a folder of links.
@@ -33,45 +42,107 @@ done
 ln -s "$PWD/kernels" "$layout/dfengine/kernels"
 export PYTHONSAFEPATH=1 PYTHONPATH="$layout:$PWD${PYTHONPATH:+:$PYTHONPATH}"
 if "$PYTHON" -c 'import pybind11' 2>/dev/null; then
-    "$PYTHON" setup.py -q build_ext --build-lib "$layout" --build-temp "$layout/build" >"$OUT/native_build.log" 2>&1 ||
-        echo "the extension was not built: $OUT/native_build.log"
+    # Kept between rounds: cmake builds again only what changed.
+    "$PYTHON" setup.py -q build_ext --build-lib "$layout" --build-temp build/gpu-native >build/gpu-native.log 2>&1 ||
+        echo "the extension was not built: build/gpu-native.log" | tee -a "$log"
 fi
 
-failed=0
-run() { # name, command...
-    local name="$1"
-    shift
-    echo "== $name"
-    "$@" 2>&1 | tee "$OUT/$name.log"
-    local status="${PIPESTATUS[0]}"
-    if [ "$status" -ne 0 ]; then
-        echo "== $name failed with $status"
-        failed=1
-    fi
-}
-
-"$PYTHON" - <<'EOF' || exit 1
+"$PYTHON" - <<'END' | tee -a "$log" || exit 1
 import sys
 
 import torch
 
 if not torch.cuda.is_available():
     sys.exit("no CUDA device: nothing here to measure")
-print(torch.cuda.get_device_name(), "torch", torch.__version__)
-EOF
+print(torch.cuda.get_device_name(), "torch", torch.__version__, "CUDA", torch.version.cuda)
+END
 
-if [ "$stage" = tests ] || [ "$stage" = all ]; then
-    run tests "$PYTHON" -m pytest -q -p no:cacheprovider -o pythonpath= -o addopts="--import-mode=importlib -ra" tests/kernels
-    run tests_gpu "$PYTHON" -m pytest -q -p no:cacheprovider -o pythonpath= -o addopts="--import-mode=importlib -ra" -m gpu tests
-fi
-if [ "$stage" = check ] || [ "$stage" = all ]; then
-    run check "$PYTHON" bench/kernels_check.py --json "$OUT/kernels_check.json"
-fi
-if [ "$stage" = bench ] || [ "$stage" = all ]; then
-    if [ "$failed" -ne 0 ]; then
-        echo "no timing on a red correctness gate"
-    else
-        run bench "$PYTHON" bench/kernels.py --device cuda --out "$OUT"
+deadline=$((SECONDS + ${STAGE_SECONDS:-530}))
+failed=0
+run() { # name, command...
+    local name="$1" left=$((deadline - SECONDS))
+    shift
+    if [ "$left" -le 5 ]; then
+        echo "== $name: no time left, run the stage again" | tee -a "$log"
+        failed=1
+        return 1
     fi
+    echo "== $name" | tee -a "$log"
+    timeout --kill-after=10 "$left" "$@" 2>&1 | tee -a "$log" | tail -n 40
+    local status="${PIPESTATUS[0]}"
+    if [ "$status" -ne 0 ]; then
+        echo "== $name failed with $status" | tee -a "$log"
+        failed=1
+    fi
+    return "$status"
+}
+missing() { # file: whether it is still to be written
+    [ "$again" = yes ] || [ ! -s "$out/$1" ]
+}
+wants() { [ "$stage" = "$1" ] || [ "$stage" = all ]; }
+begin() { deadline=$((SECONDS + ${STAGE_SECONDS:-530})); }
+pytest() { "$PYTHON" -m pytest -q -p no:cacheprovider -o pythonpath= -o addopts="--import-mode=importlib -ra" "$@"; }
+export -f pytest
+export PYTHON
+checkpoint() { # makes the checkpoint that is tuned and profiled
+    mkdir -p build
+    [ -s "build/$PRESET-redrawn.safetensors" ] || "$PYTHON" bench/redrawn.py "$PRESET" "build/$PRESET-redrawn.safetensors"
+}
+
+if wants tests; then
+    begin
+    run tests bash -c "pytest tests/kernels tests/engine && pytest -m gpu tests" && echo passed >"$out/tests.txt"
+fi
+if [ "$failed" -ne 0 ]; then
+    echo "no timing on a red correctness gate" | tee -a "$log"
+    exit 1
+fi
+if wants kernels && missing kernels.json; then
+    begin
+    run kernels "$PYTHON" bench/kernels.py --device cuda --seconds 0.5 --json "$out/kernels.json"
+fi
+if wants tactics && missing tactics.json; then
+    begin
+    checkpoint && run tactics "$PYTHON" -m dfengine tune "build/$PRESET-redrawn.safetensors" --device cuda \
+        --precision "$PRECISION" --batch 1 --batch 16 --seconds 240 --out "$out/tactics.json"
+fi
+if wants throughput; then
+    begin
+    half=(--preset "$PRESET" --precision "$PRECISION" --device cuda --tactics tuned --seconds 8)
+    if missing throughput-detect.json; then
+        run throughput-detect "$PYTHON" bench/throughput.py --case detect "${half[@]}" --batch 16 1 8 --json "$out/throughput-detect.json"
+    fi
+    if missing throughput-unet.json; then
+        run throughput-unet "$PYTHON" bench/throughput.py --case unet "${half[@]}" --batch 1 16 --rivals eager,autocast,compile \
+            --json "$out/throughput-unet.json"
+    fi
+fi
+if wants profile; then
+    begin
+    plan=("build/$PRESET-redrawn.safetensors" --device cuda --precision "$PRECISION" --batch 16)
+    if checkpoint && missing plan.json; then
+        run plan bash -c '"$0" -m dfengine info --plan --json "${@:2}" >"$1"' "$PYTHON" "$out/plan.json" "${plan[@]}"
+    fi
+    if missing ncu.csv && command -v ncu >/dev/null && [ -s "$out/plan.json" ]; then
+        mapfile -t ranges < <("$PYTHON" -c '
+import json, sys
+ops = sorted(json.load(open(sys.argv[1]))["ops"], key=lambda op: -op["us"])[:5]
+for op in ops:
+    print("--nvtx-include", op["kernel"] + " " + op["name"] + "/", sep="\n")
+' "$out/plan.json")
+        run ncu bash -c '"$@" >"$0"' "$out/ncu.csv" ncu --csv --page raw --set basic --nvtx "${ranges[@]}" --profile-from-start off \
+            --clock-control none "$PYTHON" -m dfengine profile "${plan[@]}" --iterations 1
+    fi
+fi
+if [ "$stage" = sanitize ]; then
+    begin
+    for tool in memcheck racecheck; do
+        run "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m pytest -q -x -p no:cacheprovider -o pythonpath= \
+            -o addopts=--import-mode=importlib tests/kernels -k cuda
+    done
+fi
+if wants check && missing kernels_check.json; then
+    begin
+    run check "$PYTHON" bench/kernels_check.py --json "$out/kernels_check.json"
 fi
 exit "$failed"

@@ -1,68 +1,168 @@
-"""Write the measured tables of docs/kernels.md from bench/results.
+"""Write the measured tables of README.md, docs/kernels.md and docs/results.md from bench/results.
 
     python bench/tables.py [--check]
 
-`--check` changes nothing and exits with 1 where the page is not what the results say.
+`--check` changes nothing and exits with 1 where a page is not what the results say.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "kernels.md"
-BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+RESULTS = ROOT / "bench" / "results"
+RIVALS = ("torch.compile", "OpenVINO", "ONNX Runtime", "autocast", "eager")
+"""Columns, by how labels of runners begin."""
 
 
-def kernel_table(folder: Path) -> list[str]:
-    """The rows of every kernel measured on one device."""
-    lines = []
-    for path in sorted(folder.glob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        for row in result.get("rows", []):
-            if "op" not in row:
-                continue
-            rate = f"{row['tflops'] * 1e3:.0f} GFLOP/s" if "tflops" in row else f"{row['gbps']:.1f} GB/s"
-            label = row.get("label", "")
-            lines.append(
-                f"| `{row['op']}` | {'' if label == row['op'] else label} | {'x'.join(map(str, row['shape']))} | "
-                f"{row['dtype']} | {row['us']:.0f} | {rate} | {row['percent_of_ceiling']:.0f}% | "
-                f"{row['speedup']:.1f}x |"
-            )
-    return lines
+def results(name: str) -> Iterator[dict]:
+    """The results files of this name, by device; `*` matches what it does in a glob."""
+    for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
+        for path in sorted(folder.glob(f"{name}.json")):
+            yield json.loads(path.read_text(encoding="utf-8"))
 
 
-def tables() -> str:
-    """A table for each device that bench/results has kernels of."""
-    parts = []
-    for folder in sorted((ROOT / "bench" / "results").iterdir()):
-        lines = kernel_table(folder) if folder.is_dir() else []
-        if not lines:
+def kernel_lines(result: dict) -> Iterator[str]:
+    """The rows of a kernel measured on one device."""
+    for row in result.get("rows", []):
+        if "op" not in row:
             continue
-        head = json.loads(next(folder.glob("*.json")).read_text(encoding="utf-8"))
-        parts.append(
-            f"### {head['device']}\n\ntorch {head['torch']}, {head['threads']} threads.\n\n"
-            "| op | case | shape | dtype | us | rate | of ceiling | against torch eager |\n"
-            "| --- | --- | --- | --- | --- | --- | --- | --- |\n" + "\n".join(lines) + "\n"
+        rate = f"{row['tflops'] * 1e3:.0f} GFLOP/s" if "tflops" in row else f"{row['gbps']:.1f} GB/s"
+        label = row.get("label", "")
+        yield (
+            f"| `{row['op']}` | {'' if label == row['op'] else label} | {'x'.join(map(str, row['shape']))} | "
+            f"{row['dtype']} | {row['us']:.0f} | {rate} | {row['percent_of_ceiling']:.0f}% | "
+            f"{row['speedup']:.1f}x |"
         )
-    return "\n".join(parts)
+
+
+def kernel_tables() -> str:
+    """A table for each device that bench/results has kernels of."""
+    lines: dict[str, list[str]] = {}
+    heads: dict[str, str] = {}
+    for result in results("*"):
+        rows = list(kernel_lines(result))
+        if rows:
+            heads.setdefault(result["device"], f"torch {result['torch']}, {result['threads']} threads.")
+            lines.setdefault(result["device"], []).extend(rows)
+    head = (
+        "| op | case | shape | dtype | us | rate | of ceiling | against torch eager |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- |\n"
+    )
+    parts = [f"### {device}\n\n{heads[device]}\n\n{head}" + "\n".join(rows) for device, rows in lines.items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def model_name(row: dict) -> str:
+    """ "small, 256 pixels", or another preset by its name."""
+    size = row["preset"].removeprefix("diff-fastener-")
+    size = "full" if size == "diff-fastener" else size
+    return f"{size}, {row['size']} pixels"
+
+
+def rival_ms(row: dict, start: str) -> str:
+    """The milliseconds of the runner whose label begins so; "" where it did not run."""
+    return next((f"{r['ms']:.1f}" for label, r in row["runners"].items() if label.startswith(start)), "")
+
+
+def speed_table(case: str) -> str:
+    """Every row of a case, a table for each device."""
+    parts = []
+    for result in results(f"throughput-{case}"):
+        columns = [name for name in RIVALS if any(rival_ms(row, name) for row in result["rows"])]
+        heads = ["model", "batch", "precision", "dfengine, ms", "p99", "images/s", "of matmul"]
+        heads += [f"{name}, ms" for name in columns] + ["against the best"]
+        memory = any("peak_mb" in row for row in result["rows"])
+        heads += ["peak MB (eager)"] if memory else []
+        lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
+        for row in result["rows"]:
+            own = row["runners"]["dfengine"]
+            cells = [model_name(row), str(row["batch"]), row["precision"], f"{own['ms']:.1f}", f"{own['ms_p99']:.1f}"]
+            cells += [f"{own['images_per_second']:.1f}", f"{row['percent_of_matmul']:.0f}%"]
+            cells += [rival_ms(row, name) for name in columns]
+            cells += [f"{row['speedup']:.2f}x" if row["speedup"] else ""]
+            if memory:
+                peaks = row.get("peak_mb", {})
+                cells += [f"{peaks['dfengine']:.0f} ({peaks['eager']:.0f})" if peaks.get("eager") else ""]
+            lines.append(f"| {' | '.join(cells)} |")
+        where = f"{result['device']}, torch {result['torch']}, {result['threads']} threads."
+        parts.append(f"{where}\n\n" + "\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def waterfall_table() -> str:
+    """What each of the engine's steps brings."""
+    parts = []
+    for result in results("throughput-waterfall"):
+        for row in result["rows"]:
+            lines = [f"| {model_name(row)}, batch {row['batch']} | ms |", "| --- | --- |"]
+            lines += [f"| {step['step']} | {step['ms']:.1f} |" for step in row["steps"]]
+            parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def short_table() -> str:
+    """The half-precision rows of detection for the README."""
+    parts = []
+    for result in results("throughput-detect"):
+        lines = [
+            "| model | dfengine | OpenVINO | `torch.compile` | torch autocast |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for row in result["rows"]:
+            if row["precision"] == "float32":
+                continue
+            own = row["runners"]["dfengine"]
+            cells = [f"{model_name(row)}, batch {row['batch']}"]
+            cells += [f"{own['ms']:.1f} ms, {own['images_per_second']:.0f} images/s"]
+            cells += [f"{rival_ms(row, name)} ms" for name in ("OpenVINO", "torch.compile", "autocast")]
+            lines.append(f"| {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+TABLES = {
+    "README.md": {"speed": short_table},
+    "docs/kernels.md": {"tables": kernel_tables},
+    "docs/results.md": {
+        "detect": lambda: speed_table("detect"),
+        "unet": lambda: speed_table("unet"),
+        "waterfall": waterfall_table,
+    },
+}
+"""Page -> marker -> what stands between `<!-- marker: begin -->` and `<!-- marker: end -->`."""
+
+
+def written(text: str, marker: str, content: str) -> str:
+    """The page with this content at the marker. Raises ValueError where the page has not got it."""
+    begin, end = f"<!-- {marker}: begin -->", f"<!-- {marker}: end -->"
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.S)
+    if not pattern.search(text):
+        raise ValueError(f"no marker {begin}")
+    return pattern.sub(lambda _: f"{begin}\n\n{content}\n{end}", text)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; 1 where the page is not up to date")
+    parser.add_argument("--check", action="store_true", help="change nothing; 1 where a page is not up to date")
     check = parser.parse_args().check
-    text = PAGE.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    new = f"{before}{BEGIN}\n\n{tables()}\n{END}{after}"
-    if check:
-        return int(new != text)
-    PAGE.write_text(new, encoding="utf-8")
-    return 0
+    stale = 0
+    for name, tables in TABLES.items():
+        page = ROOT / name
+        text = new = page.read_text(encoding="utf-8")
+        for marker, table in tables.items():
+            new = written(new, marker, table())
+        if new != text and check:
+            print(f"{name}: not what bench/results says; python bench/tables.py writes it")
+            stale = 1
+        elif new != text:
+            page.write_text(new, encoding="utf-8")
+    return stale
 
 
 if __name__ == "__main__":

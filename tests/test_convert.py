@@ -17,8 +17,11 @@ import torch
 
 from dfengine.checkpoint import load_checkpoint
 from dfengine.convert import convert
+from dfengine.engine.modules import ModuleRunner
+from dfengine.engine.runner import ProgramRunner, make_runner
 from dfengine.errors import CheckpointError, ConfigError, DfengineError, UsageError
 from dfengine.models import build_model, preset
+from dfengine.native import available
 
 TINY = preset("diffusionad", image_size=32, base=8, seg_base=4, heads=2, attention_factors=(4, 8))
 
@@ -96,6 +99,27 @@ def test_every_weight_arrives_exactly(tmp_path, options, parallel):
     assert summary.epoch == 3000 == checkpoint.training["epochs"]
     assert checkpoint.calibration is None
     assert "diffusionad, 32x32, base 8, 2 heads, epoch 3000;" in str(summary)
+
+
+def test_public_weights_run_through_the_engine_as_through_their_modules(tmp_path):
+    """Shifts and scales as training leaves them: with all weights alike a map would be one value."""
+    content = public_content()
+    generator = torch.Generator().manual_seed(0)
+    for part in ("unet_model_state_dict", "seg_model_state_dict"):
+        content[part] = {
+            key: torch.randn(t.shape, generator=generator) * (0.5 if t.dim() == 1 else t[0].numel() ** -0.5)
+            if t.is_floating_point() and not key.endswith("running_var") else t
+            for key, t in content[part].items()
+        }  # fmt: skip
+    convert(save(tmp_path / "in.pt", content), tmp_path / "out.safetensors")
+    images = torch.rand((3, 32, 32, 3), generator=generator)
+    checkpoint = load_checkpoint(tmp_path / "out.safetensors")
+    want = ModuleRunner(checkpoint.build(), seed=2).run(images)
+    got = make_runner(checkpoint.build(), torch.device("cpu"), "float32", 2).run(images)
+    assert isinstance(make_runner(checkpoint.build(), torch.device("cpu"), "float32", 2), ProgramRunner) == available()
+    assert want.anomaly_map.std() > 1e-3
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
 
 def test_config_is_that_of_the_public_file(tmp_path):
@@ -370,6 +394,8 @@ UNHASHABLE = [
 CONVERT_EACH = """
 import sys
 from dfengine.convert import convert
+from dfengine.engine.modules import ModuleRunner
+from dfengine.engine.runner import ProgramRunner, make_runner
 from dfengine.errors import CheckpointError
 for source in sys.argv[2:]:
     try:

@@ -13,7 +13,8 @@ from dfengine.engine.lower import NotLoweredError
 from dfengine.engine.modules import ModuleRunner
 from dfengine.engine.runner import ProgramRunner, make_runner
 from dfengine.kernels import CannotRunError
-from tests.helpers import tiny_model
+from dfengine.models import build_model, preset
+from tests.helpers import redraw, tiny_model
 
 CPU = torch.device("cpu")
 compiled = pytest.mark.skipif(not native.available(), reason="dfengine._native is missing")
@@ -40,6 +41,31 @@ def _not_lowered(*_args, **_options):
 def test_modules_serve_what_has_no_program(monkeypatch):
     monkeypatch.setattr(runner_module, "Lowering", _not_lowered)
     assert isinstance(make_runner(tiny_model(), CPU, "float32", 0), ModuleRunner)
+
+
+SIZES = [
+    ("diff-fastener", 64, 9),
+    ("diffusionad", 64, 5),
+    ("diffusionad-v1", 64, 1),
+    ("diff-fastener", 128, 3),
+    ("diffusionad", 256, 2),
+    ("diff-fastener", 256, 1),
+    ("diff-fastener", 512, 1),
+]
+
+
+@compiled
+@pytest.mark.parametrize("name, size, batch", SIZES)
+def test_presets_at_every_size_are_their_modules(name, size, batch):
+    """With the levels of the preset at that size, narrow."""
+
+    def model():
+        return redraw(build_model(preset(name, image_size=size, base=8, seg_base=4, heads=2))).eval()
+
+    got, want = ProgramRunner(model()).run(images(batch, size)), ModuleRunner(model()).run(images(batch, size))
+    assert len(want.pred_score) == batch
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
 
 @compiled

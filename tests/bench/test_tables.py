@@ -1,0 +1,34 @@
+"""The measured tables of the pages are those of the results."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench import tables
+
+
+def test_the_pages_say_what_the_results_say(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tables.py", "--check"])
+    assert tables.main() == 0, capsys.readouterr().out
+
+
+def test_another_result_makes_a_page_stale(monkeypatch, capsys, tmp_path):
+    for name in tables.TABLES:
+        page = tmp_path / name
+        page.parent.mkdir(exist_ok=True)
+        page.write_bytes((tables.ROOT / name).read_bytes())
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr("sys.argv", ["tables.py", "--check"])
+    page = tmp_path / "README.md"
+    right = page.read_text()
+    own = right.split("<!-- speed: begin -->")[1].split("images/s")[0]
+    page.write_text(right.replace(own, own.replace(" ms", "0 ms", 1)))
+    assert tables.main() == 1
+    assert "README.md: not what" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["tables.py"])
+    assert tables.main() == 0 and page.read_text() == right
+
+
+def test_a_page_without_its_marker_is_an_error():
+    with pytest.raises(ValueError, match="no marker <!-- speed: begin -->"):
+        tables.written("text", "speed", "table")
