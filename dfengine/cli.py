@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from dfengine._version import __version__
-from dfengine.errors import DfengineError
+from dfengine.errors import DfengineError, UsageError
 from dfengine.files import os_reason
 
 app = typer.Typer(
@@ -185,6 +185,28 @@ def evaluate(
     from dfengine.commands.evaluate import run_evaluate
 
     _exit(run_evaluate(**options))
+
+
+@app.command()
+def verify(
+    checkpoint: CheckpointArgument,
+    data: Annotated[
+        Path | None, typer.Option(help="Normal images, or a data set with test images (MVTec, VisA or DAGM layout).")
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="What to compare with float32: tf32, float16, bfloat16 or auto, the device's own.")
+    ] = "auto",
+    record: Annotated[bool, typer.Option("--record", help="Note a pass in CKPT; a refusal removes it.")] = False,
+    batch_size: BatchOption = 16,
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+) -> None:
+    """Compare a precision with float32 on images: scores, maps, AUROC."""
+    if data is None:
+        raise UsageError("verify: give the images to compare on with --data")
+    from dfengine.commands.verify_data import run_verify_data
+
+    _exit(run_verify_data(checkpoint, data, precision, record, batch_size, device, seed))
 
 
 @app.command()

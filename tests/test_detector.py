@@ -185,7 +185,7 @@ def test_results_that_are_not_finite_are_refused(checkpoint, images):
     state["reconstruction.out.2.bias"].fill_(torch.finfo(torch.float32).max)
     state["segmentation.decoder_segment.fin_out.0.weight"].fill_(torch.finfo(torch.float32).max)
     detector = Detector(Checkpoint(CONFIG, state), device="cpu")
-    detections = list(detector.detect_iter(images[:2]))
+    detections = list(detector.stream(images[:2]))
     if all(np.isfinite(d.anomaly_map).all() and len(d) == 2 for d in detections):
         pytest.fail("the weights were meant to overflow")
     assert {e.reason for d in detections for e in d.errors} == {"the model's result is not finite in float32"}
