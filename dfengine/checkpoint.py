@@ -121,7 +121,8 @@ def check_state(config: ModelConfig, state: dict[str, Tensor], name: str) -> Non
 def _check_trial(config: ModelConfig, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, str], name: str) -> None:
     """Raises `CheckpointError` unless names, shapes and dtypes (safetensors' names) are those of a `Trial`."""
     if set(shapes) != {"images", "anomaly_map"}:
-        raise CheckpointError(f"{name}: the trial images are {', '.join(sorted(shapes))}, not anomaly_map, images")
+        found = ", ".join(sorted(shapes)) or "missing"
+        raise CheckpointError(f"{name}: the trial images are {found}; expected anomaly_map, images")
     size, count = config.image_size, shapes["images"][:1]
     if not (count and 1 <= count[0] <= TRIAL_IMAGES):
         raise CheckpointError(f"{name}: trial.images has shape {shapes['images']}, not 1 to {TRIAL_IMAGES} images")

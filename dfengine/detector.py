@@ -238,7 +238,11 @@ def _processors() -> int:
 def _draw(items: Iterator) -> Iterator[InputImage]:
     """The images of an iterator, item by item; names count items as `collect_inputs` does for a list."""
     for i, item in enumerate(items):
-        for image in collect_inputs([item]):
+        try:
+            images = collect_inputs([item])
+        except UsageError as error:
+            raise UsageError(str(error).replace("batch[0]", f"batch[{i}]", 1)) from None
+        for image in images:
             if image.path is None and image.name.startswith("batch[0]"):
                 image.name = f"batch[{i}]" + image.name.removeprefix("batch[0]")
             yield image

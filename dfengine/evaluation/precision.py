@@ -56,7 +56,7 @@ class PrecisionComparison:
             reasons.append(f"{self.lost} of {self.images + self.lost} images have no finite result")
         if not self.max_map_difference <= self.tolerance:
             reasons.append(f"a map differs by {self.max_map_difference:.4g} ({self.tolerance:g} allowed)")
-        if self.auroc is not None and not abs(self.auroc_points) <= AUROC_POINTS:
+        if self.auroc is not None and not abs(self.auroc_points) <= AUROC_POINTS + 1e-9:  # rounding
             reasons.append(f"image AUROC moves by {self.auroc_points:+.3f} points ({AUROC_POINTS:g} allowed)")
         return tuple(reasons)
 
