@@ -47,6 +47,8 @@ def run_verify_data(
     scoring = Scoring(Detector(loaded, device, "float32", seed), batch_size)
     labels = {str(sample.path): bool(sample.label) for sample in samples} if labelled else None
     comparison = compare_precision(precision, scoring.batches(images), other.stream(images, batch_size), labels)
+    if scoring.stopped:
+        raise DfengineError("verify: float32 did not score all images, so nothing is said of the precision")
     _print(comparison)
     passes = not comparison.failures
     if record:

@@ -37,7 +37,8 @@ class Prefetch(Generic[Item, Result]):
         self._source = iter(source)
         self._prepare, self._alone, self._within = prepare, alone, within
         self._ahead = ahead
-        lock = threading.Lock()
+        # Garbage collection, and with it the end of an abandoned consumer, may run in a worker that holds it.
+        lock = threading.RLock()
         self._room = threading.Condition(lock)  # for workers: there may be something to draw
         self._made = threading.Condition(lock)  # for `take`: what it waits for may be there
         self._results: dict[int, Result] = {}
@@ -81,6 +82,8 @@ class Prefetch(Generic[Item, Result]):
             self._stopped = True
             self._room.notify_all()
         for thread in self._threads:
+            if thread is threading.current_thread():
+                continue
             while thread.is_alive() and thread is not self._drawer:
                 thread.join(0.05)
             thread.join(PATIENCE)

@@ -71,7 +71,8 @@ def compare_precision(
     other: Iterable[Detection],
     labels: dict[str, bool] | None = None,
 ) -> PrecisionComparison:
-    """Compares two streams over the same images in batches of one size: `exact` of float32, `other` of `precision`.
+    """Compares two streams over the same images in batches of one size: `exact` of float32, `other` of `precision`, as
+    far as both go.
 
     labels: name of each image -> whether it is anomalous. An image that `exact` refused is left out. Raises DataError
     where no image is left.
@@ -79,7 +80,7 @@ def compare_precision(
     scores, names, largest, means = [], [], [0.0], []
     start = lost = flips = 0
     threshold = None
-    for a, b in zip(exact, other, strict=True):
+    for a, b in zip(exact, other, strict=False):
         places = np.arange(start, start + len(a) + len(a.errors))
         start += len(places)
         in_a, in_b = (np.setdiff1d(places, [error.index for error in part.errors]) for part in (a, b))

@@ -12,6 +12,7 @@ from dfengine.cli import main
 from dfengine.commands import verify_data
 from dfengine.data.fasteners import write_fasteners
 from dfengine.data.folders import fingerprint, open_dataset
+from dfengine.errors import DfengineError
 from dfengine.evaluation.calibration import Calibration
 from tests.helpers import spoil_precision, tiny_model
 
@@ -68,6 +69,21 @@ def test_a_spoilt_precision_is_refused_in_one_line(checkpoint, data, capsys, mon
     assert "largest map difference" in printed.out and "passes" not in printed.out
     assert "bfloat16" in load_checkpoint(checkpoint).verified  # nothing was to be recorded
     assert verify(checkpoint, data, "--record") == 1
+    assert load_checkpoint(checkpoint).verified == {}
+
+
+def test_a_comparison_that_ends_early_is_no_pass(checkpoint, data, capsys, monkeypatch):
+    calls = []
+
+    def fails(maps):
+        calls.append(len(maps))
+        if len(calls) == 2:
+            raise DfengineError("cpu: out of memory")
+
+    spoil_precision(monkeypatch, "float32", fails)
+    assert verify(checkpoint, data, "--record", "--batch-size", "4") == 1
+    printed = capsys.readouterr()
+    assert "out of memory" in printed.err and "did not score all images" in printed.err and "passes" not in printed.out
     assert load_checkpoint(checkpoint).verified == {}
 
 
