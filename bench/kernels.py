@@ -15,8 +15,6 @@ import argparse
 import importlib
 import statistics
 import sys
-import time
-from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,86 +25,11 @@ import torch  # noqa: E402
 
 from bench.kernels import Case  # noqa: E402
 from bench.measuring import environment, results_path, write  # noqa: E402
+from dfengine.engine.timing import copy_function, interleaved, matmul_rate  # noqa: E402
 
 ROTATED_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
 """Inputs and outputs of the rotation together: beyond the last-level cache."""
 MOST_SETS = {"cpu": 4096, "cuda": 256}
-CLOCKS = {"elapsed": time.perf_counter, "cpu": time.process_time}
-MATMUL = {"cpu": 2048, "cuda": 8192}
-"""Side of the matrices whose product is the ceiling of arithmetic."""
-
-
-def on_cpu(function, sets: list, clock: str):
-    """A function that runs `function` on the next set of arguments and returns the seconds it took."""
-    turn = -1
-
-    def once() -> float:
-        nonlocal turn
-        turn = (turn + 1) % len(sets)
-        start = CLOCKS[clock]()
-        function(*sets[turn])
-        return CLOCKS[clock]() - start
-
-    return once
-
-
-def on_cuda(function, sets: list):
-    """A function that replays a graph of `function` on all sets and returns the seconds that one call took."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for arguments in sets[:3]:
-            function(*arguments)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for arguments in sets:
-            function(*arguments)
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-    def once() -> float:
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / len(sets)
-
-    return once
-
-
-def measure(functions: dict, sets: list, device: str, seconds: float, clock: str) -> dict[str, list[float]]:
-    """Seconds of calls of every function, in turn, for about `seconds` seconds after a warm-up."""
-    timed = {name: on_cuda(f, sets) if device == "cuda" else on_cpu(f, sets, clock) for name, f in functions.items()}
-    times = {name: [] for name in timed}
-    for once in timed.values():
-        once(), once()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["kernel"]) < 5:
-        for name, once in timed.items():
-            times[name].append(once())
-    return times
-
-
-def copy_function(moved: int, count: int, device: str):
-    """A copy that reads moved / 2 bytes and writes as many, on buffers that rotate as the cases do."""
-    pairs = [tuple(torch.zeros(moved // 2, dtype=torch.uint8, device=device) for _ in range(2)) for _ in range(count)]
-    turn = 0
-
-    def copy(*_arguments):
-        nonlocal turn
-        source, target = pairs[turn % count]
-        turn += 1
-        target.copy_(source)
-
-    return copy
-
-
-@cache
-def matmul_rate(dtype: torch.dtype, device: str, clock: str) -> float:
-    """FLOP/s of the product of two large square matrices."""
-    side = MATMUL[device]
-    sets = [tuple(torch.ones((side, side), dtype=dtype, device=device) for _ in range(3))]
-    times = measure({"kernel": lambda a, b, c: torch.mm(a, b, out=c)}, sets, device, 0.5, clock)["kernel"]
-    return 2 * side**3 / statistics.median(times)
 
 
 def bench_case(op: str, case: Case, device: str, seconds: float, clock: str, compiled: bool) -> dict:
@@ -115,7 +38,7 @@ def bench_case(op: str, case: Case, device: str, seconds: float, clock: str, com
     if compiled:
         rivals["compile"] = torch.compile(rivals["torch"], mode="max-autotune-no-cudagraphs", dynamic=False)
     rivals["copy"] = copy_function(case.moved, count, device)
-    times = measure(rivals, [case.make() for _ in range(count)], device, seconds, clock)
+    times = interleaved(rivals, [case.make() for _ in range(count)], device, seconds, clock)
     medians = {name: statistics.median(values) for name, values in times.items()}
     kernel, rates = medians["kernel"], {"copy_gbps": case.moved / medians["copy"] / 1e9}
     least = medians["copy"]

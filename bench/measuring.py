@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import resource
 import subprocess
 from pathlib import Path
 
@@ -13,20 +14,9 @@ import torch
 
 import dfengine.native
 from dfengine._version import __version__
+from dfengine.devices import hardware_name
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-        name = re.search(r"model name\s*:\s*(.+)", text).group(1)
-        family, model = (re.search(rf"^{key}\s*:\s*(\d+)", text, re.M).group(1) for key in ("cpu family", "model"))
-        return f"{name} family {family} model {model}, {os.cpu_count()} cores"
-    except (OSError, AttributeError):
-        return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def command_output(*command: str) -> str | None:
@@ -39,7 +29,7 @@ def command_output(*command: str) -> str | None:
 def environment(device: str) -> dict:
     """Where and with what the numbers were measured."""
     result = {
-        "device": device_name(device),
+        "device": hardware_name(device),
         "dfengine": __version__,
         "commit": command_output("git", "describe", "--always", "--dirty"),
         "python": platform.python_version(),
@@ -58,6 +48,13 @@ def environment(device: str) -> dict:
             "driver, clocks, power": command_output("nvidia-smi", query, "--format=csv,noheader"),
         }
     return result
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: of this process's resident memory on a CPU, of torch's allocations on a GPU, at their highest so far."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def results_path(head: dict, name: str, folder: Path = ROOT / "bench" / "results") -> Path:

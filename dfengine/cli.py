@@ -45,6 +45,7 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 PrecisionOption = Annotated[str, typer.Option(help="auto, float32, tf32, float16 or bfloat16.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the inference noise; recorded with the results.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Images per batch; does not change any score.")]
+RunOption = Annotated[int, typer.Option(min=1, help="Images per run of the program.")]
 
 
 class Synthesis(str, Enum):
@@ -188,36 +189,101 @@ def evaluate(
 
 
 @app.command()
-def verify(
-    checkpoint: CheckpointArgument,
-    data: Annotated[
-        Path | None, typer.Option(help="Normal images, or a data set with test images (MVTec, VisA or DAGM layout).")
-    ] = None,
-    precision: Annotated[
-        str, typer.Option(help="What to compare with float32: tf32, float16, bfloat16 or auto, the device's own.")
-    ] = "auto",
-    record: Annotated[bool, typer.Option("--record", help="Note a pass in CKPT; a refusal removes it.")] = False,
-    batch_size: BatchOption = 16,
-    device: DeviceOption = "auto",
-    seed: SeedOption = 0,
-) -> None:
-    """Compare a precision with float32 on images: scores, maps, AUROC."""
-    if data is None:
-        raise UsageError("verify: give the images to compare on with --data")
-    from dfengine.commands.verify_data import run_verify_data
-
-    _exit(run_verify_data(checkpoint, data, precision, record, batch_size, device, seed))
-
-
-@app.command()
 def info(
     checkpoint: Annotated[Path | None, typer.Argument(metavar="[CKPT]", help="A checkpoint to describe.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print every op of the program that detects, with its measured time.")
+    ] = False,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images per run, for --plan (default: 1).")] = None,
+    device: Annotated[str | None, typer.Option(help="For --plan: auto, cpu, cuda, cuda:1, ...")] = None,
+    precision: Annotated[str | None, typer.Option(help="For --plan: as of detect.")] = None,
+    no_measure: Annotated[bool, typer.Option("--no-measure", help="For --plan: without times.")] = False,
 ) -> None:
-    """Describe a checkpoint, or this installation: devices, kernels, presets."""
+    """Describe a checkpoint, its program (--plan), or this installation: devices, kernels, presets."""
     from dfengine.commands.info import run_info
 
-    run_info(checkpoint, as_json)
+    run_info(checkpoint, as_json, plan, batch, device, precision, no_measure)
+
+
+@app.command()
+def verify(
+    checkpoint: CheckpointArgument,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Compare --precision with float32 on these: normal images, or a data set with test images."),
+    ] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="With --data: note a pass in CKPT; a refusal removes it.")
+    ] = False,
+    batch: RunOption = 2,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch, with --data.")] = 16,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    seed: SeedOption = 0,
+) -> None:
+    """Compare the program that detects with its model, op by op; with --data, a precision with float32 on images."""
+    if data is not None:
+        from dfengine.commands.verify_data import run_verify_data
+
+        _exit(run_verify_data(checkpoint, data, precision, record, batch_size, device, seed))
+        return
+    if record:
+        raise UsageError("verify: --record needs --data, the images of the comparison")
+    from dfengine.commands.verify import run_verify
+
+    _exit(run_verify(checkpoint, batch, device, precision, seed))
+
+
+@app.command()
+def tune(
+    checkpoint: CheckpointArgument,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Images per run (default: 1, 16); repeatable.")] = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    exhaustive: Annotated[
+        bool, typer.Option("--exhaustive", help="Measure everything anew, every candidate to the end.")
+    ] = False,
+    seconds: Annotated[float | None, typer.Option(min=0, help="Begin no further op after so long.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write what was measured here (for DFENGINE_TACTICS).")] = None,
+) -> None:
+    """Measure which kernels are quickest for a detector on this device; later runs take them."""
+    from dfengine.commands.tune import run_tune
+
+    run_tune(checkpoint, batch or [1, 16], device, precision, exhaustive, seconds, out)
+
+
+@app.command()
+def profile(
+    checkpoint: CheckpointArgument,
+    batch: RunOption = 1,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    iterations: Annotated[int, typer.Option(min=1, help="Runs of the program that are profiled.")] = 20,
+    out: Annotated[
+        Path | None, typer.Option(help="On a CPU: the Chrome trace to write (default: profile.json).")
+    ] = None,
+) -> None:
+    """Run the program for a profiler: a Chrome trace on a CPU; on a GPU with NVTX ranges, for nsys and ncu."""
+    options = dict(locals())
+    from dfengine.commands.profile import run_profile
+
+    run_profile(**options)
+
+
+@app.command()
+def roofline(
+    checkpoint: CheckpointArgument,
+    out: Annotated[Path, typer.Option(help="The PNG to write.")],
+    batch: RunOption = 1,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+) -> None:
+    """Draw every op of the program against the ceilings that this device reaches."""
+    options = dict(locals())
+    from dfengine.commands.roofline import run_roofline
+
+    run_roofline(**options)
 
 
 @app.command()

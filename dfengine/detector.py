@@ -7,6 +7,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dfengine.data.prefetch import Prefetch
 from dfengine.detection import Detection, Refused, resize_map
 from dfengine.devices import resolve_device
 from dfengine.engine.modules import Output
+from dfengine.engine.runner import TACTICS, ProgramRunner
 from dfengine.engine.transfer import CudaTransfer, HostTransfer, transfer_of
 from dfengine.errors import DfengineError, ImageError, UsageError
 from dfengine.precision import check_precision, chosen_runner, float32_arithmetic
@@ -29,7 +31,9 @@ MOST_WORKERS = 8
 _Prepared = tuple[InputImage, torch.Tensor | ImageError]
 
 
-def load(path: str | Path, device: str = "auto", precision: str = "auto", seed: int = 0) -> Detector:
+def load(
+    path: str | Path, device: str = "auto", precision: str = "auto", seed: int = 0, tactics: str = "default"
+) -> Detector:
     """The detector in the checkpoint `path`, ready to run.
 
     device: "auto" (a CUDA GPU where there is one, else the CPU), "cpu", "cuda" or "cuda:N".
@@ -38,11 +42,14 @@ def load(path: str | Path, device: str = "auto", precision: str = "auto", seed: 
         on a processor with AMX or AVX512_BF16) where the trial images in the checkpoint get the maps of float32 within
         0.01 (bfloat16: 0.05), else float32.
     seed: of the diffusion noise, 0 to 2**64 - 1; the same seed gives the same scores.
+    tactics: which kernels run: "default" takes what is known to be quick on this device; "tuned" measures what is not,
+        once for each batch size (seconds to minutes), and remembers it; "exhaustive" measures everything anew. On a GPU
+        the fused kernels run only once that was done, here or by `dfengine tune`; before, the PyTorch modules.
 
     Raises `CheckpointError` for a checkpoint that cannot be used, `UsageError` for a device or precision that this
     machine does not have.
     """
-    return Detector(load_checkpoint(path), device, precision, seed)
+    return Detector(load_checkpoint(path), device, precision, seed, tactics)
 
 
 class Detector:
@@ -52,7 +59,17 @@ class Detector:
     for later calls. device, precision: as chosen. seed. A detector may be shared by threads: they take turns.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: str = "auto", precision: str = "auto", seed: int = 0):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: str = "auto",
+        precision: str = "auto",
+        seed: int = 0,
+        tactics: str = "default",
+        tuning_seconds: float | None = None,
+    ):
+        if tactics not in TACTICS:
+            raise UsageError(f"tactics must be one of {', '.join(TACTICS)}, not {tactics!r}")
         if type(seed) is not int or not 0 <= seed < 2**64:
             raise UsageError(f"seed must be a whole number from 0 to 2**64 - 1, not {seed!r}")
         self.config = checkpoint.config
@@ -61,7 +78,7 @@ class Detector:
         self.seed = seed
         self.device = resolve_device(device)
         check_precision(precision, self.device)
-        self._runner = chosen_runner(checkpoint, self.device, precision, seed)
+        self._runner = chosen_runner(checkpoint, self.device, precision, seed, tactics, tuning_seconds)
         self.precision = self._runner.precision
         self._lock = threading.Lock()
         self._ran: torch.cuda.Event | None = None  # when the last batch, perhaps on another stream, is done
@@ -78,6 +95,14 @@ class Detector:
         calibrated = "not calibrated" if self.threshold is None else f"threshold {self.threshold:.4f}"
         size = self.config.image_size
         return f"Detector({self.config.preset}, {size}x{size}, {self.device}, {self.precision}, {calibrated})"
+
+    @contextmanager
+    def program_runner(self) -> Iterator[ProgramRunner | None]:
+        """For `with`: what runs the batches, for this thread alone and in the detector's arithmetic; None where that
+        is torch modules and not a program."""
+        runner = self._runner if isinstance(self._runner, ProgramRunner) else None
+        with self._lock, float32_arithmetic(self.device, self.precision):
+            yield runner
 
     def detect(self, batch: Any, batch_size: int = 16, original_size: bool = False) -> Detection:
         """Score images; `dfengine.data.inputs` says what `batch` can be. All results are held in memory.

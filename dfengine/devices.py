@@ -1,6 +1,11 @@
-"""The device that a name stands for, and what the processor can."""
+"""The device that a name stands for, its make, and what the processor can."""
 
 from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
 
 import torch
 
@@ -30,3 +35,16 @@ def resolve_device(device: str) -> torch.device:
         if (resolved.index or 0) >= count:
             raise UsageError(f"device {device}: this machine has {count} GPU{'s' if count > 1 else ''}, counted from 0")
     return resolved
+
+
+def hardware_name(device: str | torch.device) -> str:
+    """The make of a device: a GPU's name; a processor's with family, model and its number of cores."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        name = re.search(r"model name\s*:\s*(.+)", text).group(1)
+        family, model = (re.search(rf"^{key}\s*:\s*(\d+)", text, re.M).group(1) for key in ("cpu family", "model"))
+        return f"{name} family {family} model {model}, {os.cpu_count()} cores"
+    except (OSError, AttributeError):
+        return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"

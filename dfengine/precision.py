@@ -51,27 +51,38 @@ def half_precision(device: torch.device) -> str | None:
 
 
 def chosen_runner(
-    checkpoint: Checkpoint, device: torch.device, precision: str, seed: int
+    checkpoint: Checkpoint,
+    device: torch.device,
+    precision: str,
+    seed: int,
+    tactics: str = "default",
+    tuning_seconds: float | None = None,
 ) -> ModuleRunner | ProgramRunner:
     """The runner that serves `checkpoint`; its `precision` is what "auto" became.
+
+    tactics, tuning_seconds: of the runner that serves; what it is tried against takes the default ones.
 
     "auto" is the half precision of the device where it gives the maps of float32 for the checkpoint's trial images
     within `TOLERANCE`, else float32; a checkpoint without them is tried on one image of smooth noise. The iterative
     mode, whose trial would be hundreds of evaluations, runs in float32.
     """
+
+    def served(used: str) -> ModuleRunner | ProgramRunner:
+        return make_runner(checkpoint.build(), device, used, seed, tactics, tuning_seconds)
+
     half = half_precision(device) if precision == "auto" else None
     if half is None or checkpoint.config.mode == "iterative":
-        return make_runner(checkpoint.build(), device, "float32" if precision == "auto" else precision, seed)
+        return served("float32" if precision == "auto" else precision)
     trial, exact = checkpoint.trial, None
     if trial is None or seed != TRIAL_SEED:
         exact = make_runner(checkpoint.build(), device, "float32", seed)
         images = _smooth_noise(checkpoint.config.image_size) if trial is None else trial.images
         trial = Trial(images, trial_maps(exact, images))
-    runner = make_runner(checkpoint.build(), device, half, seed)
+    runner = served(half)
     difference = (trial_maps(runner, trial.images) - trial.anomaly_map.float()).abs().max()
     if difference <= TOLERANCE[half]:  # not where it is NaN
         return runner
-    return exact or make_runner(checkpoint.build(), device, "float32", seed)
+    return exact if exact is not None and tactics == "default" else served("float32")
 
 
 def trial_maps(runner: ModuleRunner | ProgramRunner, images: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from dfengine.kernels import (
     channel_attention,
     conv2d,
     conv2d_cpu,  # noqa: F401  (registers itself)
+    conv2d_library,  # noqa: F401  (likewise)
+    copy,
     group_norm,
     group_norm_apply,
     group_norm_merge,
@@ -35,6 +37,7 @@ OPS: dict[str, Op] = {
         group_norm_apply.OP,
         channel_attention.OP,
         attention.OP,
+        copy.OP,
         one_step.OP,
         reverse_step.OP,
         resample.UPSAMPLE,

@@ -331,7 +331,9 @@ def _run_cpu(x, w1, w2, spatial_weight, spatial_bias, residual, y, workspace, le
 
 
 OP = Op("channel_attention")
-OP.register("triton", _run_triton, triton_import.available, _can_run_gpu("triton"))
+OP.register(
+    "triton", _run_triton, triton_import.available, _can_run_gpu("triton"), configurations=kernels.CONFIGURATIONS
+)
 OP.register("cuda", _run_cuda, cuda_launch.available, _can_run_gpu("cuda"))
 OP.register("cpu", _run_cpu, registry.cpu_available("channel_attention"), can_run)
 OP.register("reference", _run_reference, registry.always, registry.always)

@@ -22,7 +22,8 @@ Types: x, x2, residual, y and weight share float32, float16 or bfloat16 (the ref
 float32 (float64). Products are summed in float32; the prologue is computed in float32 and rounded once, to x's dtype.
 
 Compiled backends serve 1x1 and 3x3 kernels, Triton with dilation 1 or 2; the reference every odd one.
-Backends: reference (any device), triton (GPU; CPU through the interpreter), cpu (kernels/conv2d_cpu.py).
+Backends: reference (any device), triton (GPU; CPU through the interpreter), cpu (kernels/conv2d_cpu.py), library (any
+device: kernels/conv2d_library.py).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dfengine.kernels import group_norm_moments, registry, triton_import
-from dfengine.kernels.conv2d_triton import configuration_for, conv2d_kernel, launch_options
+from dfengine.kernels.conv2d_triton import configuration_for, conv2d_kernel, fitting_configurations, launch_options
 from dfengine.kernels.registry import CannotRunError, Op
 from dfengine.kernels.slices import TYPES, pixel_stride, resampled
 from dfengine.kernels.triton_import import triton
@@ -339,14 +340,25 @@ def _can_run_reference(x, x2, weight, *rest) -> None:
     weight.taps()
 
 
+def _wanted(x, y, moments, tile_pixels) -> tuple:
+    """The arguments of `configuration_for`."""
+    capability = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
+    return tuple(y.shape), x.dtype, tile_pixels if moments is not None else 0, capability
+
+
+def _triton_configurations(
+    x, x2, weight, bias, scale, offset, prologue_act, resample, residual, residual_resample, act, y, moments,
+    tile_pixels,
+) -> list[dict]:  # fmt: skip
+    return [{"configuration": c} for c in fitting_configurations(*_wanted(x, y, moments, tile_pixels))]
+
+
 def _run_triton(
     x, x2, weight, bias, scale, offset, prologue_act, resample, residual, residual_resample, act, y,
     moments, tile_pixels, configuration=None,
 ) -> None:  # fmt: skip
     batch, height, width, outputs = y.shape
-    capability = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
-    wanted = tile_pixels if moments is not None else 0
-    chosen = configuration or configuration_for(tuple(y.shape), x.dtype, wanted, capability)
+    chosen = configuration or configuration_for(*_wanted(x, y, moments, tile_pixels))
     if moments is not None and chosen["BLOCK_M"] != tile_pixels:
         raise CannotRunError(f"tile_pixels {tile_pixels} is not the BLOCK_M of {chosen}")
     sources = [t.shape[3] for t in (x, x2) if t is not None]
@@ -378,5 +390,5 @@ def _can_run_triton(
 
 
 OP = Op("conv2d")
-OP.register("triton", _run_triton, triton_import.available, _can_run_triton)
+OP.register("triton", _run_triton, triton_import.available, _can_run_triton, configurations=_triton_configurations)
 OP.register("reference", _run_reference, registry.always, _can_run_reference)

@@ -1,5 +1,4 @@
-"""conv2d on the CPU: packing of the weight, the launcher of csrc/cpu/conv2d.cpp, and torch's convolution where that is
-missing (formula: kernels/conv2d.py).
+"""conv2d on the CPU: packing of the weight and the launcher of csrc/cpu/conv2d.cpp (formula: kernels/conv2d.py).
 
 The GEMM takes a block of output channels at a time and reads its weights in order: (blocks, K K C', B), with C' the
 padded channels and B the outputs of a block; where it multiplies bfloat16, channels come in pairs:
@@ -17,19 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfengine import native
-from dfengine.kernels import group_norm_moments
-from dfengine.kernels.conv2d import (
-    ACTIVATIONS,
-    OP,
-    RESAMPLES,
-    TYPES,
-    ConvWeight,
-    _activated,
-    _resample,
-    can_run,
-)
-from dfengine.kernels.registry import CannotRunError
-from dfengine.kernels.slices import pixel_stride
+from dfengine.kernels import registry
+from dfengine.kernels.conv2d import ACTIVATIONS, OP, RESAMPLES, ConvWeight, can_run
+from dfengine.kernels.slices import TYPES, pixel_stride
 
 PRODUCTS = {"float32": 0, "pairs": 1, "tiles": 2}
 """Codes of csrc/cpu/conv2d.h: Product."""
@@ -121,60 +110,20 @@ def bind(*args, level: str = "", product: str = "") -> Callable[[], None]:
     return run
 
 
-def library_taps(weight: ConvWeight) -> Tensor:
-    """(O, C, KH, KW) for torch's convolution, made once."""
-    if "library" not in weight.prepacked:
-        taps = weight.taps().permute(3, 2, 0, 1)
-        weight.prepacked["library"] = taps.contiguous(memory_format=torch.channels_last)
-    return weight.prepacked["library"]
-
-
-def run_library(
-    x, x2, weight, bias, scale, offset, prologue_act, resample, residual, residual_resample, act, y, moments,
-    tile_pixels,
-) -> None:  # fmt: skip
-    """torch's convolution (oneDNN) between passes of elementwise operations, in x's dtype."""
-    taps = library_taps(weight)
-    p = x if x2 is None else torch.cat((x, x2), dim=3)
-    if scale is not None:
-        p = torch.addcmul(offset[:, None, None], p.float(), scale[:, None, None])
-    p = _resample(_activated(p, prologue_act), resample).to(x.dtype)
-    padding = weight.dilation * (weight.kernel[0] // 2)
-    z = F.conv2d(p.permute(0, 3, 1, 2), taps, None, 1, padding, weight.dilation)
-    z = z.permute(0, 2, 3, 1)
-    if bias is not None:
-        z = z + bias.view(-1, 1, 1, weight.outputs)
-    z = _activated(z, act)
-    if residual is not None:
-        z = z + _resample(residual, residual_resample)
-    y.copy_(z)
-    if moments is not None:
-        moments.copy_(group_norm_moments.reference(y, tile_pixels))
-
-
-def _compiled() -> bool:
-    return native.module is not None and hasattr(native.module, "Conv2d")
-
-
-def _run_cpu(*args, **options) -> None:
-    (run_native if _compiled() else run_library)(*args, **options)
-
-
-def _bind_cpu(x, x2, weight, *rest) -> Callable[[], None]:
+def _bind_cpu(x, x2, weight, *rest, **options) -> Callable[[], None]:
     """As `bind`; a disposable weight is then held in one form only."""
-    if _compiled():
-        run = bind(x, x2, weight, *rest)
-    else:
-        library_taps(weight)
-        run = functools.partial(run_library, x, x2, weight, *rest)
+    run = bind(x, x2, weight, *rest, **options)
     if weight.disposable:
         weight.release()
     return run
 
 
-def _available(device: str) -> None:
-    if device != "cpu":
-        raise CannotRunError(f"the cpu backend does not run on {device}")
+def _configurations(x, *_args) -> list[dict]:
+    """Every product that serves here, the one taken by default first."""
+    if x.dtype != torch.bfloat16:
+        return [{}]
+    known = sorted(PRODUCTS, key=lambda product: product != default_product(x.dtype))
+    return [{"product": product} for product in known if native.module.conv2d_supported(PRODUCTS[product])]
 
 
-OP.register("cpu", _run_cpu, _available, can_run, _bind_cpu)
+OP.register("cpu", run_native, registry.cpu_available("Conv2d"), can_run, _bind_cpu, _configurations)

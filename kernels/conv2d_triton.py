@@ -286,16 +286,15 @@ ENOUGH_PROGRAMS = 132
 """A program for each multiprocessor of an H100: below it, a smaller tile is taken."""
 
 
-def configuration_for(
+def fitting_configurations(
     shape: tuple[int, int, int, int], dtype: torch.dtype, tile_pixels: int = 0, capability: int = 9
-) -> dict[str, int]:
-    """The launch configuration for a y of `shape` (N, H, W, O): not yet timed on a device.
+) -> list[dict[str, int]]:
+    """The launch configurations whose tile is less than half empty for a y of `shape` (N, H, W, O).
 
-    The first whose tile is less than half empty and that makes enough programs, else the one that makes most.
     tile_pixels: where not 0, only those with BLOCK_M = tile_pixels; raises CannotRunError where none is.
     capability: the major one of the device: below 9, shared memory holds only one of the widest and deepest tiles.
     """
-    batch, height, width, outputs = shape
+    _, height, width, outputs = shape
     known = SINGLE_CONFIGURATIONS if dtype == torch.float32 else HALF_CONFIGURATIONS
     known = [c for c in known if c["BLOCK_M"] == tile_pixels or not tile_pixels]
     known = [c for c in known if capability >= 9 or c != HALF_CONFIGURATIONS[0]]
@@ -303,7 +302,18 @@ def configuration_for(
         raise CannotRunError(f"no launch configuration has tiles of {tile_pixels} pixels")
     rows = max(height * width, min(c["BLOCK_M"] for c in known))
     columns = max(outputs, min(c["BLOCK_N"] for c in known))
-    fitting = [c for c in known if c["BLOCK_M"] < 2 * rows and c["BLOCK_N"] < 2 * columns]
+    return [c for c in known if c["BLOCK_M"] < 2 * rows and c["BLOCK_N"] < 2 * columns]
+
+
+def configuration_for(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, tile_pixels: int = 0, capability: int = 9
+) -> dict[str, int]:
+    """The launch configuration for a y of `shape` (N, H, W, O): not yet timed on a device.
+
+    Of the `fitting_configurations` the first that makes enough programs, else the one that makes most.
+    """
+    batch, height, width, outputs = shape
+    fitting = fitting_configurations(shape, dtype, tile_pixels, capability)
 
     def programs(c: dict[str, int]) -> int:
         return batch * -(-height * width // c["BLOCK_M"]) * -(-outputs // c["BLOCK_N"])

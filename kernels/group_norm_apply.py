@@ -286,7 +286,7 @@ def _run_cpu(x, x2, scale, offset, act, resample, y, level="") -> None:
 
 
 OP = Op("group_norm_apply")
-OP.register("triton", _run_triton, triton_import.available, can_run_on_gpu)
+OP.register("triton", _run_triton, triton_import.available, can_run_on_gpu, configurations=CONFIGURATIONS)
 OP.register("cuda", _run_cuda, cuda_launch.available, can_run_on_gpu)
 OP.register("cpu", _run_cpu, registry.cpu_available("group_norm_apply"), can_run)
 OP.register("reference", _run_reference, registry.always, registry.always)

@@ -267,7 +267,7 @@ def _run_cpu(
 
 
 OP = Op("group_norm_merge")
-OP.register("triton", _run_triton, triton_import.available, _can_run_triton)
+OP.register("triton", _run_triton, triton_import.available, _can_run_triton, configurations=CONFIGURATIONS)
 OP.register("cuda", _run_cuda, cuda_launch.available, can_run_on_gpu)
 OP.register("cpu", _run_cpu, registry.cpu_available("group_norm_merge"), can_run)
 OP.register("reference", _run_reference, registry.always, registry.always)

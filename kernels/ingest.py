@@ -425,7 +425,7 @@ def _run_cpu(images, x_0, x_t, gain, offset, a, b, seed, draw, step, noise=None,
 
 
 OP = Op("ingest")
-OP.register("triton", _run_triton, triton_import.available, _can_run_triton)
+OP.register("triton", _run_triton, triton_import.available, _can_run_triton, configurations=CONFIGURATIONS)
 OP.register("cuda", _run_cuda, cuda_launch.available, _can_run_drawing)
 OP.register("cpu", _run_cpu, registry.cpu_available("ingest"), can_run)
 OP.register("reference", _run_reference, registry.always, registry.always)

@@ -275,7 +275,7 @@ def _run_cpu(x_t, eps, x_0, a, b, weight, gain, offset, pair, reconstruction, le
 
 
 OP = Op("one_step")
-OP.register("triton", _run_triton, triton_import.available, _can_run_triton)
+OP.register("triton", _run_triton, triton_import.available, _can_run_triton, configurations=CONFIGURATIONS)
 OP.register("cuda", _run_cuda, cuda_launch.available, can_run)
 OP.register("cpu", _run_cpu, registry.cpu_available("one_step"), can_run)
 OP.register("reference", _run_reference, registry.always, registry.always)

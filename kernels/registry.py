@@ -9,18 +9,19 @@ everything the op accepts.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from dfengine import native
 from dfengine.errors import DfengineError, UsageError
 
-BACKENDS = ("triton", "cuda", "cpu", "reference")
+BACKENDS = ("triton", "cuda", "cpu", "library", "reference")
 PRIORITY = {
-    "cuda": ("triton", "cuda", "reference"),
-    "cpu": ("cpu", "reference"),
+    "cuda": ("triton", "cuda", "library", "reference"),
+    "cpu": ("cpu", "library", "reference"),
 }
 ENVIRONMENT = "DFENGINE_BACKEND"
 
@@ -36,6 +37,8 @@ class Implementation:
     run: called with the op's arguments; writes into the given outputs.
     available: called with a device type ("cpu", "cuda"); raises CannotRunError where the backend is absent there.
     can_run: called with the op's arguments; raises CannotRunError where these shapes, strides or dtypes are not served.
+    configurations: called with the op's arguments; the keyword arguments of `run` and `bind` that are worth trying for
+        them, {} being what is taken without them.
     bind: called with the op's arguments; gives a function that runs it on these very tensors, again and again, with
         less work a call than `run`; or None.
     """
@@ -44,6 +47,11 @@ class Implementation:
     available: Callable[[str], None]
     can_run: Callable[..., None]
     bind: Callable[..., Callable[[], None]] | None = None
+    configurations: Callable[..., Sequence[dict]] = lambda *_args: ({},)
+
+    def bound(self, *args, **options) -> Callable[[], None]:
+        """A function that runs it on these very tensors with these options, a configuration."""
+        return (self.bind or partial(partial, self.run))(*args, **options)
 
 
 @dataclass
@@ -53,10 +61,17 @@ class Op:
     name: str
     implementations: dict[str, Implementation] = field(default_factory=dict)
 
-    def register(self, backend: str, run, available, can_run, bind=None) -> None:
+    def register(self, backend: str, run, available, can_run, bind=None, configurations=None) -> None:
+        """configurations: a function as in `Implementation`, or the launch configurations of a Triton kernel."""
         if backend not in BACKENDS:
             raise ValueError(f"{self.name}: unknown backend {backend!r}")
-        self.implementations[backend] = Implementation(run, available, can_run, bind)
+        if configurations is None:
+            self.implementations[backend] = Implementation(run, available, can_run, bind)
+            return
+        if not callable(configurations):
+            options = tuple({"configuration": configuration} for configuration in configurations)
+            configurations = lambda *_args: options  # noqa: E731
+        self.implementations[backend] = Implementation(run, available, can_run, bind, configurations)
 
     def choose(self, first: torch.Tensor, *args, backend: str | None = None, **kwargs) -> str:
         """Return the name of the backend that runs these arguments.

@@ -251,11 +251,15 @@ def _run_cpu_max_pool(x, y, level="") -> None:
 
 
 UPSAMPLE = Op("upsample_bilinear")
-UPSAMPLE.register("triton", _run_triton_upsample, triton_import.available, _can_run_triton)
+UPSAMPLE.register(
+    "triton", _run_triton_upsample, triton_import.available, _can_run_triton, configurations=CONFIGURATIONS
+)
 UPSAMPLE.register("cpu", _run_cpu_upsample, registry.cpu_available("upsample_bilinear"), can_run)
 UPSAMPLE.register("reference", _run_reference_upsample, registry.always, registry.always)
 
 MAX_POOL = Op("max_pool")
-MAX_POOL.register("triton", _run_triton_max_pool, triton_import.available, _can_run_triton)
+MAX_POOL.register(
+    "triton", _run_triton_max_pool, triton_import.available, _can_run_triton, configurations=CONFIGURATIONS
+)
 MAX_POOL.register("cpu", _run_cpu_max_pool, registry.cpu_available("max_pool"), can_run)
 MAX_POOL.register("reference", _run_reference_max_pool, registry.always, registry.always)

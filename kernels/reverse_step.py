@@ -232,7 +232,7 @@ def _run_cpu(x_t, eps, a, b, from_x0, from_xt, sigma, seed, draw, step, out, lev
 
 
 OP = Op("reverse_step")
-OP.register("triton", _run_triton, triton_import.available, _can_run_triton)
+OP.register("triton", _run_triton, triton_import.available, _can_run_triton, configurations=CONFIGURATIONS)
 OP.register("cuda", _run_cuda, cuda_launch.available, can_run)
 OP.register("cpu", _run_cpu, registry.cpu_available("reverse_step"), can_run)
 OP.register("reference", _run_reference, registry.always, registry.always)

@@ -330,7 +330,7 @@ def _run_cpu(logits, threshold, k, anomaly_map, pred_score, pred_label, workspac
 
 
 OP = Op("score")
-OP.register("triton", _run_triton, triton_import.available, _can_run_triton)
+OP.register("triton", _run_triton, triton_import.available, _can_run_triton, configurations=CONFIGURATIONS)
 OP.register("cuda", _run_cuda, cuda_launch.available, can_run)
 OP.register("cpu", _run_cpu, registry.cpu_available("score"), can_run)
 OP.register("reference", _run_reference, registry.always, registry.always)

@@ -11,6 +11,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are first imported, hence here
 
 
+@pytest.fixture(autouse=True)
+def _own_tactics(tmp_path_factory, monkeypatch):
+    """What was measured for the user's detectors changes no test, and tests leave nothing in the user's cache."""
+    monkeypatch.setenv("DFENGINE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.delenv("DFENGINE_TACTICS", raising=False)
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

@@ -37,8 +37,8 @@ def spoil_precision(monkeypatch, precision: str, change) -> None:
     that belong to them."""
     make = module.make_runner
 
-    def spoilt(model, device, used, seed):
-        runner = make(model, device, used, seed)
+    def spoilt(model, device, used, *more):
+        runner = make(model, device, used, *more)
         if used == precision:
             run = runner.run
 

@@ -31,9 +31,9 @@ def made(monkeypatch):
     """The precisions of the runners that are made, on a machine whose half precision is bfloat16."""
     made, make = [], module.make_runner
 
-    def counted(model, device, precision, seed):
+    def counted(model, device, precision, *more):
         made.append(precision)
-        return make(model, device, precision, seed)
+        return make(model, device, precision, *more)
 
     monkeypatch.setattr(module, "make_runner", counted)
     monkeypatch.setattr(module, "half_precision", lambda device: "bfloat16")

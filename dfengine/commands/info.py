@@ -14,13 +14,30 @@ from rich.table import Table
 
 from dfengine import __version__, kernels, native
 from dfengine.checkpoint import load_checkpoint
+from dfengine.commands.plan import run_plan
+from dfengine.errors import UsageError
 from dfengine.models import PRESETS, cost
 
 _PACKAGES = ("torch", "triton", "numpy", "cupy-cuda13x", "cupy-cuda12x", "nvtx")
 
 
-def run_info(checkpoint: Path | None, as_json: bool) -> None:
-    """Prints the description. Raises `CheckpointError` for a file that cannot be used."""
+def run_info(
+    checkpoint: Path | None,
+    as_json: bool,
+    plan: bool = False,
+    batch: int | None = None,
+    device: str | None = None,
+    precision: str | None = None,
+    no_measure: bool = False,
+) -> None:
+    """Prints the description, or with `plan` that of the program. Raises `CheckpointError` for a file that cannot be
+    used, `UsageError` for options that do not go together."""
+    if plan:
+        if checkpoint is None:
+            raise UsageError("--plan needs a checkpoint")
+        return run_plan(checkpoint, batch or 1, device or "auto", precision or "auto", not no_measure, as_json)
+    if no_measure or (batch, device, precision) != (None, None, None):
+        raise UsageError("--batch, --device, --precision and --no-measure go with --plan")
     facts = installation() if checkpoint is None else describe(checkpoint)
     console = Console(soft_wrap=True, highlight=False)
     if as_json:

@@ -45,7 +45,7 @@ class Feature:
 
     value: Value
     moments: Value | None = None
-    shift: Constant | None = None
+    shift: Constant | Value | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -64,12 +64,13 @@ class Norm:
 @dataclass
 class Builder:
     """The ops so far. dtype: of activations. precise: of statistics and parameters. constants: by name, shared by the
-    programs of one model."""
+    programs of one model. disposable: whether a backend may keep a packed weight in its own form alone."""
 
     dtype: torch.dtype
     device: torch.device
     fusion: Fusion
     constants: dict[str, Constant]
+    disposable: bool = True
     ops: list[Op] = field(default_factory=list)
 
     @property
@@ -96,7 +97,7 @@ class Builder:
     def weight(self, name: str, weight: torch.Tensor, dilation: int = 1) -> Constant:
         """A convolution's weight (O, C, KH, KW), packed; it is the programs' own."""
         if name not in self.constants:
-            packed = ConvWeight.pack(weight.to(self.device), dilation, self.dtype, disposable=True)
+            packed = ConvWeight.pack(weight.to(self.device), dilation, self.dtype, self.disposable)
             self.constants[name] = Constant(name, packed, packed.packed.nbytes)
         return self.constants[name]
 

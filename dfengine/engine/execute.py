@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from dfengine.engine.arena import ALIGNMENT, Arena, plan
 from dfengine.engine.program import Buffer, Constant, Op, Program, Value
+from dfengine.engine.ranges import named_range, ranges_wanted
+from dfengine.engine.tactics import Tactics, usable
 from dfengine.errors import DfengineError
 from dfengine.kernels import OPS
 from dfengine.kernels.conv2d import ConvWeight
@@ -27,9 +29,10 @@ def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
 class Executor:
     """A program bound to memory on a device.
 
-    `run` reads inputs and gives new tensors; nothing that it returned is changed by a later call. `backend` forces an
-    implementation, as in `dfengine.kernels.Op.choose`. arena, block: the plan, and memory from `allocate` that several
-    executors may share, since nothing in it outlives a run. Not for two threads at once.
+    `run` reads inputs and gives new tensors; nothing that it returned is changed by a later call. tactics: measured
+    choices of implementations; where they know nothing of an op, or are None, `backend` forces one, as in
+    `dfengine.kernels.Op.choose`. arena, block: the plan, and memory from `allocate` that several executors may share,
+    since nothing in it outlives a run. Not for two threads at once.
     """
 
     def __init__(
@@ -39,35 +42,116 @@ class Executor:
         backend: str | None = None,
         arena: Arena | None = None,
         block: torch.Tensor | None = None,
+        tactics: Tactics | None = None,
     ):
         self.program = program
         self.device = torch.device(device)
         self.arena = arena or plan(program)
         self._block = allocate(self.arena.nbytes, self.device) if block is None else block
         self._tensors = {buffer: self._tensor(buffer) for buffer in program.buffers}
-        self._calls = [self._bound(op, backend) for op in program.ops]
+        self._calls = [self._bound(op, backend, tactics) for op in program.ops]
+        self._rounds = self._arranged()
         self._inputs = {b.name: t for b, t in self._tensors.items() if b.role == "input"}
         self._outputs = {b.name: t for b, t in self._tensors.items() if b.role == "output"}
         self.backends = {op.name: chosen for op, (chosen, _) in zip(program.ops, self._calls, strict=True)}
         """The implementation of each op, by its name."""
+        if ranges_wanted():
+            self.annotate()
 
     def _tensor(self, buffer: Buffer) -> torch.Tensor:
         start = self.arena.offsets[buffer]
         return self._block[start : start + buffer.nbytes].view(buffer.dtype).view(buffer.shape)
 
-    def _bound(self, op: Op, backend: str | None) -> tuple[str, Callable[[], None]]:
+    def _bound(
+        self, op: Op, backend: str | None, tactics: Tactics | None
+    ) -> tuple[str, list[Callable[[], None]]]:
+        """The implementation and its call, or one call for each step where arguments are `PerStep`."""
         kernel = OPS[op.kernel]
-        arguments = [self._argument(argument) for argument in op.arguments.values()]
-        # Where torch is all there is (attention), no backend can be forced.
-        alone = list(kernel.implementations) == ["reference"]
-        chosen = kernel.choose(*arguments, backend="reference" if alone else backend)
-        implementation = kernel.implementations[chosen]
-        return chosen, (implementation.bind or partial(partial, implementation.run))(*arguments)
+        steps = [self.arguments(op, step) for step in range(op.steps)]
+        tactic = tactics.find(op) if tactics else None
+        if tactic and usable(op, tactic, steps[0], self.device.type):
+            chosen, options = tactic.backend, tactic.options
+        else:
+            # Where torch is all there is (attention, copy), no backend can be forced.
+            alone = list(kernel.implementations) == ["reference"]
+            chosen, options = kernel.choose(*steps[0], backend="reference" if alone else backend), {}
+        return chosen, [kernel.implementations[chosen].bound(*arguments, **options) for arguments in steps]
+
+    def arguments(self, op: Op, step: int = 0) -> list[Any]:
+        """What the op's implementations are called with, in a step of its loop."""
+        return [self._argument(argument) for argument in op.at(step)]
+
+    def call(self, op: Op) -> Callable[[], None]:
+        """What runs the op, in the first step of its loop."""
+        return self._calls[self.program.ops.index(op)][1][0]
+
+    def capture(self) -> int:
+        """Replace runs of ops by CUDA graphs of them; returns how many graphs. Ops with arguments for each step stay
+        outside, between the graphs of their loop. The device allocator is asked during the capture for the last time.
+        """
+        with torch.inference_mode():
+            warm = torch.cuda.Stream(self.device)
+            warm.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(warm):
+                self.launch()  # kernels are compiled and libraries make their plans before the capture
+            torch.cuda.current_stream(self.device).wait_stream(warm)
+            self._rounds, graphs = [], 0
+            for section in self.program.sections():
+                units: list[list[Callable[[], None]]] = []
+                ops = list(zip(self.program.ops, self._calls, strict=True))[section.first : section.last]
+                for fixed, group in itertools.groupby(ops, key=lambda pair: len(pair[1][1]) == 1):
+                    calls = [calls for _, (_, calls) in group]
+                    if fixed:
+                        units.append([self._graph([call for (call,) in calls])])
+                        graphs += 1
+                    else:
+                        units += calls
+                self._rounds += [[unit[step % len(unit)] for unit in units] for step in range(section.steps)]
+        return graphs
+
+    def _graph(self, calls: list[Callable[[], None]]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+        return graph.replay
+
+    def _arranged(self) -> list[list[Callable[[], None]]]:
+        """The calls of each section, for each of its steps."""
+        return [
+            [calls[step % len(calls)] for _, calls in self._calls[section.first : section.last]]
+            for section in self.program.sections()
+            for step in range(section.steps)
+        ]
 
     def _argument(self, argument: Any) -> torch.Tensor | ConvWeight | Any:
         if isinstance(argument, Value):
-            return argument.of(self._tensors[argument.buffer])
+            return self.tensor(argument)
         return argument.content if isinstance(argument, Constant) else argument
+
+    def tensor(self, value: Value) -> torch.Tensor:
+        """What the arena holds of `value`: a view, which other buffers overwrite when its life is over."""
+        return value.of(self._tensors[value.buffer])
+
+    def steps(self) -> Iterator[tuple[int, Callable[[], None]]]:
+        """The index of each op in its turn, those of a loop in every step, and the function that runs it on what its
+        buffers hold."""
+        rounds = iter(self._arranged())
+        for section in self.program.sections():
+            for _ in range(section.steps):
+                yield from zip(range(section.first, section.last), next(rounds), strict=True)
+
+    def wrap(self, around: Callable[[Op, Callable[[], None]], Callable[[], None]]) -> None:
+        """From now on `around(op, call)` runs for the call of each op; without CUDA graphs."""
+        self._calls = [
+            (chosen, [around(op, call) for call in calls])
+            for op, (chosen, calls) in zip(self.program.ops, self._calls, strict=True)
+        ]
+        self._rounds = self._arranged()
+
+    def annotate(self) -> None:
+        """From now on each op runs in an NVTX range "kernel op". Raises DfengineError where there is no NVTX."""
+        self.wrap(lambda op, call: named_range(f"{op.kernel} {op.name}", call))
 
     @torch.inference_mode()
     def run(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -85,5 +169,6 @@ class Executor:
 
     def launch(self) -> None:
         """Run every op on the inputs that are in place."""
-        for _, call in self._calls:
-            call()
+        for calls in self._rounds:
+            for call in calls:
+                call()

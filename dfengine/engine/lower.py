@@ -2,10 +2,15 @@
 
 BatchNorm is folded into its convolution; the time embedding of a fixed t becomes, with the convolution's bias, a shift
 that the following GroupNorm takes in; skip concatenations are two-source reads; resampling is index arithmetic of the
-reading convolution; both noise scales are one batch of 2B, scale s first. This file alone knows models and kernels.
+reading convolution; both noise scales are one batch of 2B, scale s first; the reverse chain of mode "iterative" is a
+loop, whose shifts come from a table of all steps. This file alone knows models and kernels.
 """
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -13,9 +18,9 @@ from torch import nn
 from dfengine.diffusion import Schedule
 from dfengine.engine.builder import Builder, Feature, Fusion, Norm
 from dfengine.engine.modules import top_k_count
-from dfengine.engine.program import Constant, Program, Value
+from dfengine.engine.program import Constant, Loop, PerStep, Program, Value
 from dfengine.errors import DfengineError
-from dfengine.kernels import ingest, score
+from dfengine.kernels import ingest, reverse_step, score
 from dfengine.kernels.channel_attention import pack_gate, pack_spatial, workspace_size
 from dfengine.kernels.one_step import coefficients
 from dfengine.models import Model
@@ -35,7 +40,7 @@ class Lowering:
 
     dtype: of activations and weights: float32, float16, bfloat16 (and float64 through the reference kernels).
     backend: the kernels that will run: "cpu", which read noise that is drawn once, or those of a GPU, which draw it.
-    fusion: what a convolution does itself; by the backend where it is None.
+    fusion: what a convolution does itself; by the backend where it is None. disposable: as in `Builder`.
     The model must not change afterwards; after `release` its weights are gone.
     """
 
@@ -46,31 +51,49 @@ class Lowering:
         device: str | torch.device = "cpu",
         backend: str = "cpu",
         fusion: Fusion | None = None,
+        disposable: bool = True,
     ):
-        if model.config.mode == "iterative":
-            raise NotLoweredError("mode iterative is not lowered: its reverse chain runs as modules")
         self.model = model
         self.config = model.config
         self.dtype = dtype
         self.device = torch.device(device)
         self.backend = backend
         self.fusion = fusion or Fusion.of(backend)
+        self.disposable = disposable
         self.constants: dict[str, Constant] = {}
-        schedule = Schedule.of(model.config)
-        self.alpha_bar = [float(schedule.alpha_bar[t]) for t in (model.config.t_s, model.config.t_b)]
+        self.schedule = Schedule.of(model.config)
         precise = torch.float64 if dtype == torch.float64 else torch.float32
-        steps = torch.tensor([model.config.t_s, model.config.t_b])
+        chain = range(model.config.t_b, -1, -1)
+        self.steps = list(chain) if model.config.mode == "iterative" else [model.config.t_s, model.config.t_b]
+        """The t of the network's evaluations: one after the other, or of both halves of one batch."""
+        steps = torch.tensor(self.steps)
         with torch.no_grad():
             network = model.reconstruction
             embedding = network.time_embedding[0](steps).to(network.time_embedding[1].weight)
-            self.embedding = network.time_embedding[1:](embedding).to("cpu", precise)  # (2, time channels)
-        self.shifts: dict[str, torch.Tensor] = {}
+            embedding = network.time_embedding[1:](embedding).to("cpu", precise)  # (steps, time channels)
+            self.shifts = dict(_shifts(network, embedding))
+            """(steps, O) by block: what its conv1 leaves to norm2, its bias and the time bias."""
 
     def release(self) -> None:
         """Free the model's weights, which no later program needs: the constants of the first one hold them."""
-        if not self.shifts:
+        if not self.constants:
             raise ValueError("no program was lowered yet")
         self.model.to("meta")
+
+    def alpha_bar(self, steps: Iterable[int]) -> list[float]:
+        return [float(self.schedule.alpha_bar[t]) for t in steps]
+
+    def reverse_coefficients(self, t: int) -> tuple[float, ...]:
+        """Of kernels/reverse_step.py; at t = 0 they are those of an x_0 known exactly: only clamp(x0_hat) is left."""
+        before = self.schedule.alpha_bar[t - 1] if t > 0 else 1.0
+        return reverse_step.coefficients(self.schedule.alpha_bar[t], before, self.schedule.beta[t])
+
+    @cached_property
+    def shift_table(self) -> tuple[torch.Tensor, dict[str, tuple[int, int]]]:
+        """The shifts of all blocks side by side, (steps, sum of O), on the device, and the columns of each block."""
+        ends = list(itertools.accumulate(shift.shape[1] for shift in self.shifts.values()))
+        places = dict(zip(self.shifts, itertools.pairwise([0, *ends]), strict=True))
+        return torch.cat(list(self.shifts.values()), dim=1).to(self.device), places
 
     @torch.no_grad()
     def program(self, batch: int, seed: int = 0) -> Program:
@@ -88,7 +111,11 @@ class _Lowered:
 
     def __init__(self, lowering: Lowering, batch: int, seed: int):
         self.of, self.config, self.batch = lowering, lowering.config, batch
-        self.emitter = Builder(lowering.dtype, lowering.device, lowering.fusion, lowering.constants)
+        self.emitter = Builder(
+            lowering.dtype, lowering.device, lowering.fusion, lowering.constants, lowering.disposable
+        )
+        self.loops: list[Loop] = []
+        self.shift_row: Value | None = None  # of the step of a loop
         config, b = self.config, self.emitter
         size, channels = config.image_size, config.channels
         averaged = config.mode == "averaged"
@@ -96,32 +123,87 @@ class _Lowered:
         images = b.buffer("images", (batch, size, size, channels), torch.float32, "input")
         pair = b.buffer("pair", (maps * batch, size, size, 2 * channels))
         reconstruction = b.buffer("reconstruction", (maps, batch, size, size, channels), b.precise, "output")
-        gain, offset = GAIN[config.pixel_range]
-        a, noise_scale, weight = coefficients(self.of.alpha_bar, config.guidance)
         for draw in range(config.noise_draws):
             tag = f"draw{draw}." if config.noise_draws > 1 else ""
-            x_0 = b.buffer(f"{tag}x_0", images.shape)
-            x_t = b.buffer(f"{tag}x_t", (2 * batch, size, size, channels))
-            both = (2, batch, size, size, channels)
-            b.emit(
-                f"{tag}ingest", "ingest", ("x_0", "x_t"),
-                images=images, x_0=x_0, x_t=Value(x_t.buffer, view=both), gain=gain, offset=offset, a=a,
-                b=noise_scale, seed=seed, draw=draw, step=0, noise=self.noise(seed, draw),
-            )  # fmt: skip
-            eps = self.reconstruction(tag, Feature(x_t)).value
-            scales = ((0, 1), (1, 2)) if averaged else ((0, 2),)
-            for index, (first, last) in enumerate(scales, start=draw * len(scales)):
-                part, shape = (first * batch, last * batch), (last - first, *images.shape)
-                b.emit(
-                    f"{tag}one_step" + (f".{first}" if averaged else ""), "one_step", ("pair", "reconstruction"),
-                    x_t=Value(x_t.buffer, part, view=shape), eps=Value(eps.buffer, part, view=shape), x_0=x_0,
-                    a=a[first:last], b=noise_scale[first:last], weight=0.0 if averaged else weight,
-                    gain=gain, offset=offset, pair=Value(pair.buffer, part=(index * batch, (index + 1) * batch)),
-                    reconstruction=Value(reconstruction.buffer, part=(index, index + 1), view=images.shape),
-                )  # fmt: skip
+            if config.mode == "iterative":
+                self.chain(tag, draw, seed, images, pair, reconstruction)
+            else:
+                self.one_evaluation(tag, draw, seed, images, pair, reconstruction)
         logits = self.segmentation(self.of.model.segmentation, Feature(pair)).value
         self.score(logits, maps)
-        self.program = Program(b.ops, batch, self.of.dtype)
+        self.program = Program(b.ops, batch, self.of.dtype, tuple(self.loops))
+
+    def ingest(
+        self, tag: str, draw: int, seed: int, images: Value, steps: tuple[int, int], dtype: torch.dtype | None = None
+    ) -> tuple[Value, Value]:
+        """x_0 (B, S, S, C) in model pixels, and x_t (2B, S, S, C) with the noise of both scales at their steps t."""
+        b, (gain, offset) = self.emitter, GAIN[self.config.pixel_range]
+        a, noise_scale, _ = coefficients(self.of.alpha_bar(steps))
+        x_0 = b.buffer(f"{tag}x_0", images.shape, dtype)
+        x_t = b.buffer(f"{tag}x_t", (2 * self.batch, *images.shape[1:]), dtype)
+        b.emit(
+            f"{tag}ingest", "ingest", ("x_0", "x_t"),
+            images=images, x_0=x_0, x_t=Value(x_t.buffer, view=(2, *images.shape)), gain=gain, offset=offset, a=a,
+            b=noise_scale, seed=seed, draw=draw, step=0, noise=self.noise(seed, draw),
+        )  # fmt: skip
+        return x_0, x_t
+
+    def one_evaluation(
+        self, tag: str, draw: int, seed: int, images: Value, pair: Value, reconstruction: Value
+    ) -> None:
+        """Modes "norm-guided" and "averaged": both scales in one evaluation."""
+        config, b, batch = self.config, self.emitter, self.batch
+        steps = (config.t_s, config.t_b)
+        gain, offset = GAIN[config.pixel_range]
+        a, noise_scale, weight = coefficients(self.of.alpha_bar(steps), config.guidance)
+        averaged = config.mode == "averaged"
+        x_0, x_t = self.ingest(tag, draw, seed, images, steps)
+        eps = self.reconstruction(tag, Feature(x_t)).value
+        scales = ((0, 1), (1, 2)) if averaged else ((0, 2),)
+        for index, (first, last) in enumerate(scales, start=draw * len(scales)):
+            part, shape = (first * batch, last * batch), (last - first, *images.shape)
+            b.emit(
+                f"{tag}one_step" + (f".{first}" if averaged else ""), "one_step", ("pair", "reconstruction"),
+                x_t=Value(x_t.buffer, part, view=shape), eps=Value(eps.buffer, part, view=shape), x_0=x_0,
+                a=a[first:last], b=noise_scale[first:last], weight=0.0 if averaged else weight,
+                gain=gain, offset=offset, pair=Value(pair.buffer, part=(index * batch, (index + 1) * batch)),
+                reconstruction=Value(reconstruction.buffer, part=(index, index + 1), view=images.shape),
+            )  # fmt: skip
+
+    def chain(self, tag: str, draw: int, seed: int, images: Value, pair: Value, reconstruction: Value) -> None:
+        """Mode "iterative": the reverse chain from t_b to 0, a loop; x_t stays float32, in the half for the big scale.
+
+        At t = 0 the step's coefficients leave clamp(x0_hat) alone, which `one_step` then passes on as it is.
+        """
+        config, b, batch, steps = self.config, self.emitter, self.batch, self.of.steps
+        gain, offset = GAIN[config.pixel_range]
+        x_0, noised = self.ingest(tag, draw, seed, images, (config.t_b, config.t_b), b.precise)
+        x_t = Value(noised.buffer, part=(batch, 2 * batch))
+        first = len(b.ops)
+        table, _ = self.of.shift_table
+        self.shift_row = b.buffer(f"{tag}shifts", (1, table.shape[1]), b.precise)
+        rows = [Constant(f"shifts[{t}]", row[None], row.nbytes) for t, row in zip(steps, table, strict=True)]
+        b.emit(f"{tag}shift", "copy", ("y",), x=PerStep(tuple(rows)), y=self.shift_row)
+        x = x_t
+        if b.dtype != b.precise:
+            x = b.buffer(f"{tag}x", images.shape)
+            b.emit(f"{tag}round", "copy", ("y",), x=x_t, y=x)
+        eps = self.reconstruction(tag, Feature(x)).value
+        numbers = [self.of.reverse_coefficients(t) for t in steps]
+        names = ("a", "b", "from_x0", "from_xt", "sigma")
+        b.emit(
+            f"{tag}reverse_step", "reverse_step", ("out",), x_t=x_t, eps=eps,
+            **{name: PerStep(tuple(n[i] for n in numbers)) for i, name in enumerate(names)},
+            seed=seed, draw=draw, step=PerStep(tuple(steps)), out=x_t,
+        )  # fmt: skip
+        self.loops.append(Loop(first, len(b.ops), len(steps)))
+        one = (1, *images.shape)
+        b.emit(
+            f"{tag}one_step", "one_step", ("pair", "reconstruction"),
+            x_t=Value(noised.buffer, x_t.part, view=one), eps=Value(eps.buffer, view=one), x_0=x_0, a=[1.0], b=[0.0],
+            weight=0.0, gain=gain, offset=offset, pair=Value(pair.buffer, part=(draw * batch, (draw + 1) * batch)),
+            reconstruction=Value(reconstruction.buffer, part=(draw, draw + 1), view=images.shape),
+        )  # fmt: skip
 
     def noise(self, seed: int, draw: int) -> Constant | None:
         """The noise of both scales where it is drawn once."""
@@ -184,7 +266,7 @@ class _Lowered:
         norm = b.norm(f"{name}.norm1", norm1, act, x, partner)
         weight = b.weight(f"{weights}.conv1", conv1.weight, conv1.dilation[0])
         h = b.conv(f"{name}.conv1", weight, None, x, partner, norm=norm, resample=resample, moments=True)
-        h.shift = self.shift(weights, block)
+        h.shift = self.shift(weights)
         norm = b.norm(f"{name}.norm2", norm2, act, h)
         residual, residual_resample = x, resample
         if not isinstance(block.skip_connection, nn.Identity):
@@ -203,14 +285,12 @@ class _Lowered:
         h = b.conv(f"{name}.conv2", *second, h, norm=norm)
         return self.gates(name, weights, block, h, residual)
 
-    def shift(self, weights: str, block: ResBlock) -> Constant:
-        """What conv1 leaves to norm2: its bias and the time bias, (2B, O), scale s first; this program's own."""
-        b, shifts = self.emitter, self.of.shifts
-        if weights not in shifts:
-            layer = block.embed_layers
-            embedding = layer(self.of.embedding.to(layer[1].weight)).to("cpu", b.precise)
-            shifts[weights] = embedding + block.in_layers[2].bias.detach().to("cpu", b.precise)
-        shift = shifts[weights].repeat_interleave(self.batch, dim=0).to(b.device)
+    def shift(self, weights: str) -> Constant | Value:
+        """What conv1 leaves to norm2: its bias and the time bias, (2B, O), scale s first; this program's own. In a loop
+        (1, O), that of the step."""
+        if self.shift_row is not None:
+            return Value(self.shift_row.buffer, channels=self.of.shift_table[1][weights])
+        shift = self.of.shifts[weights].repeat_interleave(self.batch, dim=0).to(self.emitter.device)
         return Constant(f"{weights}.shift", shift, shift.nbytes)
 
     def gates(self, name: str, weights: str, block: ResBlock, h: Feature, residual: Feature) -> Feature:
@@ -277,6 +357,19 @@ class _Lowered:
             constants = b.weight(own, weight), b.constants.get(f"{own}.bias") or b.constant(f"{own}.bias", bias)
             x, partner = b.conv(own, *constants, x, partner, act=act), None
         return x
+
+
+def _shifts(network: nn.Module, embedding: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and shift (T, O) of every residual block, for the time embedding (T, E) of T steps."""
+    stages = {"middle": network.middle}
+    for side in ("down", "up"):
+        stages |= {f"{side}.{index}": stage for index, stage in enumerate(getattr(network, side))}
+    for name, stage in stages.items():
+        for index, block in enumerate(stage):
+            if isinstance(block, ResBlock):
+                layer = block.embed_layers
+                time = layer(embedding.to(layer[1].weight)).to("cpu", embedding.dtype)
+                yield f"{name}.{index}", time + block.in_layers[2].bias.detach().to("cpu", embedding.dtype)
 
 
 def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:

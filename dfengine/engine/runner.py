@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dfengine import native
-from dfengine.engine.arena import plan
+from dfengine.engine.arena import Arena, plan
 from dfengine.engine.execute import Executor, allocate
 from dfengine.engine.lower import Lowering, NotLoweredError
 from dfengine.engine.modules import PRECISIONS, ModuleRunner, Output
+from dfengine.engine.program import Program
+from dfengine.engine.tactics import Tactics
+from dfengine.engine.tune import Choice, tune
 from dfengine.kernels import CannotRunError, forced_backend
 from dfengine.models import Model
 
+log = logging.getLogger("dfengine")
+
 MOST_PROGRAMS = 8
-"""Programs kept for one detector. They share the memory of their activations, which is that of the largest."""
+"""Programs kept for one detector, on a GPU each with its CUDA graph. They share the memory of their activations, which
+is that of the largest."""
+BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+"""Batch sizes that have a program on a GPU; others are filled up to the next."""
+TACTICS = ("default", "tuned", "exhaustive")
+FAMILY = {"cpu": "cpu", "cuda": "triton"}
+"""The backend that a program is lowered for, by device, where none is forced."""
 
 
 class ProgramRunner:
     """As `ModuleRunner`, through fused kernels; what it runs is float32 or half precision from the pixels on.
 
-    The model is the runner's own from then on: its weights move into the programs. backend: the implementation of every
-    op but attention, which is torch's. Raises `NotLoweredError` for a configuration that has no program and
-    `CannotRunError` where the backend does not serve one of its ops, and leaves the model as it was.
+    The model is the runner's own from then on: its weights move into the programs, which therefore never go stale.
+    backend: forces the implementation of every op but attention, which is torch's; by default on a CPU that of C++, on
+    a GPU the first that serves. tactics: "default" takes what is known of the device, "tuned" and "exhaustive" measure
+    what is not when a program is made (`dfengine.engine.tune`), for at most `tuning_seconds` each; a forced backend
+    leaves them out. buckets: whether batches are filled up to one of `BUCKETS`, as by default on a GPU, where each
+    program is captured as a CUDA graph.
+    Raises `NotLoweredError` for a configuration that has no program and `CannotRunError` where the backend does not
+    serve one of its ops, and leaves the model as it was.
     """
 
     def __init__(
@@ -34,18 +52,31 @@ class ProgramRunner:
         device: str | torch.device = "cpu",
         precision: str = "float32",
         seed: int = 0,
-        backend: str = "cpu",
+        backend: str | None = None,
+        tactics: str = "default",
+        tuning_seconds: float | None = None,
+        buckets: bool | None = None,
     ):
         self.config = model.config
         self.device = torch.device(device)
         self.precision = precision
         self.seed = seed
-        self.backend = backend
+        self.level, self.tuning_seconds = tactics, tuning_seconds
+        self.tactics = None if backend else Tactics(self.device)
+        self.choices: list[Choice] = []
+        """What tuning found, over all programs."""
+        self.unmeasured = 0
+        """Ops for which it had no time."""
+        self.backend = "cpu" if backend is None and self.device.type == "cpu" else backend
+        self.buckets = self.device.type == "cuda" if buckets is None else buckets
         self._executors: OrderedDict[int, Executor] = OrderedDict()
         self._block: Tensor | None = None
         self._threshold = torch.full((1,), torch.inf, dtype=torch.float32, device=self.device)
+        # Tactics may want a weight in another form for each batch size.
+        one_form = self.tactics is None or (tactics == "default" and len(self.tactics) == 0)
         with self._plain():
-            self._lowering = Lowering(model, PRECISIONS[precision], self.device, backend)
+            family = self.backend or FAMILY[self.device.type]
+            self._lowering = Lowering(model, PRECISIONS[precision], self.device, family, disposable=one_form)
             self.executor(1)
             self._lowering.release()
 
@@ -64,31 +95,79 @@ class ProgramRunner:
                 self._block = allocate(arena.nbytes, self.device)
             if len(self._executors) == MOST_PROGRAMS:
                 self._executors.popitem(last=False)
-            self._executors[batch] = Executor(program, self.device, self.backend, arena, self._block)
+            self._executors[batch] = self._made(program, arena)
         self._executors.move_to_end(batch)
         return self._executors[batch]
+
+    def _made(self, program: Program, arena: Arena) -> Executor:
+        """The executor of a program: tuned where that was asked for, and captured on a GPU."""
+        bound = partial(Executor, program, self.device, self.backend, arena, self._block, self.tactics)
+        executor = bound()
+        if self.tactics is not None and self.level != "default":
+            choices, left = tune(executor, self.tactics, self.level, self.tuning_seconds)
+            self.choices += choices
+            self.unmeasured += left
+            if choices:
+                self.tactics.save()
+                executor = bound()
+        if self.device.type == "cuda":
+            graphs = executor.capture()
+            log.info("captured batch %d: %d ops in %d CUDA graphs", program.batch, len(program.ops), graphs)
+        return executor
+
+    def program_batch(self, count: int) -> int:
+        """The batch size whose program runs `count` images, or as many of them as it takes."""
+        if not self.buckets:
+            return count
+        return next((size for size in BUCKETS if size >= count), BUCKETS[-1])
+
+    def twin(self, model: Model, batch: int) -> Program:
+        """The program for `batch` images lowered anew, from another copy of the model: its packed weights are whole,
+        where those of a bound program may be left only in the form of one backend."""
+        of = self._lowering
+        with self._plain():
+            return Lowering(model, of.dtype, of.device, of.backend, of.fusion).program(batch, self.seed)
 
     def run(self, unit: np.ndarray | Tensor) -> Output:
         """Scores a batch of float32 (B, S, S, C) images in [0, 1] at model size."""
         images = torch.as_tensor(unit, dtype=torch.float32, device=self.device)
+        parts = [self._run_part(part) for part in images.split(self.program_batch(len(images)))]
+        return parts[0] if len(parts) == 1 else Output(*(torch.cat(of) for of in zip(*parts, strict=True)))
+
+    def _run_part(self, images: Tensor) -> Output:
+        count, size = len(images), self.program_batch(len(images))
+        if count < size:
+            images = torch.cat((images, images.new_zeros((size - count, *images.shape[1:]))))
         with self._plain():
-            outputs = self.executor(len(images)).run(images=images, threshold=self._threshold)
-        return Output(outputs["anomaly_map"], outputs["reconstruction"].mean(dim=0), outputs["pred_score"])
+            outputs = self.executor(size).run(images=images, threshold=self._threshold)
+        whole = outputs["anomaly_map"], outputs["reconstruction"].mean(dim=0), outputs["pred_score"]
+        return Output(*(tensor[:count] for tensor in whole))
 
 
-def make_runner(model: Model, device: torch.device, precision: str, seed: int) -> ModuleRunner | ProgramRunner:
+def make_runner(
+    model: Model,
+    device: torch.device,
+    precision: str,
+    seed: int,
+    tactics: str = "default",
+    tuning_seconds: float | None = None,
+) -> ModuleRunner | ProgramRunner:
     """The runner that serves a detector: programs on a CPU with the compiled kernels, else the modules.
 
-    On a GPU the modules run: no program has been measured there yet. A backend forced by DFENGINE_BACKEND, which is
-    read here once, runs its programs or raises with the reason (CannotRunError, NotLoweredError); "reference" stands
-    for the modules, of which the reference kernels are a slower copy.
+    On a GPU programs run once tactics were measured there, or where others than "default" are asked for, which measures
+    them; before that the modules. A backend forced by DFENGINE_BACKEND, which is read here once, runs its programs or
+    raises with the reason (CannotRunError, NotLoweredError); "reference" stands for the modules, of which the reference
+    kernels are a slower copy.
     """
     forced = forced_backend(None)
     if forced not in (None, "reference"):
         return ProgramRunner(model, device, precision, seed, forced)
-    if forced is None and device.type == "cpu" and native.available():
+    tuned = tactics != "default"
+    serves = native.available() if device.type == "cpu" else tuned or len(Tactics(device)) > 0
+    if forced is None and serves:
         try:
-            return ProgramRunner(model, device, precision, seed)
+            return ProgramRunner(model, device, precision, seed, None, tactics, tuning_seconds)
         except (NotLoweredError, CannotRunError):
-            pass
+            if tuned:
+                raise
     return ModuleRunner(model, device, precision, seed)

@@ -112,7 +112,7 @@ def test_normals_alone_give_no_auroc(checkpoint, data, capsys):
 def test_wrong_usage(checkpoint, data, tmp_path, capsys, monkeypatch):
     arguments = ["verify", str(checkpoint)]
     for more, code, message in (
-        ([], 2, "give the images to compare on with --data"),
+        (["--record"], 2, "--record needs --data"),
         (["--data", str(data), "--precision", "float32"], 2, "float32 is what a precision is compared with"),
         (["--data", str(data), "--precision", "fp8"], 2, "precision must be one of"),
         (["--data", str(tmp_path / "none"), "--precision", "bfloat16"], 1, "none: no such folder"),

@@ -11,8 +11,9 @@ import torch
 from dfengine import native
 from dfengine.engine.builder import Fusion
 from dfengine.engine.execute import Executor
-from dfengine.engine.lower import Lowering, NotLoweredError
+from dfengine.engine.lower import Lowering
 from dfengine.engine.modules import ModuleRunner, Output
+from dfengine.engine.program import Buffer, Loop, Op, PerStep, Program, Value
 from dfengine.kernels import OPS, CannotRunError, triton_import
 from tests.helpers import tiny_model
 
@@ -32,6 +33,9 @@ CONFIGURATIONS = {
     "averaged, two draws": dict(mode="averaged", t_s=100, t_b=200, noise_draws=2),
     "three levels": dict(multipliers=(1, 2, 3), attention_factors=(2, 4), blocks=1, heads=4),
     "no guidance": dict(guidance=0.0),
+    "iterative": dict(mode="iterative", t_b=4),
+    "iterative, signed, two draws": dict(mode="iterative", t_b=2, pixel_range="signed", noise_draws=2),
+    "iterative from 0": dict(mode="iterative", t_b=0),
 }  # fmt: skip
 SPLIT = Fusion(prologue=False, two_sources=False, residual_resample=False, moments=False, tile_pixels=100)
 
@@ -88,7 +92,7 @@ def test_a_program_is_its_module(name, fusion):
         torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["diff-fastener", "diffusionad", "averaged"])
+@pytest.mark.parametrize("name", ["diff-fastener", "diffusionad", "averaged", "iterative"])
 def test_in_float32_through_the_compiled_kernels(name):
     compiled_kernels()
     batch = images(3)
@@ -116,7 +120,7 @@ def test_through_the_triton_kernels():
     torch.testing.assert_close(got["anomaly_map"].double().cpu(), want.anomaly_map, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["diff-fastener", "diffusionad", "averaged"])
+@pytest.mark.parametrize("name", ["diff-fastener", "diffusionad", "averaged", "iterative"])
 def test_in_half_precision_maps_err_little_more_than_under_autocast(name):
     """DESIGN section 3: at most twice the error of torch autocast plus 1e-3."""
     compiled_kernels()
@@ -146,22 +150,24 @@ def test_an_image_scores_the_same_in_any_batch_and_place():
             torch.testing.assert_close(a, b[order], rtol=0, atol=1e-5)
 
 
-def test_every_op_matters():
+@pytest.mark.parametrize("mode", [{}, dict(mode="iterative", t_b=2)], ids=["norm-guided", "iterative"])
+def test_every_op_matters(mode):
     """Whatever op leaves ones instead of its result, the map or the reconstruction is another."""
-    model, batch = tiny_model(noise_draws=1), images(2)
+    model, batch = tiny_model(**mode), images(2)
     program = Lowering(model, torch.float32).program(2)
     executor = Executor(program)
     inputs = dict(images=batch, threshold=torch.tensor([0.5]))
     names = [op.name for op in program.ops]
     right, calls = executor.run(**inputs), list(executor._calls)
-    for index, op in enumerate(program.ops):
+    for index, op in enumerate(program.ops):  # of a loop in all its steps
         written = [value.of(executor._tensors[value.buffer]) for value in op.values(written=True)]
 
         def spoilt(written=written):
             for tensor in written:
                 tensor.fill_(1)
 
-        executor._calls = [*calls[:index], ("", spoilt), *calls[index + 1 :]]
+        executor._calls = [*calls[:index], ("", [spoilt]), *calls[index + 1 :]]
+        executor._rounds = executor._arranged()
         wrong = executor.run(**inputs)
         assert any(not torch.equal(right[key], wrong[key]) for key in right), names[index]
 
@@ -231,6 +237,29 @@ def test_flops_are_those_of_the_modules():
     assert 0.97 * 2 * cost(config).reconstruction_flops - linear <= evaluation <= 2 * cost(config).reconstruction_flops
 
 
-def test_the_iterative_mode_is_refused():
-    with pytest.raises(NotLoweredError, match="iterative"):
-        Lowering(tiny_model(mode="iterative", t_b=3))
+def test_a_loop_is_one_copy_of_its_ops():
+    def iterative(t_b: int):
+        return Lowering(tiny_model(mode="iterative", t_b=t_b)).program(1)
+
+    short, long = iterative(2), iterative(40)
+    assert len(short.ops) == len(long.ops)
+    assert short.loops[0].steps == 3 and long.loops[0].steps == 41
+    assert "41 times: ops 1 to " in str(long)
+    segmentation = sum(op.flops for op in long.ops if op.name.startswith("segment."))
+    assert (long.flops - segmentation) * 3 == (short.flops - segmentation) * 41
+
+
+def test_what_a_loop_finds_stays_as_long_as_it_runs():
+    program = Lowering(tiny_model(mode="iterative", t_b=2)).program(1)
+    (loop,) = program.loops
+    lives = {buffer.name: span for buffer, span in program.lifetimes().items()}
+    assert lives["x_t"][1] >= loop.last - 1 and lives["x_0"][1] >= loop.last
+    assert lives["down.0"][1] < loop.last - 1
+
+
+def test_steps_must_fit_their_loop():
+    value = Value(Buffer("y", (1,), torch.float32))
+    op = Op("one", "copy", dict(x=PerStep((1.0, 2.0)), y=value), ("y",))
+    with pytest.raises(ValueError, match="one has arguments for 2 steps and runs 1 times"):
+        Program([op], 1, torch.float32)
+    Program([op], 1, torch.float32, (Loop(0, 1, 2),))

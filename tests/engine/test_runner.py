@@ -33,9 +33,22 @@ def test_programs_serve_a_cpu():
     assert isinstance(make_runner(tiny_model(), CPU, "float32", 0), ProgramRunner)
 
 
-@pytest.mark.parametrize("model", [dict(mode="iterative", t_b=3)], ids=["iterative"])
-def test_modules_serve_what_has_no_program(model):
-    assert isinstance(make_runner(tiny_model(**model), CPU, "float32", 0), ModuleRunner)
+def _not_lowered(*_args, **_options):
+    raise NotLoweredError("up.0.0: a block that nobody lowered")
+
+
+def test_modules_serve_what_has_no_program(monkeypatch):
+    monkeypatch.setattr(runner_module, "Lowering", _not_lowered)
+    assert isinstance(make_runner(tiny_model(), CPU, "float32", 0), ModuleRunner)
+
+
+@compiled
+def test_the_reverse_chain_is_a_program():
+    served = make_runner(tiny_model(mode="iterative", t_b=5), CPU, "float32", 3)
+    assert isinstance(served, ProgramRunner)
+    want = ModuleRunner(tiny_model(mode="iterative", t_b=5), seed=3).run(images(3))
+    for a, b in zip(served.run(images(3)), want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
 
 def test_modules_serve_where_the_kernels_are_missing_or_not_wanted(monkeypatch):
@@ -71,13 +84,51 @@ def test_programs_share_memory_and_the_least_used_goes(monkeypatch):
     assert len({executor._block.data_ptr() for executor in served._executors.values()}) == 1
 
 
+@compiled
+def test_batches_are_filled_up_to_buckets(monkeypatch):
+    """As on a GPU, where each bucket is a CUDA graph."""
+    monkeypatch.setattr(runner_module, "BUCKETS", (1, 2, 4))
+    filled, exact = ProgramRunner(tiny_model(), buckets=True), ProgramRunner(tiny_model())
+    batch = images(7)
+    for count, programs in ((1, [1]), (3, [4]), (4, [4]), (6, [4, 2]), (7, [2, 4])):
+        got, want = filled.run(batch[:count]), exact.run(batch[:count])
+        for a, b in zip(got, want, strict=True):
+            assert len(a) == count
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+        assert list(filled._executors) == programs
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_give_what_the_modules_give():
+    device = torch.device("cuda")
+    served = ProgramRunner(tiny_model(), device)
+    modules = ModuleRunner(tiny_model(), device)
+    for count in (1, 3, 9):
+        for a, b in zip(served.run(images(count)), modules.run(images(count)), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
+    before = torch.cuda.memory_stats()["num_device_alloc"]
+    for count in (1, 3, 9, 2, 5):
+        served.run(images(count))
+    assert torch.cuda.memory_stats()["num_device_alloc"] == before
+
+
+@pytest.mark.gpu
+def test_the_reverse_chain_runs_in_graphs_of_its_body():
+    device, options = torch.device("cuda"), dict(mode="iterative", t_b=5)
+    served = ProgramRunner(tiny_model(**options), device, seed=2)
+    want = ModuleRunner(tiny_model(**options), device, seed=2).run(images(2))
+    for a, b in zip(served.run(images(2)), want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
+
+
 def test_a_forced_backend_runs_or_says_why_not(monkeypatch):
     monkeypatch.setenv("DFENGINE_BACKEND", "cuda")
     with pytest.raises(CannotRunError, match="cuda: the cuda backend does not run on cpu"):
         make_runner(tiny_model(), CPU, "float32", 0)
     monkeypatch.setenv("DFENGINE_BACKEND", "cpu")
-    with pytest.raises(NotLoweredError, match="iterative"):
-        make_runner(tiny_model(mode="iterative", t_b=3), CPU, "float32", 0)
+    with monkeypatch.context() as patch, pytest.raises(NotLoweredError, match=r"up\.0\.0"):
+        patch.setattr(runner_module, "Lowering", _not_lowered)
+        make_runner(tiny_model(), CPU, "float32", 0)
     if native.available():
         served = make_runner(tiny_model(), CPU, "float32", 0)
         monkeypatch.setenv("DFENGINE_BACKEND", "triton")  # it was read before

@@ -43,8 +43,8 @@ def names(configurations: Sequence[dict] = (), cpu: bool = True, cuda: bool = Tr
 def launcher(name: str, monkeypatch: pytest.MonkeyPatch, configurations: Sequence[dict] = ()) -> Launcher:
     """The implementation called `name`; skips with the reason where it does not run here."""
     backend, _, variant = name.partition("-")
-    if backend == "reference":
-        return Launcher("reference", "cpu")
+    if backend in ("reference", "library"):
+        return Launcher(backend, "cpu")
     if backend == "cpu":
         if not native.available():
             pytest.skip(native.status())

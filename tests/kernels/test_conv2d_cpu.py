@@ -177,7 +177,7 @@ def test_is_taken_on_a_cpu_and_packs_once(monkeypatch):
     conv2d.OP(*rest)
     assert len(weight.prepacked) == 1 and next(iter(weight.prepacked.values())) is packed
     large = conv2d.ConvWeight.pack(torch.ones((3, 3, 5, 5)))
-    assert conv2d.OP.choose(arguments[0], None, large, *arguments[3:], y, None, 0) == "reference"
+    assert conv2d.OP.choose(arguments[0], None, large, *arguments[3:], y, None, 0) == "library"
 
 
 def test_the_public_function_packs_once(monkeypatch):
@@ -189,12 +189,8 @@ def test_the_public_function_packs_once(monkeypatch):
     assert next(iter(weight.prepacked.values())) is packed
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_a_disposable_weight_is_held_once(monkeypatch, compiled):
-    if not compiled:
-        monkeypatch.setattr(native, "module", None)
-    elif not native.available():
-        pytest.skip(native.status())
+@pytest.mark.skipif(not native.available(), reason="dfengine._native is missing")
+def test_a_disposable_weight_is_held_once():
     arguments = make(Case((1, 5, 6), (16,), 24, act="gelu"), torch.bfloat16)
     full = arguments[2].packed
     weight, y = conv2d.ConvWeight(full, disposable=True), torch.full((2, 1, 5, 6, 24), float("nan")).bfloat16()
@@ -210,8 +206,10 @@ def test_a_disposable_weight_is_held_once(monkeypatch, compiled):
     assert torch.equal(conv2d.conv2d(arguments[0], weight, *arguments[3:4], act="gelu"), want)
 
 
-@pytest.mark.parametrize("case", FEATURES, ids=str)
-def test_torchs_convolution_stands_in_where_the_extension_is_missing(monkeypatch, case):
-    monkeypatch.setattr(native, "module", None)
-    for dtype in (torch.float32, torch.bfloat16):
-        check_contract(launchers.Launcher("cpu", "cpu"), case, dtype)
+@pytest.mark.skipif(not native.available(), reason="dfengine._native is missing")
+def test_every_product_of_this_processor_is_a_configuration():
+    half, single = (make(FEATURES[0], dtype) for dtype in (torch.bfloat16, torch.float32))
+    configurations = conv2d.OP.implementations["cpu"].configurations
+    products = [options["product"] for options in configurations(*half)]
+    assert products[0] == conv2d_cpu.default_product(torch.bfloat16) and "float32" in products
+    assert len(set(products)) == len(products) and configurations(*single) == [{}]

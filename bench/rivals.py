@@ -1,0 +1,189 @@
+"""What the engine is measured against: the same model through torch eager, autocast, torch.compile, ONNX Runtime and
+OpenVINO, each with every advantage it offers: channels-last, both noise scales in one batch, noise and schedule folded
+to constants, freezing or CUDA graphs, its own best precision.
+
+A rival is a function of a tensor; those of `WholeDetection` take uint8 images (B, S, S, C) and give (anomaly map,
+score), those of `OneEvaluation` a float32 x_t (B, C, S, S) and give the predicted noise.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dfengine.diffusion import Schedule
+from dfengine.engine.modules import PRECISIONS, ModuleRunner, top_k_count
+from dfengine.models import Model
+
+RIVALS = ("eager", "autocast", "compile", "onnxruntime", "openvino", "tensorrt")
+
+
+class WholeDetection(nn.Module):
+    """Norm-guided detection of a model as one module: images to anomaly map (B, S, S) and score (B,).
+
+    The guidance is its lerp identity, the cheapest form. autocast: the dtype of the networks, or None.
+    """
+
+    def __init__(self, model: Model, batch: int, device: str, autocast: torch.dtype | None = None, seed: int = 0):
+        super().__init__()
+        config = model.config
+        if config.mode != "norm-guided":
+            raise ValueError(f"mode {config.mode} has no rival here")
+        self.reconstruction, self.segmentation = model.reconstruction, model.segmentation
+        self.autocast, self.kind = autocast, torch.device(device).type
+        self.k = top_k_count(config.image_size, config.image_size, config.top_k)
+        self.signed = config.pixel_range == "signed"
+        bar = [float(Schedule.of(config).alpha_bar[t]) for t in (config.t_s, config.t_b)]
+        self.signal = [value**0.5 for value in bar]
+        self.spread = [(1 - value) ** 0.5 for value in bar]
+        self.weight = config.guidance * (1 - bar[0])
+        drawn = ModuleRunner(model, device, seed=seed)
+        for scale in (0, 1):
+            self.register_buffer(f"noise{scale}", drawn._draw(0, 0, scale))
+        steps = torch.tensor([config.t_s, config.t_b]).repeat_interleave(batch)
+        self.register_buffer("steps", steps.to(device))
+
+    def _networks(self):
+        return nullcontext() if self.autocast is None else torch.autocast(self.kind, self.autocast)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        unit = images.permute(0, 3, 1, 2).float() / 255
+        x_0 = unit * 2 - 1 if self.signed else unit
+        noised = [self.signal[i] * x_0 + self.spread[i] * noise for i, noise in enumerate((self.noise0, self.noise1))]
+        x_t = torch.cat(noised).contiguous(memory_format=torch.channels_last)
+        with self._networks():
+            eps = self.reconstruction(x_t, self.steps)
+        hats = [
+            (x - self.spread[i] * e) / self.signal[i]
+            for i, (x, e) in enumerate(zip(noised, eps.float().chunk(2), strict=True))
+        ]
+        guided = torch.lerp(hats[0], hats[1].clamp(-1, 1), self.weight).clamp(-1, 1)
+        pair = torch.cat((x_0, guided), dim=1).contiguous(memory_format=torch.channels_last)
+        with self._networks():
+            logits = self.segmentation(pair)
+        anomaly_map = logits.float().sigmoid()[:, 0]
+        return anomaly_map, anomaly_map.flatten(1).topk(self.k, dim=1).values.mean(dim=1)
+
+
+class OneEvaluation(nn.Module):
+    """The reconstruction network alone, at the big scale's t."""
+
+    def __init__(self, model: Model, batch: int, device: str, autocast: torch.dtype | None = None):
+        super().__init__()
+        self.reconstruction = model.reconstruction.to(device=device, memory_format=torch.channels_last)
+        self.autocast, self.kind = autocast, torch.device(device).type
+        self.register_buffer("steps", torch.full((batch,), model.config.t_b, device=device))
+
+    def forward(self, x_t: Tensor) -> Tensor:
+        x = x_t.contiguous(memory_format=torch.channels_last)
+        with nullcontext() if self.autocast is None else torch.autocast(self.kind, self.autocast):
+            return self.reconstruction(x, self.steps).float()
+
+
+def rival(
+    name: str, make: Callable[[torch.dtype | None], nn.Module], example: Tensor, precision: str
+) -> tuple[str, Callable[[Tensor], tuple[Tensor, ...]]]:
+    """(label, function) of the rival `name`. make: the module anew, with this autocast dtype. Raises ImportError where
+    its library is missing and ValueError where it cannot run this; the label says which precision it runs in."""
+    half = None if precision in ("float32", "tf32") else PRECISIONS[precision]
+    device = example.device.type
+    if name == "eager":
+        return "eager float32", _ungraded(make(None).eval())
+    if name == "autocast":
+        if half is None:
+            raise ValueError("autocast is for half precision")
+        return f"autocast {precision}", _ungraded(make(half).eval())
+    if name == "compile":
+        return f"torch.compile {precision}", _compiled(make(half).eval(), device)
+    if name == "openvino":
+        return f"OpenVINO {precision}", _openvino(make(None).eval(), example, precision)
+    if name == "onnxruntime":
+        return "ONNX Runtime float32", _onnxruntime(make(None).eval(), example, device)
+    if device != "cuda":
+        raise ValueError("TensorRT needs a GPU")
+    return f"TensorRT {precision}", _onnxruntime(make(None).eval(), example, "tensorrt", half is not None)
+
+
+def _ungraded(module: nn.Module) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    module.requires_grad_(False)
+
+    def run(tensor: Tensor) -> tuple[Tensor, ...]:
+        with torch.inference_mode():
+            return _tuple(module(tensor))
+
+    return run
+
+
+def _tuple(result) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _compiled(module: nn.Module, device: str) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    import torch._inductor.config as inductor
+
+    inductor.freezing = device == "cpu"
+    module.requires_grad_(False)
+    compiled = torch.compile(module, mode="max-autotune-no-cudagraphs" if device == "cpu" else "max-autotune")
+
+    def run(tensor: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad():  # freezing is not done in inference mode
+            return tuple(t.clone() for t in _tuple(compiled(tensor)))
+
+    return run
+
+
+def _openvino(module: nn.Module, example: Tensor, precision: str) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    if example.device.type != "cpu":
+        raise ValueError("OpenVINO runs on a CPU")
+    import openvino
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        model = openvino.convert_model(module, example_input=example, input=[tuple(example.shape)])
+    hints = {
+        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    compiled = openvino.Core().compile_model(model, "CPU", hints)
+
+    def run(tensor: Tensor) -> tuple[Tensor, ...]:
+        results = compiled([tensor.numpy()], share_inputs=True, share_outputs=False)
+        return tuple(torch.from_numpy(results[i]) for i in range(len(results)))
+
+    return run
+
+
+def _onnxruntime(
+    module: nn.Module, example: Tensor, target: str, half: bool = False
+) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    import onnx  # noqa: F401  (the export needs it)
+    import onnxruntime
+
+    providers = {
+        "cpu": ["CPUExecutionProvider"],
+        "cuda": ["CUDAExecutionProvider"],
+        "tensorrt": [("TensorrtExecutionProvider", {"trt_fp16_enable": half})],
+    }[target]
+    wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
+    if wanted not in onnxruntime.get_available_providers():
+        raise ImportError(f"this ONNX Runtime has no {wanted}")
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        path = Path(folder) / "model.onnx"
+        torch.onnx.export(module, (example,), path, input_names=["x"], opset_version=18, dynamo=False)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(path, options, providers=providers)
+
+    def run(tensor: Tensor) -> tuple[Tensor, ...]:
+        results = session.run(None, {"x": tensor.cpu().numpy()})
+        return tuple(torch.from_numpy(result).to(tensor.device) for result in results)
+
+    return run

@@ -1,0 +1,116 @@
+"""`dfengine info --plan`: every op of a detector's program, with its time beside what the device could do."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from dfengine.commands.programs import Bound, bound_program
+from dfengine.engine.measure import Plan, Row, measure, unmeasured
+
+
+def run_plan(checkpoint: Path, batch: int, device: str, precision: str, measured: bool, as_json: bool) -> None:
+    """Prints the plan. Raises `DfengineError` where the detector runs no program."""
+    with bound_program(checkpoint, batch, device, precision) as bound:
+        plan = measure(bound.executor) if measured else unmeasured(bound.executor)
+        facts = plan_facts(bound, plan)
+    print(json.dumps(facts, indent=2) if as_json else "\n".join(plan_lines(bound, plan)))
+
+
+def plan_facts(bound: Bound, plan: Plan) -> dict:
+    """The plan as JSON values."""
+    program, arena = bound.executor.program, bound.executor.arena
+    totals = {
+        "ops": len(plan.rows),
+        "flops": program.flops,
+        "bytes": program.moved,
+        "arena_bytes": arena.nbytes,
+        "arena_lower_bound": arena.lower_bound,
+    }
+    facts = bound.facts()
+    if plan.ceilings is not None:
+        totals |= {
+            "us": plan.run_seconds * 1e6,
+            "ops_us": plan.op_seconds * 1e6,
+            "images_per_second": program.batch / plan.run_seconds,
+            "gflops": program.flops / plan.run_seconds / 1e9,
+            "percent_of_roofline": plan.percent,
+            "rounds": plan.rounds,
+        }
+        copies = {str(size): rate / 1e9 for size, rate in plan.ceilings.copies.items()}
+        facts["ceilings"] = {"matmul_gflops": plan.ceilings.matmul / 1e9, "copy_gbps_by_bytes": copies}
+    return facts | {"totals": totals, "ops": [row.facts() for row in plan.rows]}
+
+
+def plan_lines(bound: Bound, plan: Plan) -> Iterator[str]:
+    """The plan as text."""
+    program, arena = bound.executor.program, bound.executor.arena
+    yield f"{bound.path}: {bound.title}"
+    yield from op_table(plan.rows)
+    yield (
+        f"{len(plan.rows)} ops, {program.flops / 1e9:.2f} GFLOP, {program.moved / 1e6:.1f} MB moved, "
+        f"{arena.nbytes / 1e6:.2f} MB of activations (at least {arena.lower_bound / 1e6:.2f})"
+    )
+    if plan.ceilings is None:
+        return
+    yield from kernel_table(plan.rows)
+    yield (
+        f"a run takes {plan.run_seconds * 1e3:.2f} ms ({program.batch / plan.run_seconds:.1f} images/s, "
+        f"{program.flops / plan.run_seconds / 1e9:.1f} GFLOP/s), {plan.percent:.1f}% of the roofline; its ops "
+        f"{plan.op_seconds * 1e3:.2f} ms; medians of {plan.rounds} runs"
+    )
+    yield ceiling_line(plan)
+
+
+def ceiling_line(plan: Plan) -> str:
+    """What the device reached in the same run."""
+    copies = ", ".join(f"{rate / 1e9:.1f} GB/s at {size / 2**20:g} MiB" for size, rate in plan.ceilings.copies.items())
+    dtype = str(plan.ceilings.dtype).removeprefix("torch.")
+    return f"measured ceilings: matrix product {plan.ceilings.matmul / 1e9:.1f} GFLOP/s ({dtype}), copies {copies}"
+
+
+def op_table(rows: list[Row]) -> Iterator[str]:
+    """A line for each op, with its time where it was measured."""
+    head = ["#", "op", "kernel", "shape", "MFLOP", "kB", "by"]
+    measured = rows[0].seconds is not None
+    yield from aligned(
+        [head + (["us", "GFLOP/s", "GB/s", "% of roofline", "limit"] if measured else [])]
+        + [_cells(row, measured) for row in rows],
+        left=(1, 2, 3, 6, 11),
+    )
+
+
+def _cells(row: Row, measured: bool) -> list[str]:
+    op, shape = row.op, "x".join(map(str, row.shape))
+    flops = f"{row.flops / 1e6:.2f}" if op.flops else ""
+    name = op.name if row.repeat == 1 else f"{op.name} x {row.repeat}"
+    cells = [str(row.index), name, op.kernel, shape, flops, f"{row.moved / 1e3:.1f}", row.backend]
+    if measured:
+        rate = f"{row.flops / row.seconds / 1e9:.1f}" if op.flops else ""
+        cells += [f"{row.seconds * 1e6:.1f}", rate, f"{row.moved / row.seconds / 1e9:.2f}", f"{row.percent:.1f}"]
+        cells += [row.limit]
+    return cells
+
+
+def kernel_table(rows: list[Row]) -> Iterator[str]:
+    """A line for each kernel and implementation: its ops together, the longest first."""
+    kinds: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        kinds[row.op.kernel, row.backend].append(row)
+    total = sum(row.seconds for row in rows)
+    lines = [["kernel", "by", "ops", "us", "% of time", "% of roofline"]]
+    for (kernel, backend), group in sorted(kinds.items(), key=lambda item: -sum(row.seconds for row in item[1])):
+        seconds, bound = sum(row.seconds for row in group), sum(row.bound for row in group)
+        shares = f"{100 * seconds / total:.1f}", f"{100 * bound / seconds:.1f}"
+        lines.append([kernel, backend, str(len(group)), f"{seconds * 1e6:.1f}", *shares])
+    yield from aligned(lines, left=(0, 1))
+
+
+def aligned(lines: list[list[str]], left: Iterable[int]) -> Iterator[str]:
+    """The cells in columns; those of `left` to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = (f"{c:<{w}}" if i in left else f"{c:>{w}}" for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        yield "  ".join(cells).rstrip()

@@ -1,0 +1,90 @@
+"""What the commands that look inside a detector share: its bound program, or one line that says why there is none."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dfengine import native
+from dfengine.checkpoint import Checkpoint, load_checkpoint
+from dfengine.detector import Detector
+from dfengine.devices import hardware_name
+from dfengine.engine.execute import Executor
+from dfengine.engine.lower import NotLoweredError
+from dfengine.engine.runner import ProgramRunner
+from dfengine.errors import DfengineError
+from dfengine.kernels import CannotRunError, forced_backend
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A detector's program for one batch size, ready to run. path: of its checkpoint."""
+
+    path: Path
+    checkpoint: Checkpoint
+    runner: ProgramRunner
+    executor: Executor
+
+    def facts(self) -> dict:
+        """What runs where, as JSON values."""
+        program, device = self.executor.program, self.executor.device
+        facts = {
+            "file": str(self.path),
+            "preset": self.runner.config.preset,
+            "image_size": self.runner.config.image_size,
+            "batch": program.batch,
+            "precision": self.runner.precision,
+            "device": str(device),
+            "hardware": hardware_name(device),
+        }
+        if device.type == "cpu":
+            facts["threads"] = torch.get_num_threads()
+            if hasattr(os, "getloadavg"):  # what else runs shows in the times
+                facts["load_average"] = os.getloadavg()[0]
+        return facts
+
+    @property
+    def title(self) -> str:
+        """The facts in a line."""
+        facts = self.facts()
+        where = facts["hardware"]
+        where += f", threads: {facts['threads']}" if "threads" in facts else ""
+        where += f", load average: {facts['load_average']:.1f}" if "load_average" in facts else ""
+        return f"{facts['preset']}, batch {facts['batch']}, {facts['precision']} on {facts['device']} ({where})"
+
+
+@contextmanager
+def bound_program(
+    path: Path,
+    batch: int,
+    device: str,
+    precision: str,
+    seed: int = 0,
+    tactics: str = "default",
+    tuning_seconds: float | None = None,
+) -> Iterator[Bound]:
+    """For `with`: the program that detection with this checkpoint runs. Raises DfengineError where it runs none."""
+    checkpoint = load_checkpoint(path)
+    detector = Detector(checkpoint, device, precision, seed, tactics, tuning_seconds)
+    chosen = torch.cuda.device(detector.device) if detector.device.type == "cuda" else nullcontext()
+    with chosen, detector.program_runner() as runner:
+        if runner is None:
+            raise DfengineError(f"{path}: runs as torch modules, not as a program: {_reason(checkpoint, detector)}")
+        yield Bound(path, checkpoint, runner, runner.executor(batch))
+
+
+def _reason(checkpoint: Checkpoint, detector: Detector) -> str:
+    if forced_backend(None) == "reference":
+        return "DFENGINE_BACKEND=reference"
+    if detector.device.type == "cpu" and not native.available():
+        return native.status()
+    try:
+        ProgramRunner(checkpoint.build(), detector.device, detector.precision, detector.seed)
+    except (NotLoweredError, CannotRunError) as error:
+        return str(error)
+    return f"no tactics were measured on {detector.device}: dfengine tune does that"

@@ -1,0 +1,23 @@
+"""`dfengine roofline`: a picture of a program's ops against what the device reaches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dfengine.commands.plan import ceiling_line
+from dfengine.commands.programs import bound_program
+from dfengine.engine.measure import measure
+from dfengine.engine.roofline import roofline_plot
+from dfengine.errors import UsageError
+from dfengine.files import atomic_write
+
+
+def run_roofline(checkpoint: Path, out: Path, batch: int, device: str, precision: str) -> None:
+    """Writes the PNG `out`. Raises `UsageError` for another kind of file, `DfengineError` where there is no program."""
+    if out.suffix.lower() != ".png":
+        raise UsageError(f"{out}: must end in .png")
+    with bound_program(checkpoint, batch, device, precision) as bound:
+        plan = measure(bound.executor)
+    atomic_write(out, roofline_plot(plan, bound.title))
+    print(f"{bound.title}: {plan.run_seconds * 1e3:.2f} ms a run, {plan.percent:.1f}% of the roofline; wrote {out}")
+    print(ceiling_line(plan))

@@ -1,0 +1,54 @@
+"""`dfengine tune`: measure which kernels are quickest for a detector on this device, and remember it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dfengine.commands.plan import aligned
+from dfengine.commands.programs import Bound, bound_program
+from dfengine.errors import UsageError
+
+
+def run_tune(
+    checkpoint: Path,
+    batch: list[int],
+    device: str,
+    precision: str,
+    exhaustive: bool,
+    seconds: float | None,
+    out: Path | None,
+) -> None:
+    """Prints what was found and writes it to the cache, or to `out`. Raises DfengineError where there is no program."""
+    sizes = sorted(set(batch), reverse=True)  # the largest needs the memory that all share
+    tactics = "exhaustive" if exhaustive else "tuned"
+    with bound_program(checkpoint, sizes[0], device, precision, 0, tactics, seconds) as bound:
+        if bound.runner.tactics is None:
+            raise UsageError("DFENGINE_BACKEND is set, which leaves tactics no choice")
+        for size in sizes[1:]:
+            bound.runner.executor(size)
+        print(f"{checkpoint}: {bound.title}")
+        print("\n".join(found_lines(bound)))
+        known = bound.runner.tactics
+        if out is not None:
+            known.write(out)
+        print(f"{len(known)} tactics known for this device; measured ones are in {out or known.path}")
+
+
+def found_lines(bound: Bound) -> list[str]:
+    """A table of the ops for which another choice than the default is quicker, and the sum over all."""
+    choices, left = bound.runner.choices, bound.runner.unmeasured
+    if not choices:
+        return [f"no time for {left} ops" if left else "nothing was left to measure"]
+    changed = [c for c in choices if c.tactic.microseconds < c.default]
+    lines = [["op", "kernel", "shape", "quickest", "us", "default us", "tried"]]
+    for choice in sorted(changed, key=lambda c: c.tactic.microseconds - c.default):
+        shape = "x".join(map(str, next(choice.op.values(written=True)).shape))
+        times = f"{choice.tactic.microseconds:.1f}", f"{choice.default:.1f}", str(choice.tried)
+        lines.append([choice.op.name, choice.op.kernel, shape, str(choice.tactic), *times])
+    before, after = sum(c.default for c in choices), sum(c.tactic.microseconds for c in choices)
+    refused = sum(len(c.refused) for c in choices)
+    summary = (
+        f"{len(choices)} ops measured, {len(changed)} quicker than by default: {before / 1e3:.2f} ms to "
+        f"{after / 1e3:.2f} ms" + (f"; {refused} candidates were wrong and not taken" if refused else "")
+    ) + (f"; no time for {left} ops" if left else "")
+    return [*(aligned(lines, left=(0, 1, 2, 3)) if changed else []), summary]

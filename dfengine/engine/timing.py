@@ -1,0 +1,138 @@
+"""Timing of functions, and what a device reaches at best: the rate of a matrix product and of a copy.
+
+The benchmarks and the looks inside a program measure in this one way. On a GPU a function is captured in a CUDA graph,
+whose replays are timed by events.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+
+CLOCKS = {"elapsed": time.perf_counter, "cpu": time.process_time}
+MATMUL = {"cpu": 2048, "cuda": 8192}
+"""Side of the matrices whose product is the ceiling of arithmetic."""
+COPIES = {"cpu": range(18, 29, 2), "cuda": range(20, 31, 2)}
+"""Binary logarithms of the bytes that the copies move, read and written, which are the ceiling of bandwidth."""
+
+
+def on_cpu(function: Callable, sets: list, clock: str) -> Callable[[], float]:
+    """A function that runs `function` on the next set of arguments and returns the seconds it took."""
+    turn = -1
+
+    def once() -> float:
+        nonlocal turn
+        turn = (turn + 1) % len(sets)
+        start = CLOCKS[clock]()
+        function(*sets[turn])
+        return CLOCKS[clock]() - start
+
+    return once
+
+
+def on_cuda(function: Callable, sets: list) -> Callable[[], float]:
+    """A function that replays a graph of `function` on all sets and returns the seconds that one call took."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for arguments in sets[:3]:
+            function(*arguments)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for arguments in sets:
+            function(*arguments)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def once() -> float:
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / len(sets)
+
+    return once
+
+
+def interleaved(
+    functions: dict[str, Callable], sets: list, device: str, seconds: float, clock: str = "elapsed"
+) -> dict[str, list[float]]:
+    """Seconds of calls of every function, in turn, at least five of each, for about `seconds` after a warm-up.
+
+    sets: the arguments of the calls, which rotate. device: "cpu" or "cuda". clock: of `CLOCKS`, on a CPU.
+    """
+    timed = {name: on_cuda(f, sets) if device == "cuda" else on_cpu(f, sets, clock) for name, f in functions.items()}
+    times: dict[str, list[float]] = {name: [] for name in timed}
+    for once in timed.values():
+        once(), once()
+    end, rounds = time.perf_counter() + seconds, 0
+    while time.perf_counter() < end or rounds < 5:
+        for name, once in timed.items():
+            times[name].append(once())
+        rounds += 1
+    return times
+
+
+def copy_function(moved: int, count: int, device: str | torch.device) -> Callable[..., None]:
+    """A copy that reads moved / 2 bytes and writes as many, on `count` pairs of buffers in turn."""
+    pairs = [tuple(torch.zeros(moved // 2, dtype=torch.uint8, device=device) for _ in range(2)) for _ in range(count)]
+    turn = 0
+
+    def copy(*_arguments) -> None:
+        nonlocal turn
+        source, target = pairs[turn % count]
+        turn += 1
+        target.copy_(source)
+
+    return copy
+
+
+@cache
+def matmul_rate(dtype: torch.dtype, device: str, clock: str = "elapsed", seconds: float = 0.5) -> float:
+    """FLOP/s of the product of two large square matrices on `device`, "cpu", "cuda" or "cuda:N"; measured once in a
+    process."""
+    kind = torch.device(device).type
+    side = MATMUL[kind]
+    sets = [tuple(torch.ones((side, side), dtype=dtype, device=device) for _ in range(3))]
+    times = interleaved({"product": lambda a, b, c: torch.mm(a, b, out=c)}, sets, kind, seconds, clock)["product"]
+    return 2 * side**3 / statistics.median(times)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device reaches at best. matmul: FLOP/s of a large product of matrices of `dtype`.
+
+    copies: bytes read and written -> bytes/s of a copy of that many, again and again on the same buffers: small ones
+    stay in a cache, as the activations of a program do.
+    """
+
+    dtype: torch.dtype
+    matmul: float
+    copies: dict[int, float]
+
+    @classmethod
+    def measured(cls, device: torch.device, dtype: torch.dtype, seconds: float = 0.1) -> Ceilings:
+        """Of `device`; about `seconds` for each copy, and for the product where five of it are done by then."""
+        copies = {}
+        for exponent in COPIES[device.type]:
+            # Several copies in a graph, so that its launch does not count; on a CPU the sets only rotate.
+            sets, copy = [()] * (16 if device.type == "cuda" else 1), copy_function(2**exponent, 1, device)
+            times = interleaved({"copy": copy}, sets, device.type, seconds)["copy"]
+            copies[2**exponent] = 2**exponent / statistics.median(times)
+        return cls(dtype, matmul_rate(dtype, str(device), seconds=seconds), copies)
+
+    def bandwidth(self, moved: int) -> float:
+        """Bytes/s of a copy that moves `moved` bytes, between those measured; beyond them that of the nearest."""
+        sizes = sorted(self.copies)
+        rates = [math.log2(self.copies[size]) for size in sizes]
+        return float(2 ** np.interp(math.log2(max(moved, 1)), [math.log2(size) for size in sizes], rates))
+
+    def bound(self, flops: int, moved: int) -> float:
+        """Seconds below which so much arithmetic and traffic cannot go: the longer of the two."""
+        return max(flops / self.matmul, moved / self.bandwidth(moved))

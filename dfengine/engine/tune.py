@@ -1,0 +1,150 @@
+"""Finds the tactics of a program by measurement on its device.
+
+The program runs op by op on trial images, so that each op finds what it will find in use. Where an op has several
+implementations or configurations, each runs on these inputs into outputs of not-a-number and is held to the numeric
+contract (`dfengine.engine.contract`); those that meet it are timed in turn, and the quickest is recorded.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dfengine.engine.contract import contents, exact_outputs, judged, torch_outputs
+from dfengine.engine.execute import Executor
+from dfengine.engine.measure import place, trial_inputs
+from dfengine.engine.program import Op, Value
+from dfengine.engine.tactics import Tactic, Tactics
+from dfengine.engine.timing import interleaved
+from dfengine.errors import DfengineError
+from dfengine.kernels import OPS, PRIORITY
+
+log = logging.getLogger("dfengine")
+
+LEVELS = ("tuned", "exhaustive")
+SECONDS = {"tuned": 0.03, "exhaustive": 0.3}
+"""For timing the candidates of one op, in all; at least five calls of each."""
+WORTH = 0.97
+"""What is quicker than the default by less is noise, and the default stays."""
+HOPELESS = 2.0
+"""Candidates that take so many times as long as the best in their first calls are dropped, unless exhaustive."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was found for an op. default: the microseconds of what is taken without tactics; refused: candidates whose
+    results were wrong, with the reasons; tried: how many were right."""
+
+    op: Op
+    tactic: Tactic
+    default: float
+    tried: int
+    refused: tuple[str, ...] = ()
+
+
+def candidates(op: Op, arguments: list[Any], device: str, exhaustive: bool = False) -> Iterator[Tactic]:
+    """Every way to run these arguments on the device, what is taken without tactics first."""
+    kernel = OPS[op.kernel]
+    found = 0
+    for backend in PRIORITY[device]:
+        implementation = kernel.implementations.get(backend)
+        if implementation is None or (backend == "reference" and found and not exhaustive):
+            continue
+        try:
+            implementation.available(device)
+            implementation.can_run(*arguments)
+            configurations = list(implementation.configurations(*arguments))
+        except DfengineError:
+            continue
+        found += len(configurations)
+        yield from (Tactic(backend, options) for options in configurations)
+
+
+@torch.inference_mode()
+def tune(
+    executor: Executor, tactics: Tactics, level: str = "tuned", seconds: float | None = None
+) -> tuple[list[Choice], int]:
+    """Measure every op of the executor's program that `tactics` does not know, and record what is quickest.
+
+    level: "tuned", or "exhaustive": also the reference, every candidate to the end, and ops already known. seconds: no
+    further op is begun after so long. Returns the choices and how many ops were left unmeasured. The program's packed
+    weights must be whole (`Lowering(disposable=False)`).
+    """
+    place(executor, trial_inputs(executor))
+    choices: dict[str, Choice] = {}
+    left = 0
+    begun = time.perf_counter()
+    for section in executor.program.sections():
+        for op in executor.program.ops[section.first : section.last]:
+            arguments = executor.arguments(op)
+            known = op in tactics and (level != "exhaustive" or op.name in choices)
+            ways = [] if known else list(candidates(op, arguments, executor.device.type, level == "exhaustive"))
+            if len(ways) > 1:
+                if seconds is not None and time.perf_counter() - begun > seconds:
+                    left += 1
+                else:
+                    choice = _measured(executor, op, arguments, ways, level)
+                    if choice is not None:
+                        choices[op.name] = choice
+                        tactics.record(op, choice.tactic)
+            executor.call(op)()
+    return list(choices.values()), left
+
+
+def _measured(executor: Executor, op: Op, arguments: list[Any], ways: list[Tactic], level: str) -> Choice | None:
+    """The choice among `ways`, or None where none of them is right. Leaves what the op reads as it was."""
+    kernel, device = OPS[op.kernel], executor.device
+    before = contents(op, executor)
+    exact, plain = exact_outputs(op, before), torch_outputs(op, before)
+    written = {name: executor.tensor(op.arguments[name]) for name in op.writes if op.arguments[name] is not None}
+    changed = [(executor.tensor(v), before[name]) for name, v in op.arguments.items() if isinstance(v, Value)]
+    right: dict[str, tuple[Tactic, Callable[[], None]]] = {}
+    refused = []
+
+    def restore() -> None:
+        for place_of, content in changed:
+            place_of.copy_(content)
+
+    for way in ways:
+        for name, tensor in written.items():
+            if tensor.is_floating_point() and name not in op.in_place:
+                tensor.fill_(torch.nan)
+        try:
+            call = kernel.implementations[way.backend].bound(*arguments, **way.options)
+            call()
+        except (DfengineError, RuntimeError) as error:
+            refused.append(f"{way}: {str(error).splitlines()[0]}")
+            restore()
+            continue
+        wrong = [f"{n} {e:.3g} > {a:.3g}" for n, e, a in judged(op, written, exact, plain, before) if not e <= a]
+        restore()
+        if wrong:
+            refused.append(f"{way}: {', '.join(wrong)}")
+        else:
+            right[str(way)] = way, call
+    for reason in refused:
+        log.warning("tactics: %s (%s): not taken: %s", op.name, op.kernel, reason)
+    if not right:
+        return None
+    calls = {name: call for name, (_, call) in right.items()}
+    sets = [()] * (8 if device.type == "cuda" else 1)
+    if level != "exhaustive" and len(calls) > 2:
+        first = {name: min(t) for name, t in interleaved(calls, sets, device.type, 0).items()}
+        calls = {name: call for name, call in calls.items() if first[name] <= HOPELESS * min(first.values())}
+        default = next(iter(right))
+        calls.setdefault(default, right[default][1])
+    times = {n: statistics.median(t) for n, t in interleaved(calls, sets, device.type, SECONDS[level]).items()}
+    restore()
+    usual = next(iter(right))
+    best = min(times, key=times.get)
+    best = best if times[best] < WORTH * times[usual] else usual
+    way = right[best][0]
+    return Choice(
+        op, Tactic(way.backend, way.options, times[best] * 1e6), times[usual] * 1e6, len(right), tuple(refused)
+    )

@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import functools
+
+import torch
+from PIL import Image
+
+from dfengine.cli import main
+from dfengine.commands import roofline
+from dfengine.engine.measure import measure
+from dfengine.engine.timing import Ceilings
+
+
+def test_a_png_and_a_summary(tiny, tmp_path, capsys, monkeypatch):
+    ceilings = Ceilings(torch.float32, 1e11, {2**18: 5e10, 2**28: 1e10})
+    monkeypatch.setattr(roofline, "measure", functools.partial(measure, seconds=0.0, ceilings=ceilings))
+    out = tmp_path / "new" / "roofline.png"
+    assert main(["roofline", str(tiny), "--out", str(out), "--batch", "2", "--precision", "float32"]) == 0
+    with Image.open(out) as image:
+        assert image.format == "PNG"
+    text = capsys.readouterr().out
+    assert "batch 2, float32 on cpu" in text and "% of the roofline" in text and str(out) in text
+
+
+def test_another_kind_of_file_is_refused_before_anything_runs(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(roofline, "bound_program", None)
+    assert main(["roofline", str(tiny), "--out", str(tmp_path / "roofline.svg")]) == 2
+    assert "roofline.svg: must end in .png" in capsys.readouterr().err

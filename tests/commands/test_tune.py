@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dfengine import native
+from dfengine.cli import main
+from dfengine.engine import tune
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="dfengine._native is missing")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("DFENGINE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tune, "SECONDS", {"tuned": 0.0, "exhaustive": 0.0})
+
+
+def test_what_is_measured_is_remembered_and_taken(tiny, tmp_path, capsys):
+    out = tmp_path / "here.json"
+    exact = ["--precision", "float32"]
+    assert main(["tune", str(tiny), *exact, "--batch", "1", "--batch", "3", "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert " ops measured, " in text and "here.json" in text
+    rows = json.loads(out.read_text())["tactics"]
+    assert len(rows) > 10 and any("x=float32[6x" in key for key in rows)  # both scales of three images
+    (kept,) = (tmp_path / "cache" / "tactics").glob("*.json")
+    assert json.loads(kept.read_text())["tactics"] == rows
+    assert main(["tune", str(tiny), *exact, "--batch", "1"]) == 0
+    assert "nothing was left to measure" in capsys.readouterr().out
+    assert main(["verify", str(tiny), *exact]) == 0
+
+
+def test_no_time_is_said(tiny, capsys):
+    assert main(["tune", str(tiny), "--batch", "1", "--seconds", "0"]) == 0
+    assert "no time for " in capsys.readouterr().out
+
+
+def test_a_forced_backend_is_wrong_usage(tiny, capsys, monkeypatch):
+    monkeypatch.setenv("DFENGINE_BACKEND", "cpu")
+    assert main(["tune", str(tiny)]) == 2
+    assert "DFENGINE_BACKEND is set" in capsys.readouterr().err
+
+
+def test_a_named_file_that_is_none_is_wrong_usage(tiny, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("DFENGINE_TACTICS", str(tmp_path / "none.json"))
+    assert main(["detect", str(tiny), str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "none.json: No such file" in capsys.readouterr().err

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from dfengine.engine.execute import Executor
+from dfengine.engine.lower import Lowering
+from dfengine.engine.measure import measure, place, trial_images, trial_inputs, unmeasured
+from dfengine.engine.timing import Ceilings
+from tests.helpers import tiny_model
+
+CEILINGS = Ceilings(torch.float32, 1e11, {2**18: 1e10, 2**22: 1e10})
+
+
+def bound(batch: int = 1, device: str = "cpu", **options) -> Executor:
+    return Executor(Lowering(tiny_model(), device=device, **options).program(batch), device, options.get("backend"))
+
+
+def test_every_op_gets_its_time_and_its_bound():
+    executor = bound(2)
+    plan = measure(executor, 0.0, CEILINGS)
+    assert [row.op for row in plan.rows] == executor.program.ops and plan.rounds == 5
+    assert 0.5 < plan.op_seconds / plan.run_seconds < 2
+    for row in plan.rows:
+        assert row.seconds > 0 and row.backend == executor.backends[row.op.name]
+        arithmetic, traffic = row.op.flops / 1e11, row.op.moved / 1e10
+        assert row.bound == pytest.approx(max(arithmetic, traffic))
+        assert row.limit == ("matmul" if arithmetic > traffic else "bandwidth")
+        assert row.percent == pytest.approx(100 * row.bound / row.seconds)
+        facts = row.facts()
+        assert facts["gbps"] == pytest.approx(facts["bytes"] / facts["us"] / 1e3)
+    assert plan.percent == pytest.approx(100 * sum(row.bound for row in plan.rows) / plan.run_seconds)
+
+
+def test_a_slow_op_is_found():
+    executor = bound()
+    index = [op.name for op in executor.program.ops].index("up.1.0.conv2")
+    executor.wrap(lambda op, call: (lambda: (time.sleep(0.02), call())) if op.name == "up.1.0.conv2" else call)
+    plan = measure(executor, 0.0, CEILINGS)
+    first, second = plan.slowest()[:2]
+    assert first.index == index and first.seconds >= 0.02 > second.seconds
+    assert plan.run_seconds >= 0.02
+
+
+def test_ops_of_a_loop_count_all_its_steps():
+    executor = Executor(Lowering(tiny_model(mode="iterative", t_b=4)).program(1))
+    executor.wrap(lambda op, call: (lambda: (time.sleep(0.01), call())) if op.name == "up.1.0.conv2" else call)
+    plan = measure(executor, 0.0, CEILINGS)
+    first = plan.slowest()[0]
+    assert first.op.name == "up.1.0.conv2" and first.repeat == 5 and first.seconds >= 0.05
+    assert first.facts()["flops"] == 5 * first.op.flops
+    assert first.bound == 5 * CEILINGS.bound(first.op.flops, first.op.moved)
+    assert sum(row.flops for row in plan.rows) == executor.program.flops
+
+
+def test_an_unmeasured_plan_has_no_times():
+    executor = bound()
+    plan = unmeasured(executor)
+    assert [row.op for row in plan.rows] == executor.program.ops
+    assert plan.rows[0].percent is None and "us" not in plan.rows[0].facts()
+    assert plan.rows[1].facts()["shape"] == [2, 32, 32, 8]
+
+
+def test_trial_inputs_are_those_of_the_program():
+    executor = bound(3)
+    inputs = trial_inputs(executor, seed=1)
+    executor.run(**inputs)  # raises for others
+    images = inputs["images"]
+    assert 0 <= images.min() < 0.2 < 0.8 < images.max() <= 1
+    assert not torch.equal(images, trial_inputs(executor, seed=2)["images"])
+    # Smooth: neighbours are far nearer to each other than pixels at large.
+    assert (images[:, 1:] - images[:, :-1]).abs().mean() < 0.5 * images.std()
+
+
+def test_placed_inputs_give_what_run_gives():
+    executor = bound(2)
+    inputs = dict(images=trial_images(2, 32, 3), threshold=torch.tensor([0.5]))
+    want = executor.run(**inputs)
+    for _ in range(2):  # the first launch leaves other things in the inputs' place
+        place(executor, inputs)
+        executor.launch()
+        for buffer in executor.program.buffers:
+            if buffer.role == "output":
+                assert torch.equal(executor._tensors[buffer], want[buffer.name])
+
+
+@pytest.mark.gpu
+def test_times_on_a_gpu():
+    plan = measure(bound(2, "cuda", backend="triton"), 0.0)
+    assert all(row.seconds > 0 for row in plan.rows) and plan.run_seconds > 0

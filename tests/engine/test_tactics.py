@@ -1,0 +1,144 @@
+"""Tactics: what they are known by, where they are kept, and which rank first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dfengine import native
+from dfengine.engine import tactics as tactics_module
+from dfengine.engine.execute import Executor
+from dfengine.engine.lower import Lowering
+from dfengine.engine.program import Op
+from dfengine.engine.tactics import Tactic, Tactics, signature, usable
+from dfengine.errors import UsageError
+from tests.helpers import tiny_model
+
+
+def program(batch: int = 1, dtype=torch.float32, **changes):
+    return Lowering(tiny_model(**changes), dtype, disposable=False).program(batch)
+
+
+def op(name: str, **options) -> Op:
+    return next(op for op in program(**options).ops if op.name == name)
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path) -> Path:
+    monkeypatch.setenv(tactics_module.CACHE, str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tactics"
+
+
+def test_a_signature_says_what_the_time_depends_on():
+    conv = op("up.0.0.conv1")
+    text = signature(conv)
+    assert text.startswith("conv2d; x=float32[2x16x16x16]; ") and "prologue_act=gelu" in text and "dilation 1" in text
+    assert signature(op("up.0.0.conv1")) == text
+    assert signature(op("middle.0.conv1")) != signature(op("middle.0.conv1", dilation=1))
+    assert signature(op("up.0.0.conv1", batch=2)) != text
+    assert signature(op("up.0.0.conv1", dtype=torch.bfloat16)) != text
+    ingest = [signature(next(o for o in Lowering(tiny_model()).program(1, seed).ops)) for seed in (0, 7)]
+    assert ingest[0] == ingest[1] and "seed" not in ingest[0]
+
+
+def test_what_was_recorded_is_found_again(cache):
+    first, conv = Tactics("cpu"), op("down.0")
+    assert len(first) == 0 and first.find(conv) is None and conv not in first
+    first.record(conv, Tactic("library", {}, 12.5))
+    assert first.save().parent == cache
+    again = Tactics("cpu")
+    assert again.find(conv) == Tactic("library", {}, 12.5) and conv in again and len(again) == 1
+    assert again.find(op("out")) is None
+
+
+def test_two_processes_keep_what_each_measured():
+    one, other = Tactics("cpu"), Tactics("cpu")
+    one.record(op("down.0"), Tactic("library"))
+    other.record(op("out"), Tactic("cpu"))
+    one.save(), other.save()
+    assert len(Tactics("cpu")) == 2
+
+
+def test_in_another_environment_they_are_left_unread(monkeypatch):
+    known = Tactics("cpu")
+    known.record(op("down.0"), Tactic("library"))
+    known.save()
+    monkeypatch.setattr(torch, "__version__", "3.0.0")
+    assert len(Tactics("cpu")) == 0
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"format": 99}', '{"format": 1, "tactics": {"a": 3}}'])
+def test_a_damaged_file_is_left_alone_and_written_anew(content):
+    known = Tactics("cpu")
+    known.path.parent.mkdir(parents=True)
+    known.path.write_text(content)
+    with pytest.warns(UserWarning, match="measured tactics are left unread"):
+        again = Tactics("cpu")
+    assert len(again) == 0 and known.path.read_text() == content
+    again.record(op("down.0"), Tactic("library"))
+    with pytest.warns(UserWarning):
+        again.save()
+    assert len(Tactics("cpu")) == 1
+
+
+def test_a_named_file_ranks_first_and_a_shipped_one_last(monkeypatch, tmp_path):
+    conv, out, norm = op("down.0"), op("out"), op("down.1.0.norm1")
+    author = Tactics("cpu")
+    for each in (conv, out, norm):
+        author.record(each, Tactic("cpu"))
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    author.environment = {**author.environment, "torch": "1.0"}  # ships for the device whatever the versions
+    author.write(shipped / author.path.name)
+    monkeypatch.setattr(tactics_module, "SHIPPED", shipped)
+    measured = Tactics("cpu")
+    assert measured.find(conv) == Tactic("cpu") and conv not in measured
+    measured.record(conv, Tactic("library"))
+    measured.record(out, Tactic("library"))
+    measured.save()
+    named = Tactics("cpu")
+    named.environment = {}
+    named.write(tmp_path / "named.json", {signature(conv): Tactic("reference")})
+    monkeypatch.setenv(tactics_module.FILE, str(tmp_path / "named.json"))
+    backends = [Tactics("cpu").find(each).backend for each in (conv, out, norm)]
+    assert backends == ["reference", "library", "cpu"]
+
+
+def test_a_named_file_that_cannot_be_used_is_wrong_usage(monkeypatch, tmp_path):
+    monkeypatch.setenv(tactics_module.FILE, str(tmp_path / "none.json"))
+    with pytest.raises(UsageError, match="none.json: No such file"):
+        Tactics("cpu")
+    (tmp_path / "none.json").write_text(json.dumps({"format": 2}))
+    with pytest.raises(UsageError, match="not a file of tactics of format 1"):
+        Tactics("cpu")
+
+
+def test_programs_take_the_known_tactic_where_it_is_usable():
+    made = program()
+    known = Tactics("cpu")
+    conv, other, third = (next(o for o in made.ops if o.name == name) for name in ("down.0", "out", "middle.0.norm1"))
+    known.record(conv, Tactic("library"))
+    known.record(other, Tactic("cpu", {"product": "of another build"}))
+    known.record(third, Tactic("opencl"))
+    executor = Executor(made, tactics=known)
+    plain = Executor(made)
+    assert executor.backends["down.0"] == "library"
+    for name in ("out", "middle.0.norm1"):
+        assert executor.backends[name] == plain.backends[name]
+    batch = torch.rand((1, 32, 32, 3))
+    got, want = (e.run(images=batch, threshold=torch.tensor([0.5])) for e in (executor, plain))
+    torch.testing.assert_close(got["anomaly_map"], want["anomaly_map"], rtol=0, atol=1e-5)
+
+
+def test_usable_asks_the_implementation():
+    made = program()
+    executor = Executor(made)
+    attend = next(o for o in made.ops if o.kernel == "attention")
+    assert usable(attend, Tactic("reference"), executor.arguments(attend), "cpu")
+    assert not usable(attend, Tactic("cpu"), executor.arguments(attend), "cpu")
+    conv = next(o for o in made.ops if o.name == "down.0")
+    assert not usable(conv, Tactic("cuda"), executor.arguments(conv), "cpu")
+    assert usable(conv, Tactic("cpu"), executor.arguments(conv), "cpu") == native.available()

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from dfengine.engine import timing
+from dfengine.engine.timing import Ceilings, copy_function, interleaved, matmul_rate
+
+KIB, MIB = 2**10, 2**20
+
+
+def test_functions_take_turns_on_rotating_arguments():
+    calls = []
+    functions = {name: lambda value, name=name: calls.append((name, value)) for name in ("a", "b")}
+    times = interleaved(functions, [(0,), (1,), (2,)], "cpu", 0.0)
+    assert {name: len(values) for name, values in times.items()} == {"a": 5, "b": 5}
+    assert calls[:4] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]  # the warm-up
+    assert calls[4:10] == [("a", 2), ("b", 2), ("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+
+
+def test_a_time_is_that_of_the_call():
+    times = interleaved({"slow": lambda: time.sleep(0.01), "quick": lambda: None}, [()], "cpu", 0.0)
+    assert min(times["slow"]) >= 0.01 > max(times["quick"])
+    idle = interleaved({"slow": lambda: time.sleep(0.01)}, [()], "cpu", 0.0, "cpu")
+    assert max(idle["slow"]) < 0.01  # of the processor
+
+
+def test_copies_take_turns_on_their_buffers():
+    copy = copy_function(64, 2, "cpu")
+    pairs = next(cell.cell_contents for cell in copy.__closure__ if isinstance(cell.cell_contents, list))
+    for value, (source, _) in enumerate(pairs, start=1):
+        source.fill_(value)
+    copy(), copy()
+    assert [target.tolist() for _, target in pairs] == [[1] * 32, [2] * 32]
+
+
+def test_bandwidth_lies_between_those_measured():
+    ceilings = Ceilings(torch.float32, 1e11, {4 * MIB: 8e9, 256 * KIB: 32e9})
+    assert ceilings.bandwidth(1) == pytest.approx(32e9)
+    assert ceilings.bandwidth(MIB) == pytest.approx(16e9)
+    assert ceilings.bandwidth(2**40) == pytest.approx(8e9)
+
+
+def test_the_bound_is_the_longer_of_arithmetic_and_traffic():
+    ceilings = Ceilings(torch.float32, 1e11, {MIB: 1e10})
+    assert ceilings.bound(2 * 10**9, 10**6) == pytest.approx(0.02)
+    assert ceilings.bound(10**6, 10**8) == pytest.approx(0.01)
+
+
+def test_ceilings_are_measured_on_this_device(monkeypatch):
+    monkeypatch.setattr(timing, "MATMUL", {"cpu": 96})
+    monkeypatch.setattr(timing, "COPIES", {"cpu": range(16, 19)})
+    matmul_rate.cache_clear()
+    try:
+        found = Ceilings.measured(torch.device("cpu"), torch.float32, 0.0)
+    finally:
+        matmul_rate.cache_clear()  # of so small a product
+    assert list(found.copies) == [2**16, 2**17, 2**18]
+    assert all(1e7 < rate < 1e13 for rate in (found.matmul, *found.copies.values()))

@@ -1,0 +1,133 @@
+"""Tactics found by measurement."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from dfengine import native
+from dfengine.engine import tune as tune_module
+from dfengine.engine.execute import Executor
+from dfengine.engine.lower import Lowering
+from dfengine.engine.modules import ModuleRunner
+from dfengine.engine.runner import ProgramRunner
+from dfengine.engine.tactics import Tactics
+from dfengine.engine.tune import tune
+from dfengine.kernels import OPS
+from tests.helpers import tiny_model
+
+compiled = pytest.mark.skipif(not native.available(), reason="dfengine._native is missing")
+INPUTS = dict(images=torch.rand((1, 32, 32, 3), generator=torch.Generator().manual_seed(0)), threshold=torch.ones(1))
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch, tmp_path):
+    monkeypatch.setenv("DFENGINE_CACHE", str(tmp_path))
+    monkeypatch.delenv("DFENGINE_BACKEND", raising=False)
+    monkeypatch.setattr(tune_module, "SECONDS", {"tuned": 0.0, "exhaustive": 0.0})
+
+
+def bound(dtype=torch.float32, **changes) -> Executor:
+    return Executor(Lowering(tiny_model(**changes), dtype, disposable=False).program(1))
+
+
+def replaced(monkeypatch, backend: str, wrap) -> None:
+    """The implementation of conv2d runs through wrap(call)."""
+    of = OPS["conv2d"].implementations[backend]
+    changed = replace(of, bind=lambda *args, **options: wrap(of.bound(*args, **options), args))
+    monkeypatch.setitem(OPS["conv2d"].implementations, backend, changed)
+
+
+def slow(call, _args):
+    def run():
+        time.sleep(2e-3)
+        call()
+
+    return run
+
+
+@compiled
+def test_the_quickest_is_taken_and_results_stay(monkeypatch):
+    replaced(monkeypatch, "cpu", slow)
+    executor, known = bound(), Tactics("cpu")
+    want = executor.run(**INPUTS)
+    choices, left = tune(executor, known)
+    assert left == 0 and {choice.op.kernel for choice in choices} == {"conv2d"}
+    assert all(choice.tactic.backend == "library" and choice.tried == 2 for choice in choices)
+    assert all(choice.default > 2000 > choice.tactic.microseconds for choice in choices)
+    tuned = Executor(executor.program, tactics=known)
+    assert tuned.backends["down.0"] == "library"
+    torch.testing.assert_close(tuned.run(**INPUTS)["anomaly_map"], want["anomaly_map"], rtol=0, atol=1e-5)
+
+
+@compiled
+def test_what_is_wrong_is_never_taken(monkeypatch):
+    """However quick: results a little off, outputs left unwritten, and refusals."""
+
+    def off(call, args):
+        def run():
+            call()
+            args[-3].mul_(1.01)
+
+        return run
+
+    def unwritten(call, args):
+        return lambda: None
+
+    def fails(call, args):
+        raise RuntimeError("out of registers")
+
+    for wrap, reason in ((off, "library: y "), (unwritten, "library: y nan"), (fails, "library: out of registers")):
+        with monkeypatch.context() as patch:
+            replaced(patch, "cpu", slow)
+            replaced(patch, "library", wrap)
+            choices, _ = tune(bound(), Tactics("cpu"))
+        assert choices and all(choice.tactic.backend == "cpu" for choice in choices)
+        assert all(choice.tried == 1 and choice.refused[0].startswith(reason) for choice in choices)
+
+
+@compiled
+def test_known_ops_are_not_measured_again_unless_exhaustive():
+    executor, known = bound(), Tactics("cpu")
+    first, _ = tune(executor, known)
+    again, _ = tune(executor, known)
+    assert first and not again
+    every, _ = tune(executor, known, "exhaustive")
+    assert {c.op.name for c in first} <= {c.op.name for c in every}
+    assert max(c.tried for c in every) > max(c.tried for c in first)  # with the reference
+
+
+@compiled
+def test_no_op_is_begun_when_time_is_up():
+    choices, left = tune(bound(), Tactics("cpu"), seconds=0)
+    assert not choices and left > 20
+
+
+@compiled
+def test_ops_in_place_are_tuned_without_losing_what_they_read(monkeypatch):
+    executor = bound(mode="iterative", t_b=2)
+    want = executor.run(**INPUTS)
+    monkeypatch.setattr(tune_module, "PRIORITY", {"cpu": ("cpu", "reference")})
+    choices, _ = tune(executor, Tactics("cpu"), "exhaustive")
+    (step,) = [choice for choice in choices if choice.op.kernel == "reverse_step"]
+    assert step.tried == 2 and not step.refused
+    assert torch.equal(executor.run(**INPUTS)["anomaly_map"], want["anomaly_map"])
+
+
+@compiled
+def test_a_runner_tunes_each_batch_size_once_and_remembers(tmp_path):
+    batch = np.random.default_rng(0).random((3, 32, 32, 3), dtype=np.float32)
+    first = ProgramRunner(tiny_model(), tactics="tuned")
+    first.run(batch)
+    assert first.choices and len(list((tmp_path / "tactics").glob("*.json"))) == 1
+    second = ProgramRunner(tiny_model(), tactics="tuned")
+    got = second.run(batch)
+    assert not second.choices
+    default = ProgramRunner(tiny_model())  # takes what is known
+    want = ModuleRunner(tiny_model()).run(batch)
+    for result in (got, default.run(batch)):
+        torch.testing.assert_close(result.anomaly_map, want.anomaly_map, rtol=0, atol=1e-5)
