@@ -1,7 +1,8 @@
 """Checkpoints: one safetensors file with weights, configuration, training record and calibration. No pickle.
 
-Metadata keys: `format` ("dfengine"), `version`, and JSON texts `config`, `training`, `calibration`.
-Tensor names: "reconstruction.*" and "segmentation.*", the state-dict names of `dfengine.models.Model`.
+Metadata keys: `format` ("dfengine"), `version`, and JSON texts `config`, `training`, `calibration`, `verified`.
+Tensor names: "reconstruction.*" and "segmentation.*", the state-dict names of `dfengine.models.Model`, and, both or
+neither, "trial.images" and "trial.anomaly_map". Version 2 has a trial, version 1 has none; either may lack `verified`.
 """
 
 from __future__ import annotations
@@ -23,8 +24,23 @@ from dfengine.files import atomic_path
 from dfengine.models import Model, ModelConfig
 
 FORMAT = "dfengine"
-VERSION = "1"
+VERSIONS = ("1", "2")
+TRIAL_IMAGES = 4
+"""The most images of a `Trial`."""
+_TRIAL = "trial."
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """Normal images that show, when the model is loaded, whether a precision serves it.
+
+    images: uint8 (N, S, S, C) at model size, N from 1 to `TRIAL_IMAGES`. anomaly_map: float16 (N, S, S), their maps by
+    float32 and seed 0; 131 KB at 256 pixels, beside 197 KB of image, for each.
+    """
+
+    images: Tensor
+    anomaly_map: Tensor
 
 
 @dataclass(frozen=True)
@@ -33,12 +49,15 @@ class Checkpoint:
 
     `state` maps the names of `Model.state_dict()` to CPU tensors (float32, or half for shipping).
     `training` is the training record: JSON values (data fingerprint, steps, seed, versions, ...).
+    `verified` maps each precision that `dfengine verify` has passed with these weights to the record of that.
     """
 
     config: ModelConfig
     state: dict[str, Tensor]
     training: dict[str, Any] = field(default_factory=dict)
     calibration: Calibration | None = None
+    trial: Trial | None = None
+    verified: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def build(self) -> Model:
         """A float32 model with these weights, in evaluation mode."""
@@ -51,12 +70,15 @@ class Checkpoint:
         return model.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def half(self) -> Checkpoint:
-        """A copy with matrices and filters in float16; vectors (biases, norms and their statistics) stay float32."""
+        """A copy with matrices and filters in float16; vectors (biases, norms and their statistics) stay float32.
+
+        It has no trial and nothing verified: those are of the weights as they were.
+        """
         state = {
             name: value.half() if value.is_floating_point() and value.dim() >= 2 else value
             for name, value in self.state.items()
         }
-        return replace(self, state=state)
+        return replace(self, state=state, trial=None, verified={})
 
     def with_calibration(self, calibration: Calibration | None) -> Checkpoint:
         """A copy with another calibration."""
@@ -96,6 +118,22 @@ def check_state(config: ModelConfig, state: dict[str, Tensor], name: str) -> Non
             raise CheckpointError(f"{name}: {key} has dtype {have.dtype}, expected {want.dtype}")
 
 
+def _check_trial(config: ModelConfig, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, str], name: str) -> None:
+    """Raises `CheckpointError` unless names, shapes and dtypes (safetensors' names) are those of a `Trial`."""
+    if set(shapes) != {"images", "anomaly_map"}:
+        found = ", ".join(sorted(shapes)) or "missing"
+        raise CheckpointError(f"{name}: the trial images are {found}; expected anomaly_map, images")
+    size, count = config.image_size, shapes["images"][:1]
+    if not (count and 1 <= count[0] <= TRIAL_IMAGES):
+        raise CheckpointError(f"{name}: trial.images has shape {shapes['images']}, not 1 to {TRIAL_IMAGES} images")
+    wanted = {"images": ((*count, size, size, config.channels), "U8"), "anomaly_map": ((*count, size, size), "F16")}
+    for key, (shape, dtype) in wanted.items():
+        if shapes[key] != shape or dtypes[key] != dtype:
+            raise CheckpointError(
+                f"{name}: trial.{key} is {dtypes[key]} of shape {shapes[key]}, expected {dtype} of shape {shape}"
+            )
+
+
 def check_target(path: str | Path) -> None:
     """Raises `CheckpointError` where `path` is a file that is not a dfengine checkpoint: it would be overwritten."""
     path = Path(path)
@@ -116,15 +154,24 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     """
     check_target(path)
     check_state(checkpoint.config, checkpoint.state, str(path))
+    trial = checkpoint.trial
+    tensors = dict(checkpoint.state)
+    if trial is not None:
+        shapes = dict(images=tuple(trial.images.shape), anomaly_map=tuple(trial.anomaly_map.shape))
+        names = {torch.uint8: "U8", torch.float16: "F16"}
+        dtypes = {key: names.get(getattr(trial, key).dtype, "other") for key in shapes}
+        _check_trial(checkpoint.config, shapes, dtypes, str(path))
+        tensors |= {_TRIAL + key: getattr(trial, key) for key in shapes}
     metadata = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSIONS[trial is not None],  # the oldest that can say it, so that older releases read what they can
         "config": json.dumps(checkpoint.config.to_dict()),
         "training": json.dumps(checkpoint.training),
         "calibration": json.dumps(checkpoint.calibration.to_dict() if checkpoint.calibration else None),
+        "verified": json.dumps(checkpoint.verified),
     }
     with atomic_path(path) as temporary:
-        state = {name: value.detach().cpu().contiguous() for name, value in checkpoint.state.items()}
+        state = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         save_file(state, str(temporary), metadata)
 
 
@@ -151,18 +198,19 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise CheckpointError(f"{path}: not a dfengine checkpoint (its metadata does not name the format)")
-            if metadata.get("version") != VERSION:
+            if metadata.get("version") not in VERSIONS:
                 raise CheckpointError(
                     f"{path}: checkpoint version {metadata.get('version')!r} is not supported (this dfengine reads "
-                    f"version {VERSION})"
+                    f"versions {' and '.join(VERSIONS)})"
                 )
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            config = ModelConfig.from_dict(_json(metadata, "config", path))
+            trial = _load_trial(file, config, metadata["version"] == "2", path)
+            names = [name for name in file.keys() if trial is None or not name.startswith(_TRIAL)]  # noqa: SIM118 (not a dict)
+            state = {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise CheckpointError(f"{path}: {_damage(path, error)}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from None
-    try:
-        config = ModelConfig.from_dict(_json(metadata, "config", path))
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None
     training = _json(metadata, "training", path)
@@ -173,8 +221,24 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         calibration = None if values is None else Calibration.from_dict(values)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    verified = _json(metadata, "verified", path) if "verified" in metadata else {}
+    if not isinstance(verified, dict) or not all(isinstance(record, dict) for record in verified.values()):
+        raise CheckpointError(f"{path}: metadata field 'verified' is not a table of records")
     check_state(config, state, str(path))
-    return Checkpoint(config, state, training, calibration)
+    return Checkpoint(config, state, training, calibration, trial, verified)
+
+
+def _load_trial(file: Any, config: ModelConfig, has_one: bool, path: Path) -> Trial | None:
+    """The trial in an open safetensors file, read once its shapes are known to be right. Raises `CheckpointError`."""
+    if not has_one:
+        return None
+    parts = {name.removeprefix(_TRIAL): file.get_slice(name) for name in file.keys() if name.startswith(_TRIAL)}  # noqa: SIM118
+    shapes = {key: tuple(part.get_shape()) for key, part in parts.items()}
+    _check_trial(config, shapes, {key: part.get_dtype() for key, part in parts.items()}, str(path))
+    trial = Trial(**{key: file.get_tensor(_TRIAL + key) for key in parts})
+    if not torch.isfinite(trial.anomaly_map).all():
+        raise CheckpointError(f"{path}: trial.anomaly_map holds values that are not finite")
+    return trial
 
 
 def _damage(path: Path, error: SafetensorError) -> str:

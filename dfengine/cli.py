@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from dfengine._version import __version__
-from dfengine.errors import DfengineError
+from dfengine.errors import DfengineError, UsageError
 from dfengine.files import os_reason
 
 app = typer.Typer(
@@ -209,16 +209,30 @@ def info(
 @app.command()
 def verify(
     checkpoint: CheckpointArgument,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Compare --precision with float32 on these: normal images, or a data set with test images."),
+    ] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="With --data: note a pass in CKPT; a refusal removes it.")
+    ] = False,
     batch: RunOption = 2,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch, with --data.")] = 16,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     seed: SeedOption = 0,
 ) -> None:
-    """Compare the program that detects with its model, op by op."""
-    options = dict(locals())
+    """Compare the program that detects with its model, op by op; with --data, a precision with float32 on images."""
+    if data is not None:
+        from dfengine.commands.verify_data import run_verify_data
+
+        _exit(run_verify_data(checkpoint, data, precision, record, batch_size, device, seed))
+        return
+    if record:
+        raise UsageError("verify: --record needs --data, the images of the comparison")
     from dfengine.commands.verify import run_verify
 
-    _exit(run_verify(**options))
+    _exit(run_verify(checkpoint, batch, device, precision, seed))
 
 
 @app.command()

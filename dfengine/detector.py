@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 
 from dfengine.checkpoint import Checkpoint, load_checkpoint
 from dfengine.data.inputs import InputImage, collect_inputs
+from dfengine.data.prefetch import Prefetch
 from dfengine.detection import Detection, Refused, resize_map
 from dfengine.devices import resolve_device
-from dfengine.engine.modules import PRECISIONS, ModuleRunner
-from dfengine.engine.runner import TACTICS, ProgramRunner, make_runner
+from dfengine.engine.modules import Output
+from dfengine.engine.runner import TACTICS, ProgramRunner
+from dfengine.engine.transfer import CudaTransfer, HostTransfer, transfer_of
 from dfengine.errors import DfengineError, ImageError, UsageError
-from dfengine.models import Model
+from dfengine.precision import check_precision, chosen_runner, float32_arithmetic
 
-_AUTO_TOLERANCE = 0.01  # of map probability, float16 against float32
+MOST_WORKERS = 8
+"""The most threads that `Detector.stream` decodes on unless asked for more."""
+
+_Prepared = tuple[InputImage, torch.Tensor | ImageError]
 
 
 def load(
@@ -32,8 +38,9 @@ def load(
 
     device: "auto" (a CUDA GPU where there is one, else the CPU), "cpu", "cuda" or "cuda:N".
     precision of the networks and their input (maps and scores are always float32): "float32"; "bfloat16"; on a GPU
-        also "float16" and "tf32"; "auto" is float32 on a CPU, and on a GPU float16 where a trial image gives the map of
-        float32 within 0.01, else float32.
+        also "float16" and "tf32"; "auto" is the half precision that the device is fast in (float16 on a GPU, bfloat16
+        on a processor with AMX or AVX512_BF16) where the trial images in the checkpoint get the maps of float32 within
+        0.01 (bfloat16: 0.05), else float32.
     seed: of the diffusion noise, 0 to 2**64 - 1; the same seed gives the same scores.
     tactics: which kernels run: "default" takes what is known to be quick on this device; "tuned" measures what is not,
         once for each batch size (seconds to minutes), and remembers it; "exhaustive" measures everything anew. On a GPU
@@ -70,11 +77,11 @@ class Detector:
         self.training = checkpoint.training
         self.seed = seed
         self.device = resolve_device(device)
-        _check_precision(precision, self.device)
-        model = checkpoint.build()
-        self.precision = _choose_precision(model, self.device, seed) if precision == "auto" else precision
-        self._runner = make_runner(model, self.device, self.precision, seed, tactics, tuning_seconds)
+        check_precision(precision, self.device)
+        self._runner = chosen_runner(checkpoint, self.device, precision, seed, tactics, tuning_seconds)
+        self.precision = self._runner.precision
         self._lock = threading.Lock()
+        self._ran: torch.cuda.Event | None = None  # when the last batch, perhaps on another stream, is done
 
     @property
     def threshold(self) -> float | None:
@@ -94,7 +101,7 @@ class Detector:
         """For `with`: what runs the batches, for this thread alone and in the detector's arithmetic; None where that
         is torch modules and not a program."""
         runner = self._runner if isinstance(self._runner, ProgramRunner) else None
-        with self._lock, _float32_arithmetic(self.device, self.precision):
+        with self._lock, float32_arithmetic(self.device, self.precision):
             yield runner
 
     def detect(self, batch: Any, batch_size: int = 16, original_size: bool = False) -> Detection:
@@ -106,7 +113,7 @@ class Detector:
         An image that cannot be read does not stop the others: it is in `Detection.errors` and in none of the arrays.
         Raises `ImageError` when no image at all could be scored, `UsageError` or `DataError` when `batch` holds none.
         """
-        parts = list(self.detect_iter(batch, batch_size, original_size))
+        parts = list(self.stream(batch, batch_size, original_size))
         if not parts:
             raise UsageError("batch: is empty")
         detection = Detection.concatenate(parts)
@@ -115,121 +122,152 @@ class Detector:
             raise ImageError(first.name, first.reason + (f" (and {len(others)} more refused)" if others else ""))
         return detection
 
-    def detect_iter(self, batch: Any, batch_size: int = 16, original_size: bool = False) -> Iterator[Detection]:
-        """`detect` for more images than memory holds: one `Detection` per `batch_size` inputs, in order.
+    def stream(
+        self,
+        source: Any,
+        batch_size: int = 16,
+        original_size: bool = False,
+        workers: int | None = None,
+        prefetch: int = 2,
+    ) -> Iterator[Detection]:
+        """`detect` for more images than memory holds, or for an endless iterator of them: one `Detection` per
+        `batch_size` inputs, in order.
 
-        Files are read when their turn comes, and an iterator of images is drawn from as it goes. A `Detection` may
-        hold only `errors`, whose indices count from the start of `batch`. Nothing is raised for refused images.
+        Images are read and resized by `workers` threads (by default as many as there are processors, at most 8) while
+        earlier ones are scored; on a GPU, copies go on beside the work. At most `prefetch` batches are ready ahead. An
+        iterator is drawn from by these threads, by one at a time, and may reuse the memory of an image once it is asked
+        for the next. workers=0 does everything in the calling thread when its turn comes.
+
+        A `Detection` may hold only `errors`, whose indices count from the start of `source`; nothing is raised for
+        refused images. What the iterator raises is raised here, after the images before it. Leaving the loop early
+        ends the threads. Raises `UsageError` or `DataError` as `detect` does.
         """
-        if type(batch_size) is not int or batch_size < 1:
-            raise UsageError(f"batch_size must be a positive whole number, not {batch_size!r}")
-        images = _draw(batch) if isinstance(batch, Iterator) else collect_inputs(batch)
-        return self._iterate(images, batch_size, original_size)
+        for name, value, least in (("batch_size", batch_size, 1), ("prefetch", prefetch, 1), ("workers", workers, 0)):
+            if (type(value) is not int or value < least) and not (name == "workers" and value is None):
+                kind = "a positive" if least else "0 or a positive"
+                raise UsageError(f"{name} must be {kind} whole number, not {value!r}")
+        endless = isinstance(source, Iterator)
+        images = _draw(source) if endless else collect_inputs(source)
+        if workers is None:
+            workers = min(MOST_WORKERS, _processors())
+        if not endless and len(images) == 1:
+            workers = 0  # nothing to go on beside
+        return self._stream(images, endless, batch_size, original_size, workers, prefetch)
 
-    def _iterate(self, images: Iterable[InputImage], batch_size: int, original_size: bool) -> Iterator[Detection]:
-        images, start = iter(images), 0
-        while chunk := list(itertools.islice(images, batch_size)):
-            yield self._detect_batch(chunk, start, original_size)
-            start += len(chunk)
+    def _stream(
+        self,
+        images: Iterable[InputImage],
+        reused: bool,
+        batch_size: int,
+        original_size: bool,
+        workers: int,
+        prefetch: int,
+    ) -> Iterator[Detection]:
+        """reused: whether the memory of an image may be that of the next one."""
+        transfer = transfer_of(self.device)
+        pixels_stay = self.device.type == "cuda"  # a batch is copied there as a whole
 
-    def _detect_batch(self, images: list[InputImage], start: int, original_size: bool) -> Detection:
-        size = self.config.image_size
-        inputs: list[tuple[int, InputImage]] = []
-        units, errors = [], []
-        for index, image in enumerate(images, start):
+        def prepare(image: InputImage) -> _Prepared:
             try:
-                units.append(image.load_tensor(size, self.device))
-                inputs.append((index, image))
+                return image, image.load_tensor(self.config.image_size, None if pixels_stay else self.device)
             except ImageError as error:
-                errors.append(Refused(index, image.name, error.reason))
-        unit = torch.stack(units) if units else torch.empty((0, size, size, 3))
-        maps, reconstruction, scores = self._run(unit)
+                return image, error
 
-        finite = np.isfinite(scores) & np.isfinite(maps).all(axis=(1, 2))
-        for index, image in itertools.compress(inputs, ~finite):
-            errors.append(Refused(index, image.name, f"the model's result is not finite in {self.precision}"))
-        kept = [image for _, image in itertools.compress(inputs, finite)]
-        maps = maps[finite]
-        if original_size:
-            maps = [resize_map(m, image.original_size) for m, image in zip(maps, kept, strict=True)]
-        return Detection(
-            names=tuple(image.name for image in kept),
-            pred_score=scores[finite],
-            anomaly_map=maps,
-            reconstruction=reconstruction[finite],
-            image=(unit * 255).round().to(torch.uint8).cpu().numpy()[finite],
-            calibration=self.calibration,
-            seed=self.seed,
-            errors=tuple(sorted(errors)),
-        )
+        def alone(image: InputImage) -> bool:
+            return image.one_thread or (reused and image.path is None)
 
-    def _run(self, unit: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Maps (B, S, S), reconstructions (B, S, S, 3) and scores (B,), float32, of unit images (B, S, S, 3)."""
-        count, size = len(unit), self.config.image_size
-        if count == 0:
-            empty = np.empty((0, size, size), np.float32)
-            return empty, np.empty((0, size, size, 3), np.float32), np.empty(0, np.float32)
+        ready = Prefetch(images, prepare, workers, prefetch * batch_size, alone, transfer.within)
+        under_way: deque[Callable[[], Detection]] = deque()
+        start = 0
         try:
-            with self._lock, _float32_arithmetic(self.device, self.precision):
-                output = self._runner.run(unit)
-                maps, reconstruction, scores = (tensor.float().cpu().numpy().copy() for tensor in output)
+            while True:
+                if under_way and (len(under_way) == transfer.depth or not ready.ready(batch_size)):
+                    yield under_way.popleft()()
+                elif batch := ready.take(batch_size):
+                    under_way.append(self._launch(batch, start, original_size, transfer))
+                    start += len(batch)
+                else:
+                    return
+        finally:
+            ready.close()
+
+    def _launch(
+        self, batch: list[_Prepared], start: int, original_size: bool, transfer: HostTransfer | CudaTransfer
+    ) -> Callable[[], Detection]:
+        """Starts to score the images, numbered from `start`; the function waits for the results and gives them."""
+        numbered = list(enumerate(batch, start))
+        errors = [Refused(i, image.name, u.reason) for i, (image, u) in numbered if isinstance(u, ImageError)]
+        inputs = [(i, image) for i, (image, u) in numbered if not isinstance(u, ImageError)]
+        units = [u for _, u in batch if not isinstance(u, ImageError)]
+        results = self._run(units, transfer)
+
+        def finish() -> Detection:
+            maps, reconstruction, scores, pixels = results()
+            finite = np.isfinite(scores) & np.isfinite(maps).all(axis=(1, 2))
+            reason = f"the model's result is not finite in {self.precision}"
+            refused = [Refused(i, image.name, reason) for i, image in itertools.compress(inputs, ~finite)]
+            kept = [image for _, image in itertools.compress(inputs, finite)]
+            maps = maps[finite]  # this copies, so that no result is memory of the runner or of a transfer
+            if original_size:
+                maps = [resize_map(m, image.original_size) for m, image in zip(maps, kept, strict=True)]
+            return Detection(
+                names=tuple(image.name for image in kept),
+                pred_score=np.minimum(scores[finite], np.float32(1)),  # a mean of probabilities; it can round above 1
+                anomaly_map=maps,
+                reconstruction=reconstruction[finite],
+                image=pixels[finite],
+                calibration=self.calibration,
+                seed=self.seed,
+                errors=tuple(sorted(errors + refused)),
+            )
+
+        return finish
+
+    def _run(
+        self, units: list[torch.Tensor], transfer: HostTransfer | CudaTransfer
+    ) -> Callable[[], tuple[np.ndarray, ...]]:
+        """A function that gives, of unit images (S, S, 3), maps (B, S, S), reconstructions (B, S, S, 3), scores (B,),
+        float32, and the images uint8 (B, S, S, 3)."""
+        if not units:
+            size = self.config.image_size
+            shapes = ((size, size), (size, size, 3), (), (size, size, 3))
+            types = (np.float32, np.float32, np.float32, np.uint8)
+            return lambda: tuple(np.empty((0, *shape), dtype) for shape, dtype in zip(shapes, types, strict=True))
+        try:
+            with transfer.within():
+                unit = transfer.upload(units)
+                with self._lock, float32_arithmetic(self.device, self.precision):
+                    output = self._in_turn(unit)
+                return transfer.download([*(t.float() for t in output), (unit * 255).round().to(torch.uint8)])
         except torch.OutOfMemoryError:
-            raise DfengineError(f"{self.device}: out of memory with batch_size {count}; use a smaller one") from None
-        # A mean of probabilities; on a GPU it can round to just above 1.
-        return maps, reconstruction, np.minimum(scores, np.float32(1))
+            reason = f"out of memory with batch_size {len(units)}; use a smaller one"
+            raise DfengineError(f"{self.device}: {reason}") from None
+
+    def _in_turn(self, unit: torch.Tensor) -> Output:
+        """The runner's output; on a GPU the work waits for that of other threads, whose memory it uses."""
+        if self.device.type != "cuda":
+            return self._runner.run(unit)
+        stream = torch.cuda.current_stream(self.device)
+        if self._ran is not None:
+            stream.wait_event(self._ran)
+        output = self._runner.run(unit)
+        self._ran = stream.record_event()
+        return output
 
 
-def _check_precision(precision: str, device: torch.device) -> None:
-    """Raises `UsageError` where `device` cannot compute in `precision`."""
-    if precision not in (*PRECISIONS, "auto"):
-        raise UsageError(f"precision must be one of auto, {', '.join(PRECISIONS)}, not {precision!r}")
-    if device.type == "cpu" and precision in ("float16", "tf32"):
-        raise UsageError(f"precision {precision} needs a GPU; on a CPU use float32 or bfloat16")
-    if device.type == "cuda" and precision in ("bfloat16", "tf32"):
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            raise UsageError(f"precision {precision} needs a GPU of compute capability 8.0 or later")
-
-
-def _choose_precision(model: Model, device: torch.device, seed: int) -> str:
-    """ "float16" on a GPU where it gives the map of float32 for a trial image within `_AUTO_TOLERANCE`, else "float32".
-
-    The trial image is smooth colour noise: like a photo, it has most of its energy in low frequencies.
-    """
-    if device.type != "cuda":
-        return "float32"
-    size = model.config.image_size
-    coarse = np.random.default_rng(0).random((8, 8, 3), dtype=np.float32)
-    unit = cv2.resize(coarse, (size, size), interpolation=cv2.INTER_LINEAR)[None]
-    maps = {}
-    for precision in ("float32", "float16"):
-        with _float32_arithmetic(device, precision):
-            maps[precision] = ModuleRunner(model, device, precision, seed).run(unit).anomaly_map
-    # Written so that a result that is not finite fails.
-    agrees = bool((maps["float32"] - maps["float16"]).abs().max() <= _AUTO_TOLERANCE)
-    return "float16" if agrees else "float32"
-
-
-@contextmanager
-def _float32_arithmetic(device: torch.device, precision: str) -> Iterator[None]:
-    """On a GPU, makes float32 products exact unless `precision` is "tf32": torch's default for convolutions is TF32."""
-    if device.type != "cuda":
-        yield
-        return
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [switch.allow_tf32 for switch in switches]
-    try:
-        for switch in switches:
-            switch.allow_tf32 = precision == "tf32"
-        yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.allow_tf32 = value
+def _processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _draw(items: Iterator) -> Iterator[InputImage]:
     """The images of an iterator, item by item; names count items as `collect_inputs` does for a list."""
     for i, item in enumerate(items):
-        for image in collect_inputs([item]):
+        try:
+            images = collect_inputs([item])
+        except UsageError as error:
+            raise UsageError(str(error).replace("batch[0]", f"batch[{i}]", 1)) from None
+        for image in images:
             if image.path is None and image.name.startswith("batch[0]"):
                 image.name = f"batch[{i}]" + image.name.removeprefix("batch[0]")
             yield image

@@ -1,4 +1,4 @@
-"""The device that a name stands for, and its make."""
+"""The device that a name stands for, its make, and what the processor can."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from pathlib import Path
 import torch
 
 from dfengine.errors import UsageError
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 in hardware (AVX512_BF16 or AMX)."""
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
 
 def resolve_device(device: str) -> torch.device:

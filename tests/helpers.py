@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from dfengine import precision as module
+from dfengine.engine.modules import Output, image_score
 from dfengine.models import Model, ModelConfig, build_model, preset
 
 
@@ -28,3 +30,25 @@ def redraw(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 def tiny_model(seed: int = 0, **changes) -> Model:
     """A redrawn model of `tiny_config(**changes)`, in evaluation mode."""
     return redraw(build_model(tiny_config(**changes)), seed).eval()
+
+
+def spoil_precision(monkeypatch, precision: str, change) -> None:
+    """Detectors that run in `precision` get their anomaly maps (B, S, S) changed in place by `change`, and the scores
+    that belong to them."""
+    make = module.make_runner
+
+    def spoilt(model, device, used, *more):
+        runner = make(model, device, used, *more)
+        if used == precision:
+            run = runner.run
+
+            def changed(unit):
+                output = run(unit)
+                maps = output.anomaly_map.clone()
+                change(maps)
+                return Output(maps, output.reconstruction.clone(), image_score(maps, runner.config.top_k))
+
+            runner.run = changed
+        return runner
+
+    monkeypatch.setattr(module, "make_runner", spoilt)

@@ -4,12 +4,13 @@ import json
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dfengine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from dfengine.checkpoint import Checkpoint, Trial, load_checkpoint, save_checkpoint
 from dfengine.errors import CheckpointError, DfengineError
 from dfengine.evaluation.calibration import calibrate
 from tests.helpers import tiny_config, tiny_model
@@ -38,6 +39,67 @@ def test_everything_comes_back(tmp_path):
     with torch.no_grad():
         t = torch.tensor([7])
         torch.testing.assert_close(model.reconstruction(x, t), tiny_model().reconstruction(x, t))
+
+
+def a_trial(count: int = 3, size: int = 32) -> Trial:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (count, size, size, 3), generator=generator, dtype=torch.uint8)
+    return Trial(images, torch.rand((count, size, size), generator=generator).half())
+
+
+def test_a_trial_and_what_was_verified_come_back(tmp_path):
+    plain, path = a_checkpoint(), tmp_path / "a.safetensors"
+    saved = replace(plain, trial=a_trial(), verified={"bfloat16": {"date": "2026-01-01", "auroc": 0.9}})
+    save_checkpoint(path, saved)
+    loaded = load_checkpoint(path)
+    assert loaded.verified == saved.verified and loaded.state.keys() == saved.state.keys()
+    assert torch.equal(loaded.trial.images, saved.trial.images)
+    assert torch.equal(loaded.trial.anomaly_map, saved.trial.anomaly_map)
+    # Other weights, other maps.
+    assert loaded.half().trial is None and loaded.half().verified == {}
+    assert loaded.with_calibration(None).trial is loaded.trial
+    # A release that knows version 1 alone reads what it can read, and refuses the rest by the version.
+    assert metadata_of(path)["version"] == "2"
+    save_checkpoint(path, plain)
+    assert metadata_of(path)["version"] == "1"
+    rewrite(path, verified=None)  # as an older release wrote it
+    assert load_checkpoint(path).trial is None and load_checkpoint(path).verified == {}
+
+
+def test_a_trial_that_does_not_fit_is_neither_written_nor_read(tmp_path):
+    path = tmp_path / "a.safetensors"
+    good = a_trial()
+    images, maps = good.images, good.anomaly_map
+    save_checkpoint(path, replace(a_checkpoint(), trial=good))
+    sound = path.read_bytes()
+    for trial, reason in (
+        (a_trial(5), "not 1 to 4 images"),
+        (a_trial(0), "not 1 to 4 images"),
+        (a_trial(size=64), r"expected U8 of shape \(3, 32, 32, 3\)"),
+        (Trial(images, maps[:2]), r"expected F16 of shape \(3, 32, 32\)"),
+        (Trial(images.float(), maps), "expected U8"),
+        (Trial(images, maps.float()), "expected F16"),
+    ):
+        with pytest.raises(CheckpointError, match=reason):
+            save_checkpoint(path, replace(a_checkpoint(), trial=trial))
+        assert path.read_bytes() == sound
+        rewrite(path, lambda t, v=trial: t | {"trial.images": v.images, "trial.anomaly_map": v.anomaly_map})
+        with pytest.raises(CheckpointError, match=reason) as caught:
+            load_checkpoint(path)
+        assert str(caught.value).startswith(f"{path}: trial.") and "\n" not in str(caught.value)
+        path.write_bytes(sound)
+    for tensors, reason in (
+        (drop("trial.images"), "the trial images are anomaly_map"),
+        (lambda t: t | {"trial.more": maps}, "anomaly_map, images, more"),
+        (lambda t: t | {"trial.anomaly_map": maps / 0}, "not finite"),
+    ):
+        rewrite(path, tensors)
+        with pytest.raises(CheckpointError, match=reason):
+            load_checkpoint(path)
+        path.write_bytes(sound)
+    rewrite(path, version="1")
+    with pytest.raises(CheckpointError, match="2 unexpected .*trial"):
+        load_checkpoint(path)
 
 
 def test_half_precision_halves_the_file_and_keeps_vectors_exact(tmp_path):
@@ -76,6 +138,9 @@ DAMAGE = {
     "config out of range": (lambda p: rewrite(p, config='{"base": -4}'), "base must be between"),
     "another config": (
         lambda p: rewrite(p, config=json.dumps(tiny_config(base=16).to_dict())), r"has shape .* expected"),
+    "verified is a list": (lambda p: rewrite(p, verified="[]"), "'verified' is not a table of records"),
+    "a verified number": (lambda p: rewrite(p, verified='{"fp8": 1}'), "'verified' is not a table of records"),
+    "a trial is missing": (lambda p: rewrite(p, version="2"), "the trial images are missing"),
     "bad calibration": (lambda p: rewrite(p, calibration='{"threshold": "high"}'), "calibration"),
     "missing tensor": (lambda p: rewrite(p, drop(KEY)), rf"1 missing \({KEY}\)"),
     "extra tensor": (lambda p: rewrite(p, lambda t: t | {"evil": t[KEY].clone()}), r"1 unexpected \(evil\)"),

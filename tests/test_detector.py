@@ -56,7 +56,7 @@ def path(checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def detector(path):
-    return load(path, device="cpu")
+    return load(path, device="cpu", precision="float32")
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_mixed_sizes_and_original_size(detector, images):
 
 
 def test_seed(path, images):
-    first, again, other = (load(path, "cpu", seed=seed).detect(images[:2]) for seed in (0, 0, 1))
+    first, again, other = (load(path, "cpu", "float32", seed).detect(images[:2]) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first.anomaly_map, again.anomaly_map)
     assert np.abs(first.anomaly_map - other.anomaly_map).max() > 1e-4
     assert (first.seed, other.seed) == (0, 1)
@@ -184,38 +184,11 @@ def test_results_that_are_not_finite_are_refused(checkpoint, images):
     state["reconstruction.out.2.weight"].fill_(torch.finfo(torch.float32).max)
     state["reconstruction.out.2.bias"].fill_(torch.finfo(torch.float32).max)
     state["segmentation.decoder_segment.fin_out.0.weight"].fill_(torch.finfo(torch.float32).max)
-    detector = Detector(Checkpoint(CONFIG, state), device="cpu")
-    detections = list(detector.detect_iter(images[:2]))
+    detector = Detector(Checkpoint(CONFIG, state), "cpu", "float32")
+    detections = list(detector.stream(images[:2]))
     if all(np.isfinite(d.anomaly_map).all() and len(d) == 2 for d in detections):
         pytest.fail("the weights were meant to overflow")
     assert {e.reason for d in detections for e in d.errors} == {"the model's result is not finite in float32"}
-
-
-def test_detect_iter_is_lazy_and_counts_from_the_start(detector, images, tmp_path):
-    drawn = []
-
-    def frames():
-        for i, image in enumerate(images):
-            drawn.append(i)
-            yield image if i != 4 else np.full((16, 16), np.inf)
-
-    parts = detector.detect_iter(frames(), batch_size=3)
-    assert drawn == []
-    first = next(parts)
-    assert drawn == [0, 1, 2] and first.names == ("batch[0]", "batch[1]", "batch[2]")
-    second = next(parts)
-    assert second.names == ("batch[3]", "batch[5]")
-    assert [(e.index, e.name) for e in second.errors] == [(4, "batch[4]")]
-    assert [len(part) for part in parts] == [1]
-
-    only_bad = list(detector.detect_iter([tmp_path / "no.png"]))
-    assert len(only_bad) == 1 and len(only_bad[0]) == 0 and only_bad[0].errors[0].index == 0
-    assert only_bad[0].anomaly_map.shape == (0, SIZE, SIZE)
-    # Files are opened in their turn: one written after the call starts is still found.
-    later = detector.detect_iter([tmp_path / "late0.png", tmp_path / "late1.png"], batch_size=1)
-    Image.fromarray(images[0]).save(tmp_path / "late0.png")
-    Image.fromarray(images[1]).save(tmp_path / "late1.png")
-    assert [len(part) for part in later] == [1, 1]
 
 
 def test_no_later_call_changes_a_result(detector, images):

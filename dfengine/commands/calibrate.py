@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from dfengine.checkpoint import load_checkpoint, save_checkpoint
+from dfengine.checkpoint import TRIAL_IMAGES, load_checkpoint, save_checkpoint
 from dfengine.commands.scoring import Scoring, say
 from dfengine.data.folders import Sample, content_digest, open_dataset
 from dfengine.data.inputs import collect_inputs
 from dfengine.detector import Detector
+from dfengine.devices import resolve_device
 from dfengine.errors import DataError, UsageError
 from dfengine.evaluation.calibration import Calibration, calibrate, false_alarm_rate_from_km
+from dfengine.precision import with_trial
 
 DEFAULT_RATE = 0.01
 
@@ -37,6 +39,7 @@ def run_calibrate(
     if data is None and threshold is None:
         raise UsageError("give a folder of normal images, or --threshold")
     loaded = load_checkpoint(checkpoint)
+    trial = loaded.trial.images if half and loaded.trial else None  # the images whose maps have to be made again
     if half:
         loaded = loaded.half()
     status = 0
@@ -49,11 +52,18 @@ def run_calibrate(
         normals = held_out_normals(data, loaded.training)
         scoring = Scoring(Detector(loaded, device, precision, seed), batch_size)
         images = collect_inputs([sample.path for sample in normals])
-        scores = [detection.pred_score for detection in scoring.batches(images)]
+        scores, shown = [], []
+        for detection in scoring.batches(images):
+            scores.append(detection.pred_score)
+            if sum(map(len, shown)) < TRIAL_IMAGES:
+                shown.append(detection.image)
         if not scoring.scored:
             raise DataError(f"{data}: no normal image could be scored")
         calibration = calibrate(np.concatenate(scores), rate, seed, scoring.detector.precision)
         status = scoring.status
+        trial = np.concatenate(shown)
+    if trial is not None:
+        loaded = with_trial(loaded, trial, resolve_device(device))
     target = out or checkpoint
     save_checkpoint(target, loaded.with_calibration(calibration))
     say(calibration.message)

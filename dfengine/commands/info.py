@@ -85,6 +85,8 @@ def describe(checkpoint: Path) -> dict[str, Any]:
         "config": loaded.config.to_dict(),
         "calibration": loaded.calibration.to_dict() if loaded.calibration else None,
         "calibration_note": loaded.calibration.message if loaded.calibration else "not calibrated",
+        "trial_images": len(loaded.trial.images) if loaded.trial else 0,
+        "verified": loaded.verified,
         "training": loaded.training,
     }
 

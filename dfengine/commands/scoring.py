@@ -50,7 +50,9 @@ def open_detector(checkpoint: Path, device: str, precision: str, seed: int, thre
     elif detector.calibration is None:
         warn(UNCALIBRATED)
         detector.calibration = Calibration.by_hand(0.5)
-    for name, used in (("seed", detector.seed), ("precision", detector.precision)):
+    # A precision that "auto" chose passed its trial: the threshold holds within the tolerance.
+    chosen = detector.precision if precision != "auto" else detector.calibration.precision
+    for name, used in (("seed", detector.seed), ("precision", chosen)):
         set_with = getattr(detector.calibration, name)
         if set_with is not None and set_with != used:
             warn(f"the threshold was set with {name} {set_with}, but {name} {used} is used: it may not hold")
@@ -97,7 +99,7 @@ class Scoring:
 
     def _detections(self, images: Sequence[InputImage]) -> Iterator[Detection]:
         try:
-            yield from self.detector.detect_iter(images, self.batch_size, self.original_size)
+            yield from self.detector.stream(images, self.batch_size, self.original_size)
         except DfengineError as error:
             self.stopped = True
             warn(str(error))

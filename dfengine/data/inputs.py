@@ -67,12 +67,20 @@ class InputImage:
             return _resize_tensor(array, size, self.name).cpu().numpy()
         return resize_unit(array, size, self.name)
 
-    def load_tensor(self, size: int, device: str | torch.device = "cpu") -> torch.Tensor:
-        """`load` as a tensor on `device`. Pixels that are there already never leave it."""
+    def load_tensor(self, size: int, device: str | torch.device | None = "cpu") -> torch.Tensor:
+        """`load` as a tensor on `device`, None for where the pixels are. Pixels that are there already never leave it.
+        """
         array = self._read()
         if isinstance(array, torch.Tensor):
-            return _resize_tensor(array, size, self.name).to(device)
-        return torch.from_numpy(resize_unit(array, size, self.name)).to(device)
+            unit = _resize_tensor(array, size, self.name)
+        else:
+            unit = torch.from_numpy(resize_unit(array, size, self.name))
+        return unit if device is None else unit.to(device)
+
+    @property
+    def one_thread(self) -> bool:
+        """Whether no other image may be loaded at the same time: several may share a PIL image, which has a state."""
+        return self.image is not None
 
     def _read(self) -> np.ndarray | torch.Tensor:
         """The pixels: an array image, or a device tensor (H, W, C)."""

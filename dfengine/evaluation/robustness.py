@@ -140,6 +140,10 @@ class PerturbedImage(InputImage):
         super().__init__(f"{source.name} ({perturbation.name})")
         self.source, self.perturbation = source, perturbation
 
+    @property
+    def one_thread(self) -> bool:
+        return self.source.one_thread
+
     def _read(self) -> np.ndarray:
         array = self.source._read()
         if isinstance(array, torch.Tensor):
@@ -161,7 +165,7 @@ def measure_robustness(
     Both are anything that `Detector.detect` takes. Images that are refused are left out. Raises DataError where no good
     image can be scored, and what `detect` raises for a batch that is none.
     """
-    batches = partial(detector.detect_iter, batch_size=batch_size)
+    batches = partial(detector.stream, batch_size=batch_size)
     images = collect_inputs(good)
     clean = _scores(batches, images)
     scored = np.isfinite(clean)
@@ -178,7 +182,7 @@ def perturbed_scores(
 ) -> dict[str, np.ndarray]:
     """Name of each perturbation -> raw scores float64 (N,) of the N changed images, NaN where one was not scored.
 
-    `batches` gives the detections of a list of images, batch by batch and in order, as `Detector.detect_iter` does.
+    `batches` gives the detections of a list of images, batch by batch and in order, as `Detector.stream` does.
     """
     inputs = [PerturbedImage(image, perturbation) for perturbation in perturbations for image in images]
     scores = _scores(batches, inputs).reshape(len(perturbations), len(images))

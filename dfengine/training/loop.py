@@ -27,6 +27,7 @@ from dfengine.engine.runner import make_runner
 from dfengine.errors import DfengineError, UsageError
 from dfengine.evaluation.calibration import calibrate
 from dfengine.models import ModelConfig
+from dfengine.precision import with_trial
 from dfengine.training.config import TrainConfig, start_path
 from dfengine.training.data import read_normals
 from dfengine.training.distributed import World
@@ -290,9 +291,11 @@ class _Run:
             weights, metrics = load_checkpoint(self.best_path).state, self.state.best
         checkpoint = Checkpoint(self.model_config, weights, self._record(metrics))
         detector = make_runner(checkpoint.build(), self.world.device, "float32", INFERENCE_SEED)
-        scores = run(detector, self.normals.images[self.normals.held_out])[2]
+        held_out = self.normals.images[self.normals.held_out]
+        scores = run(detector, held_out)[2]
         calibration = calibrate(scores, self.config.false_alarm_rate, INFERENCE_SEED, "float32")
-        save_checkpoint(self.out, checkpoint.with_calibration(calibration))
+        checkpoint = with_trial(checkpoint.with_calibration(calibration), held_out, self.world.device)
+        save_checkpoint(self.out, checkpoint)
         self.state.finished = True
         self._save(log)
         for line in verdict(metrics, self.normals.overlap):

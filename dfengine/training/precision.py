@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from dfengine.devices import cpu_has_bfloat16
 from dfengine.errors import UsageError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -28,12 +29,6 @@ class Precision:
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 in hardware (AVX512_BF16 or AMX)."""
-    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
 
 def choose_precision(name: str, device: torch.device, step: Callable[[Precision], None]) -> Precision:

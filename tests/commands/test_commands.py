@@ -4,10 +4,12 @@ import csv
 import errno
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import dfengine
@@ -15,9 +17,12 @@ from dfengine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, sh
 from dfengine.cli import main
 from dfengine.data.fasteners import write_fasteners
 from dfengine.data.folders import content_digest, open_dataset
+from dfengine.data.images import load_uint8
+from dfengine.engine.runner import make_runner
 from dfengine.evaluation.calibration import Calibration, calibrate
 from dfengine.evaluation.metrics import auroc
 from dfengine.evaluation.robustness import MAX_JPEG_SIDE, PERTURBATIONS, measure_robustness
+from dfengine.precision import trial_maps
 from tests.helpers import tiny_model
 
 
@@ -201,9 +206,10 @@ def test_calibrate_leaves_out_what_was_trained_on(checkpoint, data, tmp_path, ca
     # Neither a bad file nor a new name changes what is left out.
     (data / "train/good/broken.png").write_bytes(b"no image")
     (data / "train/good/0_d.png").rename(data / "train/good/renamed.png")
-    assert main(["calibrate", str(checkpoint), str(data), "--false-alarm-rate", "0.4", "--seed", "3"]) == 3
+    arguments = ["calibrate", str(checkpoint), str(data), "--false-alarm-rate", "0.4", "--seed", "3"]
+    assert main([*arguments, "--precision", "float32"]) == 3
     held_out = [data / f"train/good/{i}_d.png" for i in (1, 3)]
-    scores = dfengine.load(checkpoint, seed=3).detect(held_out).pred_score
+    scores = dfengine.load(checkpoint, precision="float32", seed=3).detect(held_out).pred_score
     calibration = load_checkpoint(checkpoint).calibration
     assert (calibration.n_normals, calibration.seed, calibration.precision) == (2, 3, "float32")
     assert calibration.threshold == pytest.approx(calibrate(scores, 0.4).threshold, abs=1e-5)
@@ -229,6 +235,30 @@ def test_calibrate_by_hand_into_another_file_keeps_the_weights(checkpoint, data,
     before, after = load_checkpoint(checkpoint), load_checkpoint(other)
     assert (before.calibration.threshold, after.calibration.threshold) == (0.5, 0.25)
     assert all((before.state[name] == after.state[name]).all() for name in before.state)
+
+
+def test_calibrate_keeps_trial_images_with_the_maps_of_the_weights_beside_them(checkpoint, data):
+    def agrees(loaded: Checkpoint) -> bool:
+        runner = make_runner(loaded.build(), torch.device("cpu"), "float32", 0)
+        return (trial_maps(runner, loaded.trial.images) - loaded.trial.anomaly_map.float()).abs().max() < 3e-4
+
+    assert main(["calibrate", str(checkpoint), str(data), "--seed", "3", "--batch-size", "3"]) == 0
+    first = load_checkpoint(checkpoint)
+    paths = [sample.path for sample in open_dataset(data).train][:4]
+    np.testing.assert_array_equal(first.trial.images, np.stack([load_uint8(path, 32) for path in paths]))
+    assert agrees(first)
+    # Rounded weights: the same images, other maps. Nothing else to score is at hand.
+    verified = replace(first, verified={"bfloat16": {}})
+    save_checkpoint(checkpoint, verified)
+    assert main(["calibrate", str(checkpoint), "--threshold", "0.5"]) == 0
+    assert load_checkpoint(checkpoint).verified == {"bfloat16": {}}
+    assert main(["calibrate", str(checkpoint), "--threshold", "0.5", "--half"]) == 0
+    halved = load_checkpoint(checkpoint)
+    assert torch.equal(halved.trial.images, first.trial.images) and agrees(halved) and halved.verified == {}
+    # Without pictures there is no trial to make.
+    save_checkpoint(checkpoint, replace(first, trial=None))
+    assert main(["calibrate", str(checkpoint), "--threshold", "0.5", "--half"]) == 0
+    assert load_checkpoint(checkpoint).trial is None
 
 
 def test_info_describes_a_checkpoint_and_the_installation(checkpoint, capsys):

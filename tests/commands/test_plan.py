@@ -22,7 +22,7 @@ def _quick(monkeypatch):
 
 
 def test_the_plan_names_every_op_with_its_time(tiny, capsys):
-    assert main(["info", str(tiny), "--plan", "--batch", "2"]) == 0
+    assert main(["info", str(tiny), "--plan", "--batch", "2", "--precision", "float32"]) == 0
     lines = capsys.readouterr().out.splitlines()
     program = Lowering(tiny_model()).program(2)
     rows = lines[2 : 2 + len(program.ops)]

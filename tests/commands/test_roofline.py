@@ -15,7 +15,7 @@ def test_a_png_and_a_summary(tiny, tmp_path, capsys, monkeypatch):
     ceilings = Ceilings(torch.float32, 1e11, {2**18: 5e10, 2**28: 1e10})
     monkeypatch.setattr(roofline, "measure", functools.partial(measure, seconds=0.0, ceilings=ceilings))
     out = tmp_path / "new" / "roofline.png"
-    assert main(["roofline", str(tiny), "--out", str(out), "--batch", "2"]) == 0
+    assert main(["roofline", str(tiny), "--out", str(out), "--batch", "2", "--precision", "float32"]) == 0
     with Image.open(out) as image:
         assert image.format == "PNG"
     text = capsys.readouterr().out

@@ -22,7 +22,7 @@ def test_a_wrong_op_is_named_and_the_status_is_1(tiny, capsys, monkeypatch):
         return chosen, [lambda: (call(), output.mul_(1.01))]
 
     monkeypatch.setattr(execute.Executor, "_bound", spoilt)
-    assert main(["verify", str(tiny)]) == 1
+    assert main(["verify", str(tiny), "--precision", "float32"]) == 1
     printed = capsys.readouterr()
     assert printed.err.count("\n") == 1 and "Traceback" not in printed.err
     assert "the first divergence is op segment.db2.0 (conv2d, cpu): y is " in printed.err

@@ -44,7 +44,7 @@ class MeanDetector:
         self.threshold = threshold
         self.asked = []
 
-    def detect_iter(self, batch, batch_size: int = 16):
+    def stream(self, batch, batch_size: int = 16):
         images = collect_inputs(batch)
         for start in range(0, len(images), batch_size):
             scores, names, errors = [], [], []
@@ -258,7 +258,7 @@ def test_nothing_scored_under_a_change_is_no_pass():
 
 def test_batches_that_end_early_leave_the_rest_unscored():
     def batches(images):
-        yield next(MeanDetector().detect_iter(images, batch_size=3))
+        yield next(MeanDetector().stream(images, batch_size=3))
 
     scores = perturbed_scores(batches, collect_inputs(grays([50, 100])), PERTURBATIONS[:2])
     assert np.isfinite(scores["brightness x0.9"]).all()

@@ -90,6 +90,7 @@ def test_a_run_leaves_a_calibrated_checkpoint_and_its_log(straight, normals):
     held_out = np.stack([load_uint8(normals / name, 32) for name in record["data"]["held_out"]]) / np.float32(255)
     assert checkpoint.calibration.threshold == pytest.approx(runner.run(held_out).pred_score.max().item(), abs=1e-6)
     assert checkpoint.calibration.n_normals == 2 and not checkpoint.calibration.estimated
+    np.testing.assert_array_equal(checkpoint.trial.images, np.rint(255 * held_out).astype(np.uint8))
 
 
 def test_averages_move_only_with_their_network(straight):

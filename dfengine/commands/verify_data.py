@@ -1,0 +1,91 @@
+"""`dfengine verify --data`: hold a precision to float32 on images, and note a pass in the checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dfengine import __version__
+from dfengine.checkpoint import load_checkpoint, save_checkpoint
+from dfengine.commands.scoring import Scoring, say
+from dfengine.data.folders import fingerprint, open_dataset
+from dfengine.data.inputs import collect_inputs
+from dfengine.detector import Detector
+from dfengine.devices import resolve_device
+from dfengine.errors import DfengineError, UsageError
+from dfengine.evaluation.precision import AUROC_POINTS, PrecisionComparison, compare_precision
+from dfengine.precision import half_precision
+
+
+def run_verify_data(
+    checkpoint: Path, data: Path, precision: str, record: bool, batch_size: int, device: str, seed: int
+) -> int:
+    """Compares and prints; returns 0, or 3 where some images could not be read.
+
+    Labelled test images are used where `data` has sound and defective ones, else all its normal images. Raises
+    `DfengineError` with the reasons where the precision is refused. record: write a pass into `checkpoint`, or remove
+    the one that is there.
+    """
+    where = resolve_device(device)
+    if precision == "auto":
+        precision = half_precision(where) or "float32"
+        if precision == "float32":
+            raise UsageError(f"{where} has no precision that is faster than float32; name one with --precision")
+    if precision == "float32":
+        raise UsageError("float32 is what a precision is compared with; name another with --precision")
+    loaded = load_checkpoint(checkpoint)
+    dataset = open_dataset(data)
+    labelled = len({sample.label for sample in dataset.test}) == 2
+    samples = dataset.test if labelled else [s for s in (*dataset.train, *dataset.test) if not s.label]
+    images = collect_inputs([sample.path for sample in samples])
+    other = Detector(loaded, device, precision, seed)
+    scoring = Scoring(Detector(loaded, device, "float32", seed), batch_size)
+    labels = {str(sample.path): bool(sample.label) for sample in samples} if labelled else None
+    comparison = compare_precision(precision, scoring.batches(images), other.stream(images, batch_size), labels)
+    if scoring.stopped:
+        raise DfengineError("verify: float32 did not score all images, so nothing is said of the precision")
+    _print(comparison)
+    passes = not comparison.failures
+    if record:
+        verified = {name: value for name, value in loaded.verified.items() if name != precision}
+        if passes:
+            paths = [sample.path for sample in samples]
+            facts = {"name": data.resolve().name, "fingerprint": fingerprint(paths), "labelled": labelled}
+            verified[precision] = _record(comparison, facts, where.type, seed)
+        save_checkpoint(checkpoint, dataclasses.replace(loaded, verified=verified))
+    if not passes:
+        raise DfengineError(f"{precision} is refused: {'; '.join(comparison.failures)}")
+    say(f"{precision} passes" + (f"; noted in {checkpoint}" if record else ""))
+    return scoring.status
+
+
+def _record(comparison: PrecisionComparison, data: dict[str, Any], device: str, seed: int) -> dict[str, Any]:
+    """What a checkpoint keeps of a pass, as JSON values."""
+    date = time.strftime("%Y-%m-%d", time.gmtime())
+    return {"date": date, "dfengine": __version__, "device": device, "seed": seed, "data": data} | comparison.to_dict()
+
+
+def _print(comparison: PrecisionComparison) -> None:
+    table = Table(box=None, pad_edge=False)
+    table.add_column(f"{comparison.precision} against float32, {comparison.images} images", no_wrap=True)
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("allowed", justify="right", no_wrap=True)
+
+    def row(name: str, value: float | None, form: str, allowed: str = "") -> None:
+        table.add_row(name, "-" if value is None else format(value, form), allowed)
+
+    row("largest map difference", comparison.max_map_difference, ".5f", f"{comparison.tolerance:g}")
+    row("mean map difference", comparison.mean_map_difference, ".6f")
+    row("largest score difference", comparison.max_score_difference, ".5f")
+    row("mean score difference", comparison.mean_score_difference, ".6f")
+    row("rank correlation of the scores", comparison.rank_correlation, ".5f")
+    row("image AUROC, float32", comparison.auroc_float32, ".5f")
+    row(f"image AUROC, {comparison.precision}", comparison.auroc, ".5f")
+    row("difference in points", comparison.auroc_points, "+.3f", f"{AUROC_POINTS:g}")
+    row("labels that flip at the threshold", comparison.flips, "d")
+    Console(highlight=False).print(table)

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dfengine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, shipped_checkpoint
+from dfengine.cli import main
+from dfengine.commands import verify_data
+from dfengine.data.fasteners import write_fasteners
+from dfengine.data.folders import fingerprint, open_dataset
+from dfengine.errors import DfengineError
+from dfengine.evaluation.calibration import Calibration
+from tests.helpers import spoil_precision, tiny_model
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return Path(shutil.copy(shipped_checkpoint(), tmp_path / "model.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rendered")
+    write_fasteners(folder, train=3, test_good=5, per_defect=1, seed=11, size=64)
+    return folder
+
+
+@pytest.fixture
+def data(rendered, tmp_path):
+    return Path(shutil.copytree(rendered, tmp_path / "data"))
+
+
+def verify(checkpoint, data, *more) -> int:
+    return main(["verify", str(checkpoint), "--data", str(data), "--precision", "bfloat16", *more])
+
+
+def test_a_pass_is_printed_and_recorded(checkpoint, data, capsys):
+    assert verify(checkpoint, data) == 0
+    printed = capsys.readouterr().out
+    assert "8 images" in printed and "bfloat16 passes\n" in printed and "image AUROC, bfloat16" in printed
+    assert load_checkpoint(checkpoint).verified == {}
+    before = load_checkpoint(checkpoint)
+    save_checkpoint(checkpoint, replace(before, verified={"fp8": {"date": "2026-01-01"}}))
+    assert verify(checkpoint, data, "--record", "--batch-size", "3") == 0
+    assert f"noted in {checkpoint}" in capsys.readouterr().out
+    after = load_checkpoint(checkpoint)
+    assert all((before.state[name] == after.state[name]).all() for name in before.state)
+    assert after.calibration == before.calibration and set(after.verified) == {"bfloat16", "fp8"}
+    record = after.verified["bfloat16"]
+    files = [sample.path for sample in open_dataset(data).test]
+    assert record["data"] == {"name": "data", "fingerprint": fingerprint(files), "labelled": True}
+    assert (record["images"], record["device"], record["seed"]) == (8, "cpu", 0)
+    assert 0 < record["max_map_difference"] <= record["tolerance"] == 0.05
+    assert abs(record["auroc_points"]) <= 0.1 and record["date"] and record["dfengine"]
+
+
+def test_a_spoilt_precision_is_refused_in_one_line(checkpoint, data, capsys, monkeypatch):
+    assert verify(checkpoint, data, "--record") == 0
+    assert "bfloat16" in load_checkpoint(checkpoint).verified
+    spoil_precision(monkeypatch, "bfloat16", lambda maps: maps[:, 3, 5].add_(0.1))
+    capsys.readouterr()
+    assert verify(checkpoint, data) == 1
+    printed = capsys.readouterr()
+    assert re.fullmatch(r"dfengine: bfloat16 is refused: a map differs by 0.1\d* \(0.05 allowed\)", printed.err.strip())
+    assert "largest map difference" in printed.out and "passes" not in printed.out
+    assert "bfloat16" in load_checkpoint(checkpoint).verified  # nothing was to be recorded
+    assert verify(checkpoint, data, "--record") == 1
+    assert load_checkpoint(checkpoint).verified == {}
+
+
+def test_a_comparison_that_ends_early_is_no_pass(checkpoint, data, capsys, monkeypatch):
+    calls = []
+
+    def fails(maps):
+        calls.append(len(maps))
+        if len(calls) == 2:
+            raise DfengineError("cpu: out of memory")
+
+    spoil_precision(monkeypatch, "float32", fails)
+    assert verify(checkpoint, data, "--record", "--batch-size", "4") == 1
+    printed = capsys.readouterr()
+    assert "out of memory" in printed.err and "did not score all images" in printed.err and "passes" not in printed.out
+    assert load_checkpoint(checkpoint).verified == {}
+
+
+def test_maps_within_the_tolerance_that_rank_otherwise_are_refused(data, tmp_path, capsys, monkeypatch):
+    """Weights that give all images nearly one score."""
+    model, path = tiny_model(), tmp_path / "flat.safetensors"
+    save_checkpoint(path, Checkpoint(model.config, model.state_dict(), {}, Calibration.by_hand(0.5)))
+    spoil_precision(monkeypatch, "bfloat16", lambda maps: maps.copy_(maps.flip(0) * 0.99))
+    assert verify(path, data) == 1
+    assert re.search(r"refused: image AUROC moves by [+-]\d+\.\d+ points \(0.1 allowed\)\n", capsys.readouterr().err)
+
+
+def test_normals_alone_give_no_auroc(checkpoint, data, capsys):
+    assert verify(checkpoint, data / "train" / "good", "--record") == 0
+    printed = capsys.readouterr().out
+    areas = [line.split()[-1] for line in printed.splitlines() if "AUROC" in line]
+    assert "3 images" in printed and areas == ["-", "-"]
+    record = load_checkpoint(checkpoint).verified["bfloat16"]
+    assert record["auroc"] is None and not record["data"]["labelled"]
+    (data / "train" / "good" / "000.png").write_bytes(b"no image")
+    assert verify(checkpoint, data / "train" / "good") == 3
+    printed = capsys.readouterr()
+    assert printed.err.count("000.png") == 1 and "2 images" in printed.out
+
+
+def test_wrong_usage(checkpoint, data, tmp_path, capsys, monkeypatch):
+    arguments = ["verify", str(checkpoint)]
+    for more, code, message in (
+        (["--record"], 2, "--record needs --data"),
+        (["--data", str(data), "--precision", "float32"], 2, "float32 is what a precision is compared with"),
+        (["--data", str(data), "--precision", "fp8"], 2, "precision must be one of"),
+        (["--data", str(tmp_path / "none"), "--precision", "bfloat16"], 1, "none: no such folder"),
+    ):
+        assert main([*arguments, *more]) == code
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr(verify_data, "half_precision", lambda device: None)
+    assert main([*arguments, "--data", str(data)]) == 2
+    assert "cpu has no precision that is faster than float32" in capsys.readouterr().err
+    monkeypatch.setattr(verify_data, "half_precision", lambda device: "bfloat16")
+    assert main([*arguments, "--data", str(data)]) == 0
+    assert "bfloat16 against float32, 8 images" in capsys.readouterr().out
