@@ -111,7 +111,7 @@ class Executor:
 
     def _graph(self, calls: list[Callable[[], None]]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads copy meanwhile
             for call in calls:
                 call()
         return graph.replay
