@@ -254,6 +254,21 @@ def tune(
 
 
 @app.command()
+def bench(
+    checkpoint: CheckpointArgument,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Images per run (default: 1, 16); repeatable.")] = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    seconds: Annotated[float, typer.Option(min=0, help="Time for each batch size.")] = 5,
+    out: Annotated[Path | None, typer.Option(help="Also write JSON here.")] = None,
+) -> None:
+    """Time detection on this machine, beside the same model as PyTorch modules."""
+    from dfengine.commands.bench import run_bench
+
+    run_bench(checkpoint, batch or [1, 16], device, precision, seconds, out)
+
+
+@app.command()
 def profile(
     checkpoint: CheckpointArgument,
     batch: RunOption = 1,

@@ -22,7 +22,6 @@ def test_every_op_gets_its_time_and_its_bound():
     executor = bound(2)
     plan = measure(executor, 0.0, CEILINGS)
     assert [row.op for row in plan.rows] == executor.program.ops and plan.rounds == 5
-    assert 0.5 < plan.op_seconds / plan.run_seconds < 2
     for row in plan.rows:
         assert row.seconds > 0 and row.backend == executor.backends[row.op.name]
         arithmetic, traffic = row.op.flops / 1e11, row.op.moved / 1e10

@@ -1,0 +1,79 @@
+"""`dfengine bench`: how fast a detector runs here, beside the same model as plain PyTorch modules."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import torch
+
+from dfengine.checkpoint import load_checkpoint
+from dfengine.commands.plan import aligned
+from dfengine.detector import Detector
+from dfengine.devices import hardware_name
+from dfengine.engine.measure import trial_images
+from dfengine.engine.modules import ModuleRunner
+from dfengine.engine.timing import interleaved
+from dfengine.files import atomic_write
+
+ROTATED_INPUTS = 4
+
+
+def run_bench(
+    checkpoint: Path, batch: list[int], device: str, precision: str, seconds: float, out: Path | None
+) -> None:
+    """Prints images/s and latencies of detection, images in memory to results, by batch size; writes them to `out`."""
+    loaded = load_checkpoint(checkpoint)
+    detector = Detector(loaded, device, precision)
+    modules = ModuleRunner(loaded.build(), detector.device, detector.precision, detector.seed)
+    rows = [row for size in batch for row in _rows(detector, modules, size, seconds)]
+    facts = {
+        "file": str(checkpoint),
+        "preset": detector.config.preset,
+        "image_size": detector.config.image_size,
+        "hardware": hardware_name(detector.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "rows": rows,
+    }
+    where = f"{facts['hardware']}" + (f", threads: {facts['threads']}" if detector.device.type == "cpu" else "")
+    print(f"{checkpoint}: {detector.config.preset}, {facts['image_size']} pixels, {where}")
+    lines = [["runs", "precision", "batch", "images/s", "ms", "p99 ms", "calls"]]
+    for row in rows:
+        numbers = f"{row['images_per_second']:.1f}", f"{row['ms']:.2f}", f"{row['ms_p99']:.2f}", str(row["calls"])
+        lines.append([row["runs"], row["precision"], str(row["batch"]), *numbers])
+    print("\n".join(aligned(lines, left=(0, 1))))
+    if out is not None:
+        atomic_write(out, json.dumps(facts, indent=2))
+
+
+def _rows(detector: Detector, modules: ModuleRunner, batch: int, seconds: float) -> list[dict]:
+    size = detector.config.image_size
+    images = [(trial_images(batch, size, 3, seed) * 255).round().to(torch.uint8) for seed in range(ROTATED_INPUTS)]
+    arrays = [list(part.numpy()) for part in images]
+    units = [(part.float() / 255).to(detector.device) for part in images]
+
+    def plain(unit: torch.Tensor) -> None:
+        modules.run(unit).anomaly_map.cpu()
+
+    functions = {
+        "detect": lambda turn: detector.detect(arrays[turn], batch_size=batch),
+        "PyTorch modules": lambda turn: plain(units[turn]),
+    }
+    # By the host's clock on every device: what is timed begins and ends there.
+    times = interleaved(functions, [(turn,) for turn in range(ROTATED_INPUTS)], "cpu", seconds)
+    return [_row(name, values, batch, detector.precision) for name, values in times.items()]
+
+
+def _row(name: str, values: list[float], batch: int, precision: str) -> dict:
+    ordered, median = sorted(values), statistics.median(values)
+    return {
+        "runs": name,
+        "precision": precision,
+        "batch": batch,
+        "images_per_second": batch / median,
+        "ms": median * 1e3,
+        "ms_p99": ordered[-(-99 * len(ordered) // 100) - 1] * 1e3,
+        "calls": len(values),
+    }
