@@ -1,0 +1,150 @@
+// The op `conv2d` on tensor cores (formula: kernels/conv2d.py; launcher and packing: kernels/conv2d_cuda.py; index arithmetic: common/conv2d_tile.h).
+//
+// An implicit GEMM. A block makes a tile of pixels of one sample times a block of outputs. Chunk by chunk of the input channels, the input with its
+// halo is normalised and activated once on its way into shared memory, with zeros outside the image, and then read once for each tap of the kernel,
+// shifted. The weights of one chunk and one tap are a stage of a ring that copies run ahead in.
+#include "kernel.h"
+#include "conv2d_epilogue.h"
+#include "conv2d_load.h"
+
+namespace dfe {
+
+// One stage: sums += input, shifted by a tap, times its weights. input: for each of the warp's fragments, where the lane's row is; weights: the lane's.
+// HalfSums: the products of the stage (CHANNELS of them) are summed in float16, stages in float32.
+template <typename T, typename Tile, bool HalfSums>
+__device__ __forceinline__ void multiply_stage(float (&sums)[Tile::FRAGMENTS][2 * Tile::PAIRS][4], const uint32_t (&input)[Tile::FRAGMENTS], uint32_t tap,
+                                               const unsigned char* weights) {
+    uint32_t b[Tile::STEPS][2 * Tile::PAIRS][2];
+#pragma unroll
+    for (int step = 0; step < Tile::STEPS; ++step) {
+#pragma unroll
+        for (int pair = 0; pair < Tile::PAIRS; ++pair) {
+            const uint4 words = *reinterpret_cast<const uint4*>(weights + weight_offset<Tile>(step, pair, 0));
+            b[step][2 * pair][0] = words.x, b[step][2 * pair][1] = words.y;
+            b[step][2 * pair + 1][0] = words.z, b[step][2 * pair + 1][1] = words.w;
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < Tile::FRAGMENTS; ++m) {
+        uint32_t a[Tile::STEPS][4];
+#pragma unroll
+        for (int step = 0; step < Tile::STEPS; ++step) ldmatrix_x4(a[step], input[m] + tap + step * 32);
+        if constexpr (HalfSums) {
+            uint32_t part[2 * Tile::PAIRS][2] = {};
+#pragma unroll
+            for (int step = 0; step < Tile::STEPS; ++step) multiply_add_half(part, a[step], b[step]);
+#pragma unroll
+            for (int n = 0; n < 2 * Tile::PAIRS; ++n) {
+#pragma unroll
+                for (int below = 0; below < 2; ++below) {
+                    float first, second;
+                    unpack(part[n][below], first, second, half{});
+                    sums[m][n][2 * below] += first;
+                    sums[m][n][2 * below + 1] += second;
+                }
+            }
+        } else {
+#pragma unroll
+            for (int step = 0; step < Tile::STEPS; ++step) multiply_add<T>(sums[m], a[step], b[step]);
+        }
+    }
+}
+
+template <typename T, typename Tile, bool HalfSums>
+__device__ __forceinline__ void conv2d_block(const Conv2dCall<T>& call, unsigned char* shared) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int warp_m = warp / Tile::WARPS_N, warp_n = warp % Tile::WARPS_N;
+    const int tile_width = 1 << call.tile_shift, tile_height = Tile::PIXELS >> call.tile_shift, reach = call.dilation * (call.kernel / 2);
+    const int across = (call.width + tile_width - 1) / tile_width, tiles = across * ((call.height + tile_height - 1) / tile_height);
+    const int blocks_n = (call.outputs + Tile::OUTPUTS - 1) / Tile::OUTPUTS, block = static_cast<int>(blockIdx.x);
+    const int first = block % blocks_n * Tile::OUTPUTS, tile = block / blocks_n % tiles, sample = block / blocks_n / tiles;
+    const Conv2dPlace place{call.tile_shift, tile_width + 2 * reach, tile / across * tile_height, tile % across * tile_width, call.height, call.width};
+    const int halo_pixels = place.halo_width * (tile_height + 2 * reach);
+
+    unsigned char* const inputs = shared + Tile::STAGES * Tile::STAGE_BYTES;
+    const int buffer_bytes = halo_pixels * Tile::PITCH;
+    uint32_t input[Tile::FRAGMENTS];
+#pragma unroll
+    for (int m = 0; m < Tile::FRAGMENTS; ++m) {
+        const int pixel = (warp_m * Tile::FRAGMENTS + m) * 16 + fragment_pixel(lane);
+        input[m] = shared_address(inputs) + input_offset<Tile>(place.first_read(pixel), 0) + fragment_offset(lane, 0);
+    }
+    const unsigned char* const weights = shared + weight_offset<Tile>(0, warp_n * Tile::PAIRS, lane);
+
+    InputLoader<T, Tile> loader(call, place, sample, halo_pixels);
+    const int taps = call.kernel * call.kernel, chunks = loader.chunks(), stages = chunks * taps;
+    const int fragments16 = (call.outputs + 15) / 16, left = fragments16 - first / 16;
+    const T* const packed = call.weight + first / 16 * 256;
+    loader.load(0);
+#pragma unroll
+    for (int stage = 0; stage < Tile::STAGES - 1; ++stage) {
+        if (stage < stages) copy_weights<Tile>(packed, stage, fragments16, left, shared_address(shared) + stage * Tile::STAGE_BYTES);
+        copy_async_commit();
+    }
+    loader.store(0, inputs);
+
+    float sums[Tile::FRAGMENTS][2 * Tile::PAIRS][4] = {};
+    int ahead = Tile::STAGES - 1, ring = 0, ring_ahead = Tile::STAGES - 1;
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+        const bool more = chunk + 1 < chunks;
+        const uint32_t buffer = Tile::BUFFERS == 2 && chunk % 2 != 0 ? buffer_bytes : 0;
+        if (more) loader.load(chunk + 1);
+        int column = 0;
+        uint32_t tap = buffer;
+        for (int left_taps = taps; left_taps > 0; --left_taps) {
+            // The stage has arrived for all threads, and so has the input; the one before it is read by none, and its place in the ring is free.
+            copy_async_wait<Tile::STAGES - 2>();
+            __syncthreads();
+            if (ahead < stages) copy_weights<Tile>(packed, ahead, fragments16, left, shared_address(shared) + ring_ahead * Tile::STAGE_BYTES);
+            copy_async_commit();
+            ++ahead;
+            ring_ahead = ring_ahead + 1 == Tile::STAGES ? 0 : ring_ahead + 1;
+            multiply_stage<T, Tile, HalfSums>(sums, input, tap, weights + ring * Tile::STAGE_BYTES);
+            ring = ring + 1 == Tile::STAGES ? 0 : ring + 1;
+            tap += call.dilation * Tile::PITCH;
+            if (++column == call.kernel) {
+                column = 0;
+                tap += call.dilation * (place.halo_width - call.kernel) * Tile::PITCH;
+            }
+        }
+        if (more) {
+            // A second buffer has been read by none since the last chunk but one.
+            if (Tile::BUFFERS == 1) __syncthreads();
+            loader.store(chunk + 1, inputs + (Tile::BUFFERS == 2 && chunk % 2 == 0 ? buffer_bytes : 0));
+        }
+    }
+
+    copy_async_wait<0>();
+    __syncthreads();
+    write_outputs<T, Tile>(call, place, sample, first, sums, shared);
+    if (call.moments == nullptr) return;
+    __syncthreads();
+    write_moments<T, Tile>(call, place, sample, first, shared);
+}
+
+}  // namespace dfe
+
+#define DFE_CONV2D(NAME, TYPE, TILE, HALF_SUMS)                                                                                                      \
+    extern "C" __global__ void __launch_bounds__(dfe::TILE::THREADS, dfe::TILE::BLOCKS) conv2d_##NAME(                                               \
+        const TYPE* x, const TYPE* x2, const TYPE* weight, const float* bias, const float* scale, const float* offset, const TYPE* residual,         \
+        TYPE* y, float* moments, int height, int width, int height_in, int width_in, int pitch, int pitch2, int pitch_residual, int pitch_y,         \
+        int bias_pitch, int channels, int channels2, int outputs, int kernel, int dilation, int resample, int prologue, int residual_resample,       \
+        int act, int tile_shift, int tile_pixels, int aligned) {                                                                                     \
+        DFE_DYNAMIC_SHARED(unsigned char, shared);                                                                                                   \
+        const dfe::Conv2dCall<TYPE> call{x,        x2,       weight,   bias,     scale,          offset,  residual,   y,         moments,           \
+                                         height,   width,    height_in, width_in, pitch,         pitch2,  pitch_residual, pitch_y, bias_pitch,      \
+                                         channels, channels2, outputs,  kernel,   dilation,      resample, prologue,  residual_resample, act,       \
+                                         tile_shift, tile_pixels, aligned};                                                                         \
+        dfe::conv2d_block<TYPE, dfe::TILE, HALF_SUMS>(call, shared);                                                                                 \
+    }                                                                                                                                                \
+    DFE_KERNEL(conv2d_##NAME)
+
+#define DFE_CONV2D_TILE(NAME, ...)                                       \
+    namespace dfe {                                                      \
+    using Conv2d_##NAME = Conv2dTile<__VA_ARGS__>;                       \
+    }                                                                    \
+    DFE_CONV2D(float16_##NAME, dfe::half, Conv2d_##NAME, false)          \
+    DFE_CONV2D(bfloat16_##NAME, dfe::bfloat16, Conv2d_##NAME, false)
+
+DFE_CONV2D_TILES(DFE_CONV2D_TILE)
+DFE_CONV2D(half_sums_128x128, dfe::half, Conv2d_128x128, true)
