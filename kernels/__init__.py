@@ -10,6 +10,7 @@ from dfengine.kernels import (
     channel_attention,
     conv2d,
     conv2d_cpu,  # noqa: F401  (registers itself)
+    conv2d_cuda,  # noqa: F401  (likewise)
     group_norm,
     group_norm_apply,
     group_norm_merge,

@@ -110,8 +110,8 @@ DFE_HD int staging_swapped(int lane) {
     return Tile::OUTPUT_GROUPS == 8 ? lane / 4 % 2 : lane / Tile::OUTPUT_GROUPS % 2;
 }
 template <typename Tile>
-DFE_HD int staging_read(int lane, int pass, int part) {
-    return staging_row<Tile>(lane, pass) * Tile::STAGING_PITCH + lane % Tile::OUTPUT_GROUPS * 32 + (part ^ staging_swapped<Tile>(lane)) * 16;
+DFE_HD int staging_read(int lane, int pass, int turn) {
+    return staging_row<Tile>(lane, pass) * Tile::STAGING_PITCH + lane % Tile::OUTPUT_GROUPS * 32 + (turn ^ staging_swapped<Tile>(lane)) * 16;
 }
 
 }  // namespace dfe

@@ -73,8 +73,8 @@ __device__ __forceinline__ void write_outputs(const Conv2dCall<T>& call, const C
         float written[Tile::PASSES][8];
 #pragma unroll
         for (int pass = 0; pass < Tile::PASSES; ++pass) {
-            const float4 one = *reinterpret_cast<const float4*>(staging + staging_read<Tile>(lane, pass, swapped));
-            const float4 two = *reinterpret_cast<const float4*>(staging + staging_read<Tile>(lane, pass, swapped ^ 1));
+            const float4 one = *reinterpret_cast<const float4*>(staging + staging_read<Tile>(lane, pass, 0));
+            const float4 two = *reinterpret_cast<const float4*>(staging + staging_read<Tile>(lane, pass, 1));
             const float4 low = swapped != 0 ? two : one, high = swapped != 0 ? one : two;
             float z[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll

@@ -5,6 +5,7 @@
 // `reversed` the threads take their turns in the opposite order: a result that depends on it betrays a missing barrier.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdint>
@@ -36,6 +37,9 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
+struct alignas(8) float2 {
+    float x, y;
+};
 struct alignas(16) float4 {
     float x, y, z, w;
 };
@@ -48,7 +52,9 @@ namespace on_host {
 enum class State { ready, at_warp, at_block, done };
 
 struct Thread {
-    ucontext_t context;
+    ucontext_t context;  // where it starts
+    jmp_buf place;       // where it waits: unlike swapcontext, a jump asks nothing of the operating system
+    bool started;
     std::vector<char> stack;
     State state;
     dim3 index;
@@ -56,23 +62,34 @@ struct Thread {
 
 static std::vector<Thread> threads;
 static Thread* running;
-static ucontext_t scheduler;
+static jmp_buf scheduler;
 static std::vector<uint64_t> exchanged;  // by shuffles: a slot for each thread
 static std::vector<unsigned char> dynamic_shared;
+static unsigned shared_bytes;  // of the launch
 static void (*body)(void**);
 static void** body_arguments;
 
 inline void wait(State state) {
     running->state = state;
-    swapcontext(&running->context, &scheduler);
+    if (_setjmp(running->place) == 0) _longjmp(scheduler, 1);
 }
+
+__attribute__((noinline)) inline void resume(Thread& thread) {
+    running = &thread;
+    threadIdx = thread.index;
+    if (_setjmp(scheduler) != 0) return;
+    if (running->started) _longjmp(running->place, 1);
+    running->started = true;
+    setcontext(&running->context);
+}
+
+inline void start_tensor_core_block();
 
 inline size_t number(const Thread& thread) { return static_cast<size_t>(&thread - threads.data()); }
 
 inline void thread_main() {
     body(body_arguments);
-    running->state = State::done;
-    swapcontext(&running->context, &scheduler);
+    wait(State::done);
 }
 
 // Whether all threads of [begin, end) that are not done wait in `state`.
@@ -94,9 +111,11 @@ inline void release(size_t begin, size_t end, State state) {
 
 inline void run_block(bool reversed) {
     const size_t count = threads.size();
+    start_tensor_core_block();
     for (size_t i = 0; i < count; ++i) {
         Thread& thread = threads[i];
         thread.state = State::ready;
+        thread.started = false;
         getcontext(&thread.context);
         thread.context.uc_stack.ss_sp = thread.stack.data();
         thread.context.uc_stack.ss_size = thread.stack.size();
@@ -109,9 +128,7 @@ inline void run_block(bool reversed) {
             Thread& thread = threads[reversed ? count - 1 - k : k];
             if (thread.state == State::ready) {
                 ran = true;
-                running = &thread;
-                threadIdx = thread.index;
-                swapcontext(&scheduler, &thread.context);
+                resume(thread);
             }
             left = left || thread.state != State::done;
         }
@@ -182,6 +199,8 @@ template <typename T>
 T __ldg(const T* address) { return *address; }
 static inline int atomicAdd(int* address, int value) { return *address += value, *address - value; }
 
+#include "tensor_core_on_host.h"
+
 // 0 where done, 1 where no kernel has the name.
 extern "C" int host_launch(const char* name, const unsigned* grid, const unsigned* block, unsigned shared, void** arguments, int reversed) {
     using namespace on_host;
@@ -202,6 +221,7 @@ extern "C" int host_launch(const char* name, const unsigned* grid, const unsigne
     for (blockIdx.z = 0; blockIdx.z < grid[2]; ++blockIdx.z)
         for (blockIdx.y = 0; blockIdx.y < grid[1]; ++blockIdx.y)
             for (blockIdx.x = 0; blockIdx.x < grid[0]; ++blockIdx.x) {
+                shared_bytes = shared;
                 dynamic_shared.assign(shared + 16, 0xff);  // not a number, in every float type
                 run_block(reversed != 0);
             }
