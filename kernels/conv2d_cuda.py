@@ -8,6 +8,7 @@ chunks, each source's last one filled up with zeros. float16 and bfloat16, devic
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -65,7 +66,7 @@ class Tile:
 
 TILES = (
     Tile("256x128", 256, 128, 32, (4, 2), 3, 2, 7, 1),
-    Tile("128x128", 128, 128, 32, (2, 4), 3, 1, 4, 2),
+    Tile("128x128", 128, 128, 32, (2, 4), 3, 1, 3, 2),
     Tile("128x64", 128, 64, 32, (4, 2), 4, 1, 4, 2),
     Tile("128x64x16", 128, 64, 16, (4, 2), 4, 1, 2, 2),
     Tile("64x64", 64, 64, 32, (2, 2), 4, 2, 5, 2),
@@ -89,10 +90,13 @@ class Placement:
         """Pixels read for a tile; reach: how far the taps go to each side."""
         return (self.width + 2 * reach) * (self.height + 2 * reach)
 
-    def blocks(self, shape: tuple[int, int, int, int]) -> int:
-        """Thread blocks for a y of `shape` (N, H, W, O)."""
+    def grid(self, shape: tuple[int, int, int, int]) -> tuple[int, int, int]:
+        """Thread blocks for a y of `shape` (N, H, W, O): of outputs, of pixels, samples."""
         batch, height, width, outputs = shape
-        return batch * -(-height // self.height) * -(-width // self.width) * -(-outputs // self.tile.outputs)
+        return -(-outputs // self.tile.outputs), -(-height // self.height) * -(-width // self.width), batch
+
+    def blocks(self, shape: tuple[int, int, int, int]) -> int:
+        return math.prod(self.grid(shape))
 
     def fits(self, reach: int, capability: tuple[int, int]) -> bool:
         """Whether registers hold a thread's part of the halo, and shared memory the tile."""
@@ -209,7 +213,7 @@ def _run_cuda(
     tile_pixels, placement=None, half_sums=False,
 ) -> None:  # fmt: skip
     """placement: instead of the one chosen. half_sums: sum the products of each chunk and tap in float16, in the tile
-    128x128 only; the error of a sum is then at most 2^-10 of the sum of its products' magnitudes."""
+    128x64 only; the error of a sum is then at most 2^-10 of the sum of its products' magnitudes."""
     channels = [t.shape[3] for t in (x, x2) if t is not None]
     reach, shape = _geometry(x, weight, resample, residual, residual_resample, y)
     wanted = tile_pixels if moments is not None else 0
@@ -217,8 +221,8 @@ def _run_cuda(
     run = place.moment_run(shape[1:3], wanted) if wanted else 0
     if wanted and not run:
         raise CannotRunError(f"the tile {place.tile.name} does not leave moments of {tile_pixels} pixels")
-    if half_sums and (x.dtype != torch.float16 or place.tile.name != "128x128"):
-        raise CannotRunError("float16 sums are for float16 in the tile 128x128")
+    if half_sums and (x.dtype != torch.float16 or place.tile.name != "128x64"):
+        raise CannotRunError("float16 sums are for float16 in the tile 128x64")
     pitches = [0 if t is None else pixel_stride("", t) for t in (x, x2, residual, y)]
     aligned = sum(
         1 << i
@@ -234,7 +238,7 @@ def _run_cuda(
     )  # fmt: skip
     kind = "half_sums" if half_sums else NAMES[x.dtype]
     cuda_launch.launch(
-        "conv2d", f"conv2d_{kind}_{place.tile.name}", (place.blocks(shape), 1, 1), (place.tile.threads, 1, 1),
+        "conv2d", f"conv2d_{kind}_{place.tile.name}", place.grid(shape), (place.tile.threads, 1, 1),
         (
             x, x2, prepacked(weight, channels, place.tile.channels), bias, scale, offset, residual, y, moments,
             *map(np.int32, numbers),
@@ -259,8 +263,8 @@ def _can_run_cuda(
     if max(x.shape[1] * x.shape[2], shape[1] * shape[2]) >= 2**31 - 2**20:
         raise CannotRunError("an image of more than 2^31 - 2^20 pixels")
     place = placement_for(shape, channels, reach, tile_pixels if moments is not None else 0, capability)
-    if place.blocks(shape) >= 2**31:
-        raise CannotRunError("more than 2^31 thread blocks")
+    if max(place.grid(shape)) > 65535:
+        raise CannotRunError("more than 65535 samples, or tiles of a sample")
 
 
 OP.register("cuda", _run_cuda, cuda_launch.available, _can_run_cuda)

@@ -34,7 +34,7 @@ struct Conv2dTile {
 // Name, then the parameters of Conv2dTile; kernels/conv2d_cuda.py holds the same table.
 #define DFE_CONV2D_TILES(F)                   \
     F(256x128, 256, 128, 32, 4, 2, 3, 2, 7, 1) \
-    F(128x128, 128, 128, 32, 2, 4, 3, 1, 4, 2) \
+    F(128x128, 128, 128, 32, 2, 4, 3, 1, 3, 2) \
     F(128x64, 128, 64, 32, 4, 2, 4, 1, 4, 2)   \
     F(128x64x16, 128, 64, 16, 4, 2, 4, 1, 2, 2) \
     F(64x64, 64, 64, 32, 2, 2, 4, 2, 5, 2)     \

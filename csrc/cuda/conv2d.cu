@@ -11,28 +11,44 @@ namespace dfe {
 
 // One stage: sums += input, shifted by a tap, times its weights. input: for each of the warp's fragments, where the lane's row is; weights: the lane's.
 // HalfSums: the products of the stage (CHANNELS of them) are summed in float16, stages in float32.
+template <typename Tile>
+__device__ __forceinline__ void load_weights(uint32_t (&b)[2 * Tile::PAIRS][2], const unsigned char* weights, int step) {
+#pragma unroll
+    for (int pair = 0; pair < Tile::PAIRS; ++pair) {
+        const uint4 words = *reinterpret_cast<const uint4*>(weights + weight_offset<Tile>(step, pair, 0));
+        b[2 * pair][0] = words.x, b[2 * pair][1] = words.y;
+        b[2 * pair + 1][0] = words.z, b[2 * pair + 1][1] = words.w;
+    }
+}
+
 template <typename T, typename Tile, bool HalfSums>
 __device__ __forceinline__ void multiply_stage(float (&sums)[Tile::FRAGMENTS][2 * Tile::PAIRS][4], const uint32_t (&input)[Tile::FRAGMENTS], uint32_t tap,
                                                const unsigned char* weights) {
-    uint32_t b[Tile::STEPS][2 * Tile::PAIRS][2];
+    if constexpr (!HalfSums) {
 #pragma unroll
-    for (int step = 0; step < Tile::STEPS; ++step) {
+        for (int step = 0; step < Tile::STEPS; ++step) {
+            uint32_t b[2 * Tile::PAIRS][2];
+            load_weights<Tile>(b, weights, step);
 #pragma unroll
-        for (int pair = 0; pair < Tile::PAIRS; ++pair) {
-            const uint4 words = *reinterpret_cast<const uint4*>(weights + weight_offset<Tile>(step, pair, 0));
-            b[step][2 * pair][0] = words.x, b[step][2 * pair][1] = words.y;
-            b[step][2 * pair + 1][0] = words.z, b[step][2 * pair + 1][1] = words.w;
+            for (int m = 0; m < Tile::FRAGMENTS; ++m) {
+                uint32_t a[4];
+                ldmatrix_x4(a, input[m] + tap + step * 32);
+                multiply_add<T>(sums[m], a, b);
+            }
         }
-    }
+    } else {
+        uint32_t b[Tile::STEPS][2 * Tile::PAIRS][2];
 #pragma unroll
-    for (int m = 0; m < Tile::FRAGMENTS; ++m) {
-        uint32_t a[Tile::STEPS][4];
+        for (int step = 0; step < Tile::STEPS; ++step) load_weights<Tile>(b[step], weights, step);
 #pragma unroll
-        for (int step = 0; step < Tile::STEPS; ++step) ldmatrix_x4(a[step], input[m] + tap + step * 32);
-        if constexpr (HalfSums) {
+        for (int m = 0; m < Tile::FRAGMENTS; ++m) {
             uint32_t part[2 * Tile::PAIRS][2] = {};
 #pragma unroll
-            for (int step = 0; step < Tile::STEPS; ++step) multiply_add_half(part, a[step], b[step]);
+            for (int step = 0; step < Tile::STEPS; ++step) {
+                uint32_t a[4];
+                ldmatrix_x4(a, input[m] + tap + step * 32);
+                multiply_add_half(part, a, b[step]);
+            }
 #pragma unroll
             for (int n = 0; n < 2 * Tile::PAIRS; ++n) {
 #pragma unroll
@@ -43,21 +59,18 @@ __device__ __forceinline__ void multiply_stage(float (&sums)[Tile::FRAGMENTS][2 
                     sums[m][n][2 * below + 1] += second;
                 }
             }
-        } else {
-#pragma unroll
-            for (int step = 0; step < Tile::STEPS; ++step) multiply_add<T>(sums[m], a[step], b[step]);
         }
     }
 }
 
 template <typename T, typename Tile, bool HalfSums>
 __device__ __forceinline__ void conv2d_block(const Conv2dCall<T>& call, unsigned char* shared) {
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int lane = this_thread<Tile>() % 32, warp = this_thread<Tile>() / 32;
     const int warp_m = warp / Tile::WARPS_N, warp_n = warp % Tile::WARPS_N;
     const int tile_width = 1 << call.tile_shift, tile_height = Tile::PIXELS >> call.tile_shift, reach = call.dilation * (call.kernel / 2);
-    const int across = (call.width + tile_width - 1) / tile_width, tiles = across * ((call.height + tile_height - 1) / tile_height);
-    const int blocks_n = (call.outputs + Tile::OUTPUTS - 1) / Tile::OUTPUTS, block = static_cast<int>(blockIdx.x);
-    const int first = block % blocks_n * Tile::OUTPUTS, tile = block / blocks_n % tiles, sample = block / blocks_n / tiles;
+    // Blocks that share their input follow each other.
+    const int first = static_cast<int>(blockIdx.x) * Tile::OUTPUTS, tile = static_cast<int>(blockIdx.y), sample = static_cast<int>(blockIdx.z);
+    const int across = (call.width + tile_width - 1) / tile_width;
     const Conv2dPlace place{call.tile_shift, tile_width + 2 * reach, tile / across * tile_height, tile % across * tile_width, call.height, call.width};
     const int halo_pixels = place.halo_width * (tile_height + 2 * reach);
 
@@ -72,33 +85,34 @@ __device__ __forceinline__ void conv2d_block(const Conv2dCall<T>& call, unsigned
     const unsigned char* const weights = shared + weight_offset<Tile>(0, warp_n * Tile::PAIRS, lane);
 
     InputLoader<T, Tile> loader(call, place, sample, halo_pixels);
-    const int taps = call.kernel * call.kernel, chunks = loader.chunks(), stages = chunks * taps;
-    const int fragments16 = (call.outputs + 15) / 16, left = fragments16 - first / 16;
-    const T* const packed = call.weight + first / 16 * 256;
-    loader.load(0);
-#pragma unroll
+    WeightCopier<T, Tile> copier(call, first, shared_address(shared));
+    const int taps = call.kernel * call.kernel, chunks = loader.chunks();
+    int stages_to_copy = chunks * taps, ring = 0;
+#pragma unroll 1
     for (int stage = 0; stage < Tile::STAGES - 1; ++stage) {
-        if (stage < stages) copy_weights<Tile>(packed, stage, fragments16, left, shared_address(shared) + stage * Tile::STAGE_BYTES);
+        if (stages_to_copy-- > 0) copier.copy(call, stage);
         copy_async_commit();
     }
-    loader.store(0, inputs);
 
     float sums[Tile::FRAGMENTS][2 * Tile::PAIRS][4] = {};
-    int ahead = Tile::STAGES - 1, ring = 0, ring_ahead = Tile::STAGES - 1;
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-        const bool more = chunk + 1 < chunks;
+#pragma unroll 1
+    for (int chunk = -1; chunk < chunks; ++chunk) {
         const uint32_t buffer = Tile::BUFFERS == 2 && chunk % 2 != 0 ? buffer_bytes : 0;
-        if (more) loader.load(chunk + 1);
+        if (chunk >= 0) {
+            // A second buffer has been read by none since the last chunk but one.
+            if (Tile::BUFFERS == 1 && chunk > 0) __syncthreads();
+            loader.store(chunk, inputs + buffer);
+        }
+        if (chunk + 1 < chunks) loader.load(chunk + 1);
         int column = 0;
         uint32_t tap = buffer;
-        for (int left_taps = taps; left_taps > 0; --left_taps) {
+#pragma unroll 1
+        for (int left = chunk < 0 ? 0 : taps; left > 0; --left) {
             // The stage has arrived for all threads, and so has the input; the one before it is read by none, and its place in the ring is free.
             copy_async_wait<Tile::STAGES - 2>();
             __syncthreads();
-            if (ahead < stages) copy_weights<Tile>(packed, ahead, fragments16, left, shared_address(shared) + ring_ahead * Tile::STAGE_BYTES);
+            if (stages_to_copy-- > 0) copier.copy(call, ring == 0 ? Tile::STAGES - 1 : ring - 1);
             copy_async_commit();
-            ++ahead;
-            ring_ahead = ring_ahead + 1 == Tile::STAGES ? 0 : ring_ahead + 1;
             multiply_stage<T, Tile, HalfSums>(sums, input, tap, weights + ring * Tile::STAGE_BYTES);
             ring = ring + 1 == Tile::STAGES ? 0 : ring + 1;
             tap += call.dilation * Tile::PITCH;
@@ -106,11 +120,6 @@ __device__ __forceinline__ void conv2d_block(const Conv2dCall<T>& call, unsigned
                 column = 0;
                 tap += call.dilation * (place.halo_width - call.kernel) * Tile::PITCH;
             }
-        }
-        if (more) {
-            // A second buffer has been read by none since the last chunk but one.
-            if (Tile::BUFFERS == 1) __syncthreads();
-            loader.store(chunk + 1, inputs + (Tile::BUFFERS == 2 && chunk % 2 == 0 ? buffer_bytes : 0));
         }
     }
 
@@ -147,4 +156,4 @@ __device__ __forceinline__ void conv2d_block(const Conv2dCall<T>& call, unsigned
     DFE_CONV2D(bfloat16_##NAME, dfe::bfloat16, Conv2d_##NAME, false)
 
 DFE_CONV2D_TILES(DFE_CONV2D_TILE)
-DFE_CONV2D(half_sums_128x128, dfe::half, Conv2d_128x128, true)
+DFE_CONV2D(half_sums_128x64, dfe::half, Conv2d_128x64, true)

@@ -23,19 +23,26 @@ struct Conv2dCall {
     int resample, prologue, residual_resample, act, tile_shift, tile_pixels, aligned;
 };
 
-__device__ __forceinline__ void activate(float (&z)[8], int act) {
+// The thread's number; the remainder tells the compiler that it is small and not negative.
+template <typename Tile>
+__device__ __forceinline__ int this_thread() {
+    return static_cast<int>(threadIdx.x % Tile::THREADS);
+}
+
+template <int Count>
+__device__ __forceinline__ void activate(float (&z)[Count], int act) {
     if (act == ACT_GELU) {
 #pragma unroll
-        for (int k = 0; k < 8; ++k) z[k] = gelu_to_16_bits(z[k]);
+        for (int k = 0; k < Count; ++k) z[k] = gelu_to_16_bits(z[k]);
     } else if (act == ACT_SILU) {
 #pragma unroll
-        for (int k = 0; k < 8; ++k) z[k] *= fast_reciprocal(1.0f + fast_exp2(-1.44269504f * z[k]));
+        for (int k = 0; k < Count; ++k) z[k] *= fast_reciprocal(1.0f + fast_exp2(-1.44269504f * z[k]));
     } else if (act == ACT_RELU) {
 #pragma unroll
-        for (int k = 0; k < 8; ++k) z[k] = activated<Activation::relu>(z[k]);
+        for (int k = 0; k < Count; ++k) z[k] = activated<Activation::relu>(z[k]);
     } else if (act == ACT_SIGMOID) {
 #pragma unroll
-        for (int k = 0; k < 8; ++k) z[k] = fast_reciprocal(1.0f + fast_exp2(-1.44269504f * z[k]));
+        for (int k = 0; k < Count; ++k) z[k] = fast_reciprocal(1.0f + fast_exp2(-1.44269504f * z[k]));
     }
 }
 
@@ -62,30 +69,21 @@ __device__ __forceinline__ uint4 load_group(const T* from, int count, bool align
     return vector.words;
 }
 
-// A thread's share of the input of a tile.
+// A thread's share of the input of a tile. What can be computed again for every chunk is: registers are short beside the sums.
 template <typename T, typename Tile>
 struct InputLoader {
     static constexpr int OUTSIDE = -1, BEYOND = -2;  // outside the image: zeros; beyond the halo: nothing is stored
 
     const Conv2dCall<T>& call;
-    const T *x, *x2;
-    const float *scale, *offset;
-    int chunks_of_x;
+    const int sample;
     int pixels[Tile::VECTORS];  // of the input: where each of the thread's runs is read
     uint4 raw[Tile::VECTORS];   // of the chunk to be stored next
 
-    __device__ __forceinline__ InputLoader(const Conv2dCall<T>& given, const Conv2dPlace& place, int sample, int halo_pixels) : call(given) {
-        const int64_t pixels_in = int64_t{call.height_in} * call.width_in;
-        x = call.x + sample * pixels_in * call.pitch;
-        x2 = call.x2 == nullptr ? nullptr : call.x2 + sample * pixels_in * call.pitch2;
-        const int64_t channels = call.channels + call.channels2;
-        scale = call.scale == nullptr ? nullptr : call.scale + sample * channels;
-        offset = call.offset == nullptr ? nullptr : call.offset + sample * channels;
-        chunks_of_x = (call.channels + Tile::CHANNELS - 1) / Tile::CHANNELS;
+    __device__ __forceinline__ InputLoader(const Conv2dCall<T>& given, const Conv2dPlace& place, int n, int halo_pixels) : call(given), sample(n) {
         const int margin = call.dilation * (call.kernel / 2);
 #pragma unroll
         for (int i = 0; i < Tile::VECTORS; ++i) {
-            const int pixel = loader_pixel<Tile>(static_cast<int>(threadIdx.x) + i * Tile::THREADS), row = pixel / place.halo_width;
+            const int pixel = loader_pixel<Tile>(this_thread<Tile>() + i * Tile::THREADS), row = pixel / place.halo_width;
             const int h = place.top + row - margin, w = place.left + pixel - row * place.halo_width - margin;
             if (pixel >= halo_pixels) pixels[i] = BEYOND;
             else if (h < 0 || h >= place.height || w < 0 || w >= place.width) pixels[i] = OUTSIDE;
@@ -95,7 +93,8 @@ struct InputLoader {
         }
     }
 
-    __device__ __forceinline__ int chunks() const { return chunks_of_x + (call.channels2 + Tile::CHANNELS - 1) / Tile::CHANNELS; }
+    __device__ __forceinline__ int chunks_of_x() const { return (call.channels + Tile::CHANNELS - 1) / Tile::CHANNELS; }
+    __device__ __forceinline__ int chunks() const { return chunks_of_x() + (call.channels2 + Tile::CHANNELS - 1) / Tile::CHANNELS; }
 
     // Of the thread's 8 channels in a chunk: where they lie, how many of them there are (more than 8 where others follow), and their place in scale.
     struct Channels {
@@ -104,88 +103,107 @@ struct InputLoader {
         bool aligned;
     };
     __device__ __forceinline__ Channels channels_of(int chunk) const {
-        const bool second = chunk >= chunks_of_x;
-        const int channel = (chunk - (second ? chunks_of_x : 0)) * Tile::CHANNELS + 8 * loader_group<Tile>(static_cast<int>(threadIdx.x));
-        return {(second ? x2 : x) + channel, second ? call.pitch2 : call.pitch, (second ? call.channels2 : call.channels) - channel,
+        const bool second = chunk >= chunks_of_x();
+        const int channel = (chunk - (second ? chunks_of_x() : 0)) * Tile::CHANNELS + 8 * loader_group<Tile>(this_thread<Tile>());
+        const int pitch = second ? call.pitch2 : call.pitch;
+        const int64_t before = int64_t{sample} * call.height_in * call.width_in * pitch;
+        return {(second ? call.x2 : call.x) + before + channel, pitch, (second ? call.channels2 : call.channels) - channel,
                 channel + (second ? call.channels : 0), (call.aligned & (second ? ALIGNED_X2 : ALIGNED_X)) != 0};
     }
 
-    // Starts the loads of a chunk; means of 2 x 2 are loaded in `store`, there are no registers for four times as many values.
+    // Starts the loads of a chunk; what makes means of 2 x 2 is loaded in `store`: there are no registers for four times as many values.
     __device__ __forceinline__ void load(int chunk) {
-        if (call.resample == RESAMPLE_DOWN) return;
         const Channels at = channels_of(chunk);
 #pragma unroll
         for (int i = 0; i < Tile::VECTORS; ++i) {
             raw[i] = uint4{0, 0, 0, 0};
-            if (pixels[i] >= 0) raw[i] = load_group(at.from + int64_t{pixels[i]} * at.pitch, at.count, at.aligned);
+            if (pixels[i] >= 0 && call.resample != RESAMPLE_DOWN) raw[i] = load_group(at.from + int64_t{pixels[i]} * at.pitch, at.count, at.aligned);
         }
     }
 
-    // The chunk to shared memory. Channels past the last are 0 here: so are their scale and offset, and every activation of 0.
-    __device__ __forceinline__ void store(int chunk, unsigned char* to) const {
-        const Channels at = channels_of(chunk);
-        float gain[8], shift[8];
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-            gain[k] = scale == nullptr ? 1.0f : k < at.count ? __ldg(scale + at.index + k) : 0.0f;
-            shift[k] = scale == nullptr || k >= at.count ? 0.0f : __ldg(offset + at.index + k);
-        }
-        const bool plain = scale == nullptr && call.prologue == 0;
-        const int thread = static_cast<int>(threadIdx.x);
+    // The chunk to shared memory.
+    __device__ __forceinline__ void store(int chunk, unsigned char* to) {
+        if (call.scale != nullptr || call.prologue != 0 || call.resample == RESAMPLE_DOWN) apply(channels_of(chunk));
+        const int thread = this_thread<Tile>();
         unsigned char* const mine = to + input_offset<Tile>(loader_pixel<Tile>(thread), loader_group<Tile>(thread));
 #pragma unroll
         for (int i = 0; i < Tile::VECTORS; ++i) {
-            if (pixels[i] == BEYOND) continue;
-            uint4 words{0, 0, 0, 0};
-            if (pixels[i] >= 0) {
-                if (call.resample == RESAMPLE_DOWN) words = mean_of_four(at, pixels[i], gain, shift);
-                else if (plain) words = raw[i];
-                else words = pack<T>(applied(raw[i], gain, shift).values);
-            }
-            *reinterpret_cast<uint4*>(mine + i * (Tile::THREADS / Tile::GROUPS) * Tile::PITCH) = words;
+            if (pixels[i] != BEYOND) *reinterpret_cast<uint4*>(mine + i * (Tile::THREADS / Tile::GROUPS) * Tile::PITCH) = raw[i];
         }
     }
 
   private:
-    struct Values {
-        float values[8];
-    };
-    __device__ __forceinline__ Values applied(uint4 words, const float (&gain)[8], const float (&shift)[8]) const {
-        Values v;
-        unpack<T>(words, v.values);
+    // raw becomes what the product reads, half of the 8 channels at a time. Channels past the last are 0 here: so are their scale and offset, and every
+    // activation of 0. Pixels outside of the image stay 0.
+    __device__ __forceinline__ void apply(const Channels& at) {
+        const int64_t index = int64_t{sample} * (call.channels + call.channels2) + at.index;
+        const int parts = call.resample == RESAMPLE_DOWN ? 4 : 1;
+        const float share = parts == 4 ? 0.25f : 1.0f;
 #pragma unroll
-        for (int k = 0; k < 8; ++k) v.values[k] = v.values[k] * gain[k] + shift[k];
-        activate(v.values, call.prologue);
-        return v;
-    }
-    __device__ __forceinline__ uint4 mean_of_four(const Channels& at, int pixel, const float (&gain)[8], const float (&shift)[8]) const {
-        float sums[8] = {};
+        for (int half = 0; half < 2; ++half) {
+            float gain[4], shift[4];
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                const bool there = 4 * half + k < at.count;
+                gain[k] = call.scale == nullptr ? 1.0f : there ? __ldg(call.scale + index + 4 * half + k) : 0.0f;
+                shift[k] = call.scale == nullptr || !there ? 0.0f : __ldg(call.offset + index + 4 * half + k);
+            }
+#pragma unroll
+            for (int i = 0; i < Tile::VECTORS; ++i) {
+                if (pixels[i] < 0) continue;
+                float mean[4] = {};
 #pragma unroll 1
-        for (int quarter = 0; quarter < 4; ++quarter) {
-            const int64_t there = pixel + quarter % 2 + quarter / 2 * call.width_in;
-            const Values v = applied(load_group(at.from + there * at.pitch, at.count, at.aligned), gain, shift);
+                for (int part = 0; part < parts; ++part) {
+                    uint4 words = raw[i];
+                    if (parts != 1) {
+                        const int64_t there = pixels[i] + part % 2 + part / 2 * call.width_in;
+                        words = load_group(at.from + there * at.pitch, at.count, at.aligned);
+                    }
+                    float v[4];
+                    unpack(half == 0 ? words.x : words.z, v[0], v[1], T{});
+                    unpack(half == 0 ? words.y : words.w, v[2], v[3], T{});
 #pragma unroll
-            for (int k = 0; k < 8; ++k) sums[k] += v.values[k];
+                    for (int k = 0; k < 4; ++k) v[k] = v[k] * gain[k] + shift[k];
+                    activate(v, call.prologue);
+#pragma unroll
+                    for (int k = 0; k < 4; ++k) mean[k] += v[k] * share;
+                }
+                (half == 0 ? raw[i].x : raw[i].z) = pack(mean[0], mean[1], T{});
+                (half == 0 ? raw[i].y : raw[i].w) = pack(mean[2], mean[3], T{});
+            }
         }
-#pragma unroll
-        for (int k = 0; k < 8; ++k) sums[k] *= 0.25f;
-        return pack<T>(sums);
     }
 };
 
-// Starts the copy of a stage: the weights of one chunk and one tap, for the block's outputs. packed: (stages, STEPS, fragments16, 32, 8) as
-// kernels/conv2d_cuda.py `pack` makes it, from the block's first fragments on, of which `left` exist.
-template <typename Tile, typename T>
-__device__ __forceinline__ void copy_weights(const T* packed, int stage, int fragments16, int left, uint32_t to) {
-    const T* const from = packed + int64_t{stage} * Tile::STEPS * fragments16 * 256;
-#pragma unroll
-    for (int i = 0; i < (Tile::STAGE_RUNS + Tile::THREADS - 1) / Tile::THREADS; ++i) {
-        const int run = static_cast<int>(threadIdx.x) + i * Tile::THREADS;
-        if (Tile::STAGE_RUNS % Tile::THREADS != 0 && run >= Tile::STAGE_RUNS) break;
-        const int step = run / (2 * Tile::OUTPUTS), pair = run / 32 % (Tile::OUTPUTS / 16), lane = run % 32;
-        const bool there = pair < left;
-        copy_async_16(to + weight_offset<Tile>(step, pair, lane), there ? from + ((int64_t{step} * fragments16 + pair) * 32 + lane) * 8 : packed, there);
+// A thread's share of the weights: of every stage, which are those of one chunk and one tap for the block's outputs. In packed order (kernels/
+// conv2d_cuda.py, `pack`: (stages, STEPS, fragments of 16, 32, 8)) a stage's steps lie apart, in shared memory they follow each other.
+template <typename T, typename Tile>
+struct WeightCopier {
+    static constexpr int RUNS_OF_STEP = 2 * Tile::OUTPUTS, STEPS_AT_ONCE = Tile::THREADS / RUNS_OF_STEP;
+    static_assert(Tile::THREADS % RUNS_OF_STEP == 0, "a thread's runs lie at one place of every step");
+
+    int next;  // in runs of 16 bytes
+    uint32_t to;
+    bool there;  // zeros are written for outputs past the last fragment
+
+    __device__ __forceinline__ WeightCopier(const Conv2dCall<T>& call, int first, uint32_t shared) {
+        const int thread = this_thread<Tile>(), pair = first / 16 + thread % RUNS_OF_STEP / 32, fragments = (call.outputs + 15) / 16;
+        there = pair < fragments;
+        next = (thread / RUNS_OF_STEP * fragments + (there ? pair : 0)) * 32 + thread % 32;
+        to = shared + thread * 16;  // weight_offset(step, pair, lane) is that of the thread's number
     }
-}
+
+    // Starts the copy of the next stage into this place of the ring.
+    __device__ __forceinline__ void copy(const Conv2dCall<T>& call, int ring) {
+        const int fragments = (call.outputs + 15) / 16;
+        const uint4* const from = reinterpret_cast<const uint4*>(call.weight) + next;
+#pragma unroll
+        for (int i = 0; i * Tile::THREADS < Tile::STAGE_RUNS; ++i) {
+            if (Tile::STAGE_RUNS % Tile::THREADS != 0 && this_thread<Tile>() + i * Tile::THREADS >= Tile::STAGE_RUNS) break;
+            copy_async_16(to + ring * Tile::STAGE_BYTES + i * Tile::THREADS * 16, from + i * STEPS_AT_ONCE * fragments * 32, there);
+        }
+        next += Tile::STEPS * fragments * 32;
+    }
+};
 
 }  // namespace dfe
