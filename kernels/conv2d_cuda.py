@@ -65,14 +65,15 @@ class Tile:
 
 
 TILES = (
-    Tile("256x128", 256, 128, 32, (4, 2), 3, 2, 7, 1),
     Tile("128x128", 128, 128, 32, (2, 4), 3, 1, 3, 2),
+    Tile("256x128", 256, 128, 32, (4, 2), 3, 2, 7, 1),
     Tile("128x64", 128, 64, 32, (4, 2), 4, 1, 4, 2),
     Tile("128x64x16", 128, 64, 16, (4, 2), 4, 1, 2, 2),
     Tile("64x64", 64, 64, 32, (2, 2), 4, 2, 5, 2),
     Tile("128x16", 128, 16, 32, (8, 1), 4, 1, 4, 2),
 )
-"""Not yet timed on a device. The larger tiles come first, and of those the ones with deeper chunks."""
+"""Not yet timed on a device. The order is that of preference: 256x128 stands behind, as its epilogue has no second block
+on the multiprocessor to hide behind."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Placement:
         """Pixels of the tile, in its order, that make a tile of the moments of an image (H, W); 0 where none does.
 
         Tiles of the moments are runs of pixels of the image. A run must lie in one tile: be a part of its row where
-        the image is divided into whole such rows, or be whole rows where these are the image's.
+        the image is divided into whole such rows, or whole rows where these are the image's (or it has but one).
         """
         height, width = size
         pixels = self.tile.pixels
@@ -117,7 +118,7 @@ class Placement:
             return pixels
         if tile_pixels % 16 or pixels % tile_pixels:
             return 0
-        if self.width == width or height == 1:
+        if self.width == width or (height == 1 and self.height == 1):
             return tile_pixels
         return tile_pixels if width % self.width == 0 and self.width % tile_pixels == 0 else 0
 
@@ -162,13 +163,16 @@ def placement_for(
     return next(enough, max(fitting, key=lambda p: p.blocks(shape)))
 
 
-def moment_tile(shape: tuple[int, int, int, int], channels: Sequence[int], reach: int) -> int:
-    """The largest tile_pixels with which the tile that is best without moments can leave them; 0 where it cannot."""
-    place = placement_for(shape, channels, reach)
-    run = place.tile.pixels
-    while run >= 16 and not place.moment_run(shape[1:3], run):
-        run //= 2
-    return run if run >= 16 else 0
+def moment_tile(
+    shape: tuple[int, int, int, int], channels: Sequence[int], reach: int, placement: Placement | None = None
+) -> int:
+    """The largest tile_pixels that `placement`, or else the best tile without moments, can leave them of; 0 for none.
+
+    Where one tile holds the whole image that is the number of its pixels.
+    """
+    place = placement or placement_for(shape, channels, reach)
+    runs = [shape[1] * shape[2], *(place.tile.pixels >> shift for shift in range(5))]
+    return next((run for run in runs if place.moment_run(shape[1:3], run)), 0)
 
 
 def pack(packed: Tensor, channels: Sequence[int], chunk: int) -> Tensor:
@@ -194,12 +198,12 @@ def prepacked(weight: ConvWeight, channels: Sequence[int], chunk: int) -> Tensor
 
 
 @functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
+def capability_of(device: torch.device) -> tuple[int, int]:
     """That of the device; on the host, where only the tests run this, that of an RTX 4090."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 9)
+    return torch.cuda.get_devicecapability_of(device) if device.type == "cuda" else (8, 9)
 
 
-def _geometry(x, weight, resample, residual, residual_resample, y) -> tuple[int, tuple[int, int, int, int]]:
+def geometry(weight, resample, residual, residual_resample, y) -> tuple[int, tuple[int, int, int, int]]:
     """(reach of the taps, shape of y as the kernel sees it: without taps beside a pixel, an image is one row)."""
     batch, height, width, outputs = y.shape
     reach = weight.dilation * (weight.kernel[0] // 2)
@@ -215,9 +219,9 @@ def _run_cuda(
     """placement: instead of the one chosen. half_sums: sum the products of each chunk and tap in float16, in the tile
     128x64 only; the error of a sum is then at most 2^-10 of the sum of its products' magnitudes."""
     channels = [t.shape[3] for t in (x, x2) if t is not None]
-    reach, shape = _geometry(x, weight, resample, residual, residual_resample, y)
+    reach, shape = geometry(weight, resample, residual, residual_resample, y)
     wanted = tile_pixels if moments is not None else 0
-    place = placement or placement_for(shape, channels, reach, wanted, _capability(x.device))
+    place = placement or placement_for(shape, channels, reach, wanted, capability_of(x.device))
     run = place.moment_run(shape[1:3], wanted) if wanted else 0
     if wanted and not run:
         raise CannotRunError(f"the tile {place.tile.name} does not leave moments of {tile_pixels} pixels")
@@ -255,11 +259,11 @@ def _can_run_cuda(
     weight.taps()
     if x.dtype not in NAMES:
         raise CannotRunError(f"x: {x.dtype} is neither float16 nor bfloat16")
-    capability = _capability(x.device)
+    capability = capability_of(x.device)
     if capability < (8, 0):
         raise CannotRunError(f"compute capability {capability[0]}.{capability[1]} is below 8.0")
     channels = [t.shape[3] for t in (x, x2) if t is not None]
-    reach, shape = _geometry(x, weight, resample, residual, residual_resample, y)
+    reach, shape = geometry(weight, resample, residual, residual_resample, y)
     if max(x.shape[1] * x.shape[2], shape[1] * shape[2]) >= 2**31 - 2**20:
         raise CannotRunError("an image of more than 2^31 - 2^20 pixels")
     place = placement_for(shape, channels, reach, tile_pixels if moments is not None else 0, capability)

@@ -1,8 +1,9 @@
-// Stands in for CUDA when a .cu file of csrc/cuda is compiled as C++: a block's threads are coroutines that take turns between barriers, one
-// block after the other, so that the kernel's own index and arithmetic code runs, shared memory, barriers and warp shuffles included.
+// Stands in for CUDA when a .cu file of csrc/cuda is compiled as C++: a block's threads are coroutines, one block after the other, so
+// that the kernel's own index and arithmetic code runs, shared memory, barriers and warp shuffles included. A warp runs as far ahead of the others as
+// the barriers of the block allow.
 //
 // host_launch(name, grid, block, shared bytes, arguments, reversed) runs a kernel named in DFE_KERNEL; arguments as for cudaLaunchKernel. With
-// `reversed` the threads take their turns in the opposite order: a result that depends on it betrays a missing barrier.
+// `reversed` warps and threads take their turns in the opposite order: a result that depends on it betrays a missing barrier.
 #pragma once
 
 #include <setjmp.h>
@@ -92,21 +93,18 @@ inline void thread_main() {
     wait(State::done);
 }
 
-// Whether all threads of [begin, end) that are not done wait in `state`.
-inline bool all_wait(size_t begin, size_t end, State state) {
+// Lets the threads of [begin, end) go on where all that are not done wait in `state`; whether there are any.
+inline bool release(size_t begin, size_t end, State state) {
     bool any = false;
     for (size_t i = begin; i < end; ++i) {
         if (threads[i].state == State::done) continue;
         if (threads[i].state != state) return false;
         any = true;
     }
-    return any;
-}
-
-inline void release(size_t begin, size_t end, State state) {
-    for (size_t i = begin; i < end; ++i) {
+    for (size_t i = begin; any && i < end; ++i) {
         if (threads[i].state == state) threads[i].state = State::ready;
     }
+    return any;
 }
 
 inline void run_block(bool reversed) {
@@ -122,25 +120,21 @@ inline void run_block(bool reversed) {
         thread.context.uc_link = nullptr;
         makecontext(&thread.context, thread_main, 0);
     }
+    const size_t warps = (count + 31) / 32;
     for (;;) {
-        bool ran = false, left = false;
-        for (size_t k = 0; k < count; ++k) {
-            Thread& thread = threads[reversed ? count - 1 - k : k];
-            if (thread.state == State::ready) {
-                ran = true;
-                resume(thread);
-            }
-            left = left || thread.state != State::done;
+        bool left = false;
+        for (size_t k = 0; k < warps; ++k) {
+            const size_t begin = 32 * (reversed ? warps - 1 - k : k), end = begin + 32 < count ? begin + 32 : count;
+            do {
+                for (size_t i = begin; i < end; ++i) {
+                    Thread& thread = threads[reversed ? begin + end - 1 - i : i];
+                    if (thread.state == State::ready) resume(thread);
+                }
+            } while (release(begin, end, State::at_warp));
+            for (size_t i = begin; i < end; ++i) left = left || threads[i].state != State::done;
         }
         if (!left) return;
-        if (ran) continue;
-        bool released = false;
-        for (size_t begin = 0; begin < count; begin += 32) {
-            const size_t end = begin + 32 < count ? begin + 32 : count;
-            if (all_wait(begin, end, State::at_warp)) release(begin, end, State::at_warp), released = true;
-        }
-        if (!released && all_wait(0, count, State::at_block)) release(0, count, State::at_block), released = true;
-        if (!released) {
+        if (!release(0, count, State::at_block)) {
             std::fprintf(stderr, "cuda_on_host: threads wait at different barriers\n");
             std::abort();
         }
@@ -170,7 +164,8 @@ void call(void (*kernel)(A...), void** arguments) {
     call(kernel, arguments, std::index_sequence_for<A...>{});
 }
 
-inline std::map<std::string, void (*)(void**)>& kernels() {
+// Not inline: the map would be one for all libraries of the process.
+static std::map<std::string, void (*)(void**)>& kernels() {
     static std::map<std::string, void (*)(void**)> found;
     return found;
 }
