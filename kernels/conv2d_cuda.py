@@ -72,7 +72,7 @@ TILES = (
     Tile("64x64", 64, 64, 32, (2, 2), 4, 2, 5, 2),
     Tile("128x16", 128, 16, 32, (8, 1), 4, 1, 4, 2),
 )
-"""Not yet timed on a device. The order is that of preference: 256x128 stands behind, as its epilogue has no second block
+"""In order of preference, not yet timed on a device: 256x128 stands behind 128x128, as its epilogue has no second block
 on the multiprocessor to hide behind."""
 
 
@@ -147,7 +147,10 @@ def placement_for(
     capability: tuple[int, int] = (8, 9),
 ) -> Placement:
     """The tile for a y of `shape` (N, H, W, O), by rule: of those that compute less than twice what the best of them
-    does, the first that makes enough blocks, else the one that makes most. channels: of each source; reach: of the taps. Raises CannotRunError where none is legal."""
+    does, the first that makes enough blocks, else the one that makes most.
+
+    channels: of each source; reach: of the taps. Raises CannotRunError where none is legal.
+    """
     legal = list(placements(shape[1:3], reach, capability, tile_pixels))
     if not legal:
         what = f"tiles of {tile_pixels} pixels for the moments" if tile_pixels else f"taps {reach} pixels away"
@@ -185,8 +188,9 @@ def pack(packed: Tensor, channels: Sequence[int], chunk: int) -> Tensor:
     parts = packed.reshape(taps, -1, outputs).split(list(channels), dim=1)
     parts = [F.pad(part, (0, -outputs % 16, 0, -part.shape[1] % chunk)) for part in parts]
     weight = torch.cat(parts, dim=1).reshape(taps, -1, chunk // 16, 2, 4, 2, -(-outputs // 16), 2, 8)
-    # taps, chunks, steps, register, quad, pair, fragments of 16, fragment of 8, output
-    return weight.permute(1, 0, 2, 6, 8, 4, 7, 3, 5).reshape(-1, taps, chunk // 16, -(-outputs // 16), 32, 8).contiguous()
+    # taps, chunks, steps, register, quad, half, fragments of 16, fragment of 8, output
+    weight = weight.permute(1, 0, 2, 6, 8, 4, 7, 3, 5).reshape(-1, taps, chunk // 16, -(-outputs // 16), 32, 8)
+    return weight.contiguous()
 
 
 def prepacked(weight: ConvWeight, channels: Sequence[int], chunk: int) -> Tensor:

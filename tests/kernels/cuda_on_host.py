@@ -45,12 +45,15 @@ def library(op: str, edit: tuple[str, str] | None = None) -> ctypes.CDLL:
 
 
 def launch(op, kernel, grid, block, arguments, shared=0, *, backwards=False, edit=None) -> None:
-    """As dfengine.kernels.cuda_launch.launch, on CPU tensors; `backwards` lets the threads run in opposite order, `edit`
-    is that of `library`."""
+    """As dfengine.kernels.cuda_launch.launch, on CPU tensors.
+
+    backwards: whether the threads run in the opposite order; edit: as for `library`.
+    """
     slots = ctypes.create_string_buffer(cuda_launch.packed(arguments))
     addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(slots) + 8 * i for i in range(len(arguments))))
     sizes = [(ctypes.c_uint * 3)(*size) for size in (grid, block)]
-    status = library(op, edit).host_launch(kernel.encode(), *sizes, ctypes.c_uint(shared), addresses, ctypes.c_int(backwards))
+    numbers = ctypes.c_uint(shared), addresses, ctypes.c_int(backwards)
+    status = library(op, edit).host_launch(kernel.encode(), *sizes, *numbers)
     assert status == 0, f"csrc/cuda/{op}.cu names no kernel {kernel}"
 
 
