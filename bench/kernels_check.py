@@ -186,7 +186,8 @@ def check_nvrtc(nvrtc: ctypes.CDLL, source: Path, architecture: int) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--quick", action="store_true", help="only the first configuration of each Triton kernel")
+    quick = "only the first configuration of each Triton kernel, and NVRTC for one architecture"
+    parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--only", nargs="*", metavar="OP", help="ops and stems of csrc/cuda; all by default")
     parser.add_argument("--backend", choices=("triton", "cuda"), help="both by default")
     arguments = parser.parse_args()
@@ -206,7 +207,7 @@ def main() -> int:
             rows += check_triton(op, architecture, arguments.quick)
         for source in sources if nvcc else []:
             rows += check_cuda(source, architecture, nvcc)
-        for source in sources if nvrtc else []:
+        for source in sources if nvrtc and not (arguments.quick and architecture != ARCHITECTURES[0]) else []:
             message = check_nvrtc(nvrtc, source, architecture)
             refused += [f"NVRTC refuses {source.name} for sm_{architecture}: {message}"] if message else []
     print(f"{'op':14} {'backend':8} {'kernel':44} {'sm':>3} {'registers':>9} {'shared':>7} {'stack':>6} {'spills':>6}")

@@ -52,6 +52,12 @@ class Tile:
     def threads(self) -> int:
         return 32 * self.warps[0] * self.warps[1]
 
+    @property
+    def products_of_a_read(self) -> float:
+        """Products of mma.m16n8k16 for each read of 512 bytes of shared memory by a warp."""
+        fragments, pairs = self.pixels // self.warps[0] // 16, self.outputs // self.warps[1] // 16
+        return 2 * fragments * pairs / (fragments + pairs)
+
     def padded(self, channels: Sequence[int]) -> int:
         """Channels with those that fill the last chunk of each source."""
         return sum(-(-count // self.channels) * self.channels for count in channels)
@@ -66,14 +72,18 @@ class Tile:
 
 TILES = (
     Tile("128x128", 128, 128, 32, (2, 4), 3, 1, 3, 2),
+    Tile("128x128w4", 128, 128, 32, (2, 2), 3, 1, 6, 2),
     Tile("256x128", 256, 128, 32, (4, 2), 3, 2, 7, 1),
     Tile("128x64", 128, 64, 32, (4, 2), 4, 1, 4, 2),
     Tile("128x64x16", 128, 64, 16, (4, 2), 4, 1, 2, 2),
     Tile("64x64", 64, 64, 32, (2, 2), 4, 2, 5, 2),
     Tile("128x16", 128, 16, 32, (8, 1), 4, 1, 4, 2),
 )
-"""In order of preference, not yet timed on a device: 256x128 stands behind 128x128, as its epilogue has no second block
-on the multiprocessor to hide behind."""
+"""In order of preference, not yet timed on a device: 256x128 stands behind the others of 128 outputs, as its epilogue
+has no second block on the multiprocessor to hide behind."""
+FAST_TENSOR_CORES = ((8, 0), (9, 0), (10, 0))
+"""Devices that make more than two products of mma.m16n8k16 in the time of one read of 512 bytes of shared memory: there
+the tiles that read less for a product come first."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +138,8 @@ def placements(
 ) -> Iterator[Placement]:
     """For each of TILES that can serve images of `size` (H, W), the shape that covers them with least to compute, then
     with least to read. tile_pixels: of the moments, 0 for none."""
-    for tile in TILES:
+    fast = capability in FAST_TENSOR_CORES
+    for tile in sorted(TILES, key=lambda tile: -tile.outputs * fast * tile.products_of_a_read):
         widths = (1 << shift for shift in range(3, tile.pixels.bit_length()))
         legal = [
             place

@@ -24,7 +24,11 @@ DFE_HD float normal_tail(float magnitude, float bell) {
 }
 
 DFE_HD float magnitude_of(float z) {
+#if defined(__CUDA_ARCH__)
+    return fabsf(z);  // which instructions take with their operands
+#else
     return float_of(bits_of(z) & 0x7fffffffu);
+#endif
 }
 
 // min(m, 6) Phi(-m) for m >= 0, within 9e-8: 2 to the power of a polynomial of degree 6 that approximates log2 Phi(-m), weighted by the error it

@@ -32,12 +32,13 @@ struct Conv2dTile {
 };
 
 // Name, then the parameters of Conv2dTile; kernels/conv2d_cuda.py holds the same table.
-#define DFE_CONV2D_TILES(F)                   \
-    F(256x128, 256, 128, 32, 4, 2, 3, 2, 7, 1) \
-    F(128x128, 128, 128, 32, 2, 4, 3, 1, 3, 2) \
-    F(128x64, 128, 64, 32, 4, 2, 4, 1, 4, 2)   \
-    F(128x64x16, 128, 64, 16, 4, 2, 4, 1, 2, 2) \
-    F(64x64, 64, 64, 32, 2, 2, 4, 2, 5, 2)     \
+#define DFE_CONV2D_TILES(F)                      \
+    F(128x128, 128, 128, 32, 2, 4, 3, 1, 3, 2)   \
+    F(128x128w4, 128, 128, 32, 2, 2, 3, 1, 6, 2) \
+    F(256x128, 256, 128, 32, 4, 2, 3, 2, 7, 1)   \
+    F(128x64, 128, 64, 32, 4, 2, 4, 1, 4, 2)     \
+    F(128x64x16, 128, 64, 16, 4, 2, 4, 1, 2, 2)  \
+    F(64x64, 64, 64, 32, 2, 2, 4, 2, 5, 2)       \
     F(128x16, 128, 16, 32, 8, 1, 4, 1, 4, 2)
 
 // The loader's run v = thread + i * threads: a pixel of the halo and a group of 8 channels. Eight neighbouring threads take two groups of four pixels

@@ -179,17 +179,19 @@ struct InputLoader {
 // conv2d_cuda.py, `pack`: (stages, STEPS, fragments of 16, 32, 8)) a stage's steps lie apart, in shared memory they follow each other.
 template <typename T, typename Tile>
 struct WeightCopier {
-    static constexpr int RUNS_OF_STEP = 2 * Tile::OUTPUTS, STEPS_AT_ONCE = Tile::THREADS / RUNS_OF_STEP;
-    static_assert(Tile::THREADS % RUNS_OF_STEP == 0, "a thread's runs lie at one place of every step");
+    // A thread copies at one place of every step, or the threads together need several rounds for a step.
+    static constexpr int RUNS_OF_STEP = 2 * Tile::OUTPUTS, ROUNDS = RUNS_OF_STEP > Tile::THREADS ? RUNS_OF_STEP / Tile::THREADS : 1;
+    static constexpr int STEPS_AT_ONCE = RUNS_OF_STEP > Tile::THREADS ? 1 : Tile::THREADS / RUNS_OF_STEP;
+    static_assert(Tile::THREADS % RUNS_OF_STEP == 0 || RUNS_OF_STEP % Tile::THREADS == 0, "a thread's place would change from step to step");
 
     int next;  // in runs of 16 bytes
+    int left;  // fragments of 16 outputs from the thread's on; zeros are written past the last
     uint32_t to;
-    bool there;  // zeros are written for outputs past the last fragment
 
     __device__ __forceinline__ WeightCopier(const Conv2dCall<T>& call, int first, uint32_t shared) {
         const int thread = this_thread<Tile>(), pair = first / 16 + thread % RUNS_OF_STEP / 32, fragments = (call.outputs + 15) / 16;
-        there = pair < fragments;
-        next = (thread / RUNS_OF_STEP * fragments + (there ? pair : 0)) * 32 + thread % 32;
+        left = fragments - pair;
+        next = (thread / RUNS_OF_STEP * fragments + pair) * 32 + thread % 32;
         to = shared + thread * 16;  // weight_offset(step, pair, lane) is that of the thread's number
     }
 
@@ -200,7 +202,8 @@ struct WeightCopier {
 #pragma unroll
         for (int i = 0; i * Tile::THREADS < Tile::STAGE_RUNS; ++i) {
             if (Tile::STAGE_RUNS % Tile::THREADS != 0 && this_thread<Tile>() + i * Tile::THREADS >= Tile::STAGE_RUNS) break;
-            copy_async_16(to + ring * Tile::STAGE_BYTES + i * Tile::THREADS * 16, from + i * STEPS_AT_ONCE * fragments * 32, there);
+            const int further = i % ROUNDS * Tile::THREADS, step = i / ROUNDS * STEPS_AT_ONCE;
+            copy_async_16(to + ring * Tile::STAGE_BYTES + i * Tile::THREADS * 16, from + step * fragments * 32 + further, left > further / 32);
         }
         next += Tile::STEPS * fragments * 32;
     }

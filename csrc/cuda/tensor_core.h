@@ -29,7 +29,7 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&to)[4], uint32_t address)
                  : "memory");
 }
 
-// Copies 16 bytes to shared memory in the background; zeros where `there` is false, and then nothing is read.
+// Copies 16 bytes to shared memory in the background; zeros where `there` is false, and then nothing is read, whatever the address.
 __device__ __forceinline__ void copy_async_16(uint32_t address, const void* from, bool there) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(__cvta_generic_to_global(from)), "r"(there ? 16 : 0) : "memory");
 }

@@ -67,6 +67,7 @@ static jmp_buf scheduler;
 static std::vector<uint64_t> exchanged;  // by shuffles: a slot for each thread
 static std::vector<unsigned char> dynamic_shared;
 static unsigned shared_bytes;  // of the launch
+static constexpr unsigned MARGIN = 4096;  // behind them, to see that nothing is written there
 static void (*body)(void**);
 static void** body_arguments;
 
@@ -217,8 +218,11 @@ extern "C" int host_launch(const char* name, const unsigned* grid, const unsigne
         for (blockIdx.y = 0; blockIdx.y < grid[1]; ++blockIdx.y)
             for (blockIdx.x = 0; blockIdx.x < grid[0]; ++blockIdx.x) {
                 shared_bytes = shared;
-                dynamic_shared.assign(shared + 16, 0xff);  // not a number, in every float type
+                dynamic_shared.assign(shared + MARGIN, 0xff);  // not a number, in every float type
                 run_block(reversed != 0);
+                for (unsigned i = shared; i < shared + MARGIN; ++i) {
+                    if (dynamic_shared[i] != 0xff) std::fprintf(stderr, "cuda_on_host: written past %u bytes of shared memory\n", shared), std::abort();
+                }
             }
     return 0;
 }

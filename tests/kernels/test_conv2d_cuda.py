@@ -216,6 +216,15 @@ def test_the_chosen_tile(shape, channels, reach, name, width):
     assert (place.tile.name, place.width) == (name, width)
 
 
+def test_fast_tensor_cores_take_the_tile_that_reads_less():
+    shape = (2, 256, 256, 128)
+    assert cuda.placement_for(shape, (128,), 1, capability=(9, 0)).tile.name == "128x128w4"
+    assert cuda.placement_for(shape, (128,), 1, capability=(8, 6)).tile.name == "128x128"
+    assert {tile.name: round(tile.products_of_a_read, 1) for tile in cuda.TILES[:4]} == {
+        "128x128": 2.7, "128x128w4": 4.0, "256x128": 4.0, "128x64": 2.0,
+    }  # fmt: skip
+
+
 def test_every_chosen_tile_fits_the_device():
     for capability, limit in {**cuda.SHARED_BYTES, (12, 0): 99 * 1024}.items():
         for reach in (0, 1, 2):
