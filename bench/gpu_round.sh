@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # One round on a machine with a GPU: what cannot be checked elsewhere, as one command.
 #
-#   bench/gpu_round.sh --stage {tests,check,bench,all}
+#   bench/gpu_round.sh --stage {tests,sanitize,check,bench,all}
 #
-# tests: the kernel tests on the device (pytest -m gpu and tests/kernels); check: offline compilation for sm_89 and sm_90; bench: kernel timings.
+# tests: the kernel tests on the device (pytest -m gpu and tests/kernels); sanitize: the tiles of conv2d in CUDA C++ under compute-sanitizer's
+# memcheck and racecheck, where it is installed; check: offline compilation for sm_89 and sm_90; bench: kernel timings.
 # Results (JSON, logs) go under ${OUT:-bench/results}. The Python is ${PYTHON:-python3} (3.11 or later) with torch, triton and pytest
 # in it; dfengine runs from this checkout without being installed, with its extension where pybind11, cmake and a compiler are there.
 set -uo pipefail
@@ -13,10 +14,10 @@ stage=all
 while [ $# -gt 0 ]; do
     case "$1" in
         --stage) stage="${2:?--stage needs a value}"; shift 2 ;;
-        *) echo "usage: bench/gpu_round.sh --stage {tests,check,bench,all}" >&2; exit 2 ;;
+        *) echo "usage: bench/gpu_round.sh --stage {tests,sanitize,check,bench,all}" >&2; exit 2 ;;
     esac
 done
-case "$stage" in tests|check|bench|all) ;; *) echo "unknown stage $stage" >&2; exit 2 ;; esac
+case "$stage" in tests|sanitize|check|bench|all) ;; *) echo "unknown stage $stage" >&2; exit 2 ;; esac
 
 PYTHON="${PYTHON:-python3}"
 OUT="${OUT:-bench/results}"
@@ -63,6 +64,16 @@ EOF
 if [ "$stage" = tests ] || [ "$stage" = all ]; then
     run tests "$PYTHON" -m pytest -q -p no:cacheprovider -o pythonpath= -o addopts="--import-mode=importlib -ra" tests/kernels
     run tests_gpu "$PYTHON" -m pytest -q -p no:cacheprovider -o pythonpath= -o addopts="--import-mode=importlib -ra" -m gpu tests
+fi
+if [ "$stage" = sanitize ] || [ "$stage" = all ]; then
+    if command -v compute-sanitizer >/dev/null; then
+        for tool in memcheck racecheck; do
+            run "sanitize_$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$PYTHON" -m pytest -q -p no:cacheprovider -o pythonpath= \
+                -o addopts="--import-mode=importlib -ra" -o timeout=0 tests/kernels/test_conv2d_cuda.py -k every_tile
+        done
+    else
+        echo "compute-sanitizer was not found: not run"
+    fi
 fi
 if [ "$stage" = check ] || [ "$stage" = all ]; then
     run check "$PYTHON" bench/kernels_check.py --json "$OUT/kernels_check.json"

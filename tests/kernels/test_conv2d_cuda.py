@@ -281,3 +281,26 @@ def test_the_packed_weight_is_kept_for_each_division_of_the_channels(monkeypatch
         launcher.run(conv2d.OP, *parts, weight, *rest, y, None, 0)
         torch.testing.assert_close(y, whole, rtol=2e-3, atol=2e-3)
     assert len(weight.prepacked) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_gpu_meets_the_contract_at_the_shapes_of_the_networks(dtype):
+    """Forced to CUDA C++, in every tile that is legal for the shape on this device; twice, with the same bits."""
+    for case in (
+        Case((1, 128, 128), (128,), 128, 3, 1, True, "gelu", "none", "none"),
+        Case((2, 8, 8), (512,), 512, 3, 2, True, "gelu"),
+        Case((1, 64, 64), (128, 128), 128, 3, 1, True, "silu", "up", "down", aligned=True),
+        Case((1, 64, 64), (256, 128), 256, 1, residual="none", aligned=True),
+        Case((2, 64, 64), (3,), 128),
+        Case((2, 64, 64), (64,), 1, act="sigmoid"),
+    ):
+        reach = case.dilation * (case.kernel // 2)
+        arguments = make(case, dtype)
+        y = torch.empty((*case.size, case.outputs), device="meta")
+        _, _, weight, *_, resample, residual, residual_resample, _ = arguments
+        _, shape = cuda.geometry(weight, resample, residual, residual_resample, y)
+        for place in cuda.placements(shape[1:3], reach, torch.cuda.get_device_capability()):
+            launcher = launchers.Launcher("cuda", "cuda", {"placement": place})
+            first, again = (check_contract(launcher, case, dtype)[0] for _ in range(2))
+            assert torch.equal(first, again)
