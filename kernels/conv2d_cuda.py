@@ -150,9 +150,10 @@ def placements(
             yield min(legal, key=lambda p: (p.blocks((1, *size, 1)), p.halo_pixels(reach), -p.width))
 
 
+@functools.lru_cache(maxsize=4096)
 def placement_for(
     shape: tuple[int, int, int, int],
-    channels: Sequence[int],
+    channels: tuple[int, ...],
     reach: int,
     tile_pixels: int = 0,
     capability: tuple[int, int] = (8, 9),
@@ -167,18 +168,18 @@ def placement_for(
         what = f"tiles of {tile_pixels} pixels for the moments" if tile_pixels else f"taps {reach} pixels away"
         raise CannotRunError(f"no tile of the kernel serves {shape[1]} x {shape[2]} pixels with {what}")
 
-    def waste(place: Placement) -> int:
-        """What the tensor cores compute, outputs and channels that fill a tile included."""
+    def computed(place: Placement) -> int:
+        """Products of the tensor cores, with what fills tiles and chunks."""
         return place.blocks(shape) * place.tile.pixels * place.tile.outputs * place.tile.padded(channels)
 
-    least = min(map(waste, legal))
-    fitting = [p for p in legal if waste(p) < 2 * least]
+    least = min(map(computed, legal))
+    fitting = [p for p in legal if computed(p) < 2 * least]
     enough = (p for p in fitting if p.blocks(shape) >= ENOUGH_BLOCKS)
     return next(enough, max(fitting, key=lambda p: p.blocks(shape)))
 
 
 def moment_tile(
-    shape: tuple[int, int, int, int], channels: Sequence[int], reach: int, placement: Placement | None = None
+    shape: tuple[int, int, int, int], channels: tuple[int, ...], reach: int, placement: Placement | None = None
 ) -> int:
     """The largest tile_pixels that `placement`, or else the best tile without moments, can leave them of; 0 for none.
 
@@ -215,7 +216,7 @@ def prepacked(weight: ConvWeight, channels: Sequence[int], chunk: int) -> Tensor
 @functools.cache
 def capability_of(device: torch.device) -> tuple[int, int]:
     """That of the device; on the host, where only the tests run this, that of an RTX 4090."""
-    return torch.cuda.get_devicecapability_of(device) if device.type == "cuda" else (8, 9)
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 9)
 
 
 def geometry(weight, resample, residual, residual_resample, y) -> tuple[int, tuple[int, int, int, int]]:
@@ -233,7 +234,7 @@ def _run_cuda(
 ) -> None:  # fmt: skip
     """placement: instead of the one chosen. half_sums: sum the products of each chunk and tap in float16, in the tile
     128x64 only; the error of a sum is then at most 2^-10 of the sum of its products' magnitudes."""
-    channels = [t.shape[3] for t in (x, x2) if t is not None]
+    channels = tuple(t.shape[3] for t in (x, x2) if t is not None)
     reach, shape = geometry(weight, resample, residual, residual_resample, y)
     wanted = tile_pixels if moments is not None else 0
     place = placement or placement_for(shape, channels, reach, wanted, capability_of(x.device))
@@ -277,9 +278,9 @@ def _can_run_cuda(
     capability = capability_of(x.device)
     if capability < (8, 0):
         raise CannotRunError(f"compute capability {capability[0]}.{capability[1]} is below 8.0")
-    channels = [t.shape[3] for t in (x, x2) if t is not None]
+    channels = tuple(t.shape[3] for t in (x, x2) if t is not None)
     reach, shape = geometry(weight, resample, residual, residual_resample, y)
-    if max(x.shape[1] * x.shape[2], shape[1] * shape[2]) >= 2**31 - 2**20:
+    if max(t.shape[1] * t.shape[2] for t in (x, residual, y) if t is not None) >= 2**31 - 2**20:
         raise CannotRunError("an image of more than 2^31 - 2^20 pixels")
     place = placement_for(shape, channels, reach, tile_pixels if moments is not None else 0, capability)
     if max(place.grid(shape)) > 65535:

@@ -81,8 +81,8 @@ struct Conv2dPlace {
     }
 };
 
-// Bytes from a pixel's row to where a lane of ldmatrix.x4 reads its 8 channels: lanes 0 to 15 the first half of a step for the pixels of a fragment in
-// turn, lanes 16 to 31 the second half.
+// Of ldmatrix.x4: the pixel of a fragment whose row a lane addresses, and the bytes from there to its 8 channels. Lanes 0 to 15 take the first half
+// of a step, lanes 16 to 31 the second.
 DFE_HD int fragment_pixel(int lane) {
     return lane % 16;
 }
@@ -112,7 +112,8 @@ DFE_HD int staging_swapped(int lane) {
 }
 template <typename Tile>
 DFE_HD int staging_read(int lane, int pass, int turn) {
-    return staging_row<Tile>(lane, pass) * Tile::STAGING_PITCH + lane % Tile::OUTPUT_GROUPS * 32 + (turn ^ staging_swapped<Tile>(lane)) * 16;
+    const int half = turn ^ staging_swapped<Tile>(lane);
+    return staging_row<Tile>(lane, pass) * Tile::STAGING_PITCH + lane % Tile::OUTPUT_GROUPS * 32 + half * 16;
 }
 
 }  // namespace dfe

@@ -3,14 +3,13 @@
 // An implicit GEMM. A block makes a tile of pixels of one sample times a block of outputs. Chunk by chunk of the input channels, the input with its
 // halo is normalised and activated once on its way into shared memory, with zeros outside the image, and then read once for each tap of the kernel,
 // shifted. The weights of one chunk and one tap are a stage of a ring that copies run ahead in.
-#include "kernel.h"
 #include "conv2d_epilogue.h"
 #include "conv2d_load.h"
+#include "kernel.h"
 
 namespace dfe {
 
-// One stage: sums += input, shifted by a tap, times its weights. input: for each of the warp's fragments, where the lane's row is; weights: the lane's.
-// HalfSums: the products of the stage (CHANNELS of them) are summed in float16, stages in float32.
+// The lane's part of the second factors of one step, for the warp's outputs.
 template <typename Tile>
 __device__ __forceinline__ void load_weights(uint32_t (&b)[2 * Tile::PAIRS][2], const unsigned char* weights, int step) {
 #pragma unroll
@@ -21,9 +20,11 @@ __device__ __forceinline__ void load_weights(uint32_t (&b)[2 * Tile::PAIRS][2], 
     }
 }
 
+// One stage: sums += input, shifted by a tap, times its weights. input: where the lane's row of each of the warp's fragments is; weights: the lane's.
+// HalfSums: the products of the stage (CHANNELS of them) are summed in float16, stages in float32.
 template <typename T, typename Tile, bool HalfSums>
-__device__ __forceinline__ void multiply_stage(float (&sums)[Tile::FRAGMENTS][2 * Tile::PAIRS][4], const uint32_t (&input)[Tile::FRAGMENTS], uint32_t tap,
-                                               const unsigned char* weights) {
+__device__ __forceinline__ void multiply_stage(float (&sums)[Tile::FRAGMENTS][2 * Tile::PAIRS][4], const uint32_t (&input)[Tile::FRAGMENTS],
+                                               uint32_t tap, const unsigned char* weights) {
     if constexpr (!HalfSums) {
 #pragma unroll
         for (int step = 0; step < Tile::STEPS; ++step) {
@@ -71,7 +72,8 @@ __device__ __forceinline__ void conv2d_block(const Conv2dCall<T>& call, unsigned
     // Blocks that share their input follow each other.
     const int first = static_cast<int>(blockIdx.x) * Tile::OUTPUTS, tile = static_cast<int>(blockIdx.y), sample = static_cast<int>(blockIdx.z);
     const int across = (call.width + tile_width - 1) / tile_width;
-    const Conv2dPlace place{call.tile_shift, tile_width + 2 * reach, tile / across * tile_height, tile % across * tile_width, call.height, call.width};
+    const int top = tile / across * tile_height, left_edge = tile % across * tile_width;
+    const Conv2dPlace place{call.tile_shift, tile_width + 2 * reach, top, left_edge, call.height, call.width};
     const int halo_pixels = place.halo_width * (tile_height + 2 * reach);
 
     unsigned char* const inputs = shared + Tile::STAGES * Tile::STAGE_BYTES;

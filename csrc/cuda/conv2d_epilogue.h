@@ -5,9 +5,6 @@
 
 namespace dfe {
 
-// Where a tile of `tile_pixels` of the moments begins in a block's tile, and which pixels are its: kernels/conv2d_cuda.py `moment_pixels` says which are
-// possible, so that every one lies in one block, and has one writer.
-
 // Rows and columns of the residual for an image of `size`.
 __device__ __forceinline__ int residual_size(int size, int residual_resample) {
     return residual_resample == RESAMPLE_UP ? size >> 1 : residual_resample == RESAMPLE_DOWN ? size << 1 : size;
@@ -41,7 +38,8 @@ __device__ __forceinline__ float* partial_moments(unsigned char* shared) {
 
 // Of one fragment: a lane holds 8 outputs of some of its pixels, rounded as they are written.
 template <typename T, typename Tile>
-__device__ __forceinline__ void write_partial_moments(const Conv2dPlace& place, int fragment, int lane, const uint4 (&words)[Tile::PASSES], float* to) {
+__device__ __forceinline__ void write_partial_moments(const Conv2dPlace& place, int fragment, int lane, const uint4 (&words)[Tile::PASSES],
+                                                      float* to) {
     const int pixels = place.fragment_pixels(fragment);
     const float share = pixels == 0 ? 0.0f : fast_reciprocal(static_cast<float>(pixels));
     float means[8] = {}, squares[8] = {};
@@ -88,7 +86,8 @@ __device__ __forceinline__ void write_outputs(const Conv2dCall<T>& call, const C
     for (int k = 0; k < 8; ++k) bias[k] = call.bias != nullptr && k < count ? __ldg(bias_from + k) : 0.0f;
     T* const y = call.y + int64_t{sample} * call.height * call.width * call.pitch_y + output;
     const int rest_height = residual_size(call.height, call.residual_resample), rest_width = residual_size(call.width, call.residual_resample);
-    const T* const residual = call.residual == nullptr ? nullptr : call.residual + int64_t{sample} * rest_height * rest_width * call.pitch_residual + output;
+    const int64_t rest_before = int64_t{sample} * rest_height * rest_width * call.pitch_residual + output;
+    const T* const residual = call.residual == nullptr ? nullptr : call.residual + rest_before;
     const bool rest_aligned = (call.aligned & ALIGNED_RESIDUAL) != 0, down = call.residual_resample == RESAMPLE_DOWN;
 #pragma unroll 1
     for (int m = 0; m < Tile::FRAGMENTS; ++m) {
@@ -156,7 +155,8 @@ __device__ __forceinline__ void write_outputs(const Conv2dCall<T>& call, const C
     }
 }
 
-// Merges the partial moments of the fragments of each tile of the moments, in order.
+// Merges the partial moments of the fragments of each tile of the moments, in order. These are runs of the block's pixels, each the work of one block
+// (kernels/conv2d_cuda.py, `moment_run`).
 template <typename T, typename Tile>
 __device__ __forceinline__ void write_moments(const Conv2dCall<T>& call, const Conv2dPlace& place, int sample, int first, unsigned char* shared) {
     const float* const partial = partial_moments<Tile>(shared);

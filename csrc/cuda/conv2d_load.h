@@ -1,6 +1,7 @@
 // The two loaders of conv2d.cu: input, normalised and activated once on its way into shared memory, and packed weights, copied in the background.
 #pragma once
 
+#include "../common/activation.h"
 #include "../common/conv2d_tile.h"
 #include "tensor_core.h"
 #include "vectors.h"
@@ -117,7 +118,8 @@ struct InputLoader {
 #pragma unroll
         for (int i = 0; i < Tile::VECTORS; ++i) {
             raw[i] = uint4{0, 0, 0, 0};
-            if (pixels[i] >= 0 && call.resample != RESAMPLE_DOWN) raw[i] = load_group(at.from + int64_t{pixels[i]} * at.pitch, at.count, at.aligned);
+            if (pixels[i] < 0 || call.resample == RESAMPLE_DOWN) continue;
+            raw[i] = load_group(at.from + int64_t{pixels[i]} * at.pitch, at.count, at.aligned);
         }
     }
 
@@ -133,7 +135,7 @@ struct InputLoader {
     }
 
   private:
-    // raw becomes what the product reads, half of the 8 channels at a time. Channels past the last are 0 here: so are their scale and offset, and every
+    // raw becomes what the product reads, half of the 8 channels at a time. Channels past the last are 0, as are their scale and offset here and every
     // activation of 0. Pixels outside of the image stay 0.
     __device__ __forceinline__ void apply(const Channels& at) {
         const int64_t index = int64_t{sample} * (call.channels + call.channels2) + at.index;

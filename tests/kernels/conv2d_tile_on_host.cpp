@@ -41,7 +41,9 @@ int loader_turns() {
 template <typename Tile>
 int loader_sectors() {
     std::set<int> sectors;
-    for (int lane = 0; lane < 32; ++lane) sectors.insert((dfe::loader_pixel<Tile>(lane) * 2 * Tile::CHANNELS + dfe::loader_group<Tile>(lane) * 16) / 32);
+    for (int lane = 0; lane < 32; ++lane) {
+        sectors.insert((dfe::loader_pixel<Tile>(lane) * 2 * Tile::CHANNELS + dfe::loader_group<Tile>(lane) * 16) / 32);
+    }
     return static_cast<int>(sectors.size());
 }
 

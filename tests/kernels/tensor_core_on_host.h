@@ -1,6 +1,6 @@
-// Stands in for csrc/cuda/tensor_core.h on the host: the warp's instructions, their lanes as coroutines that meet at each of them. It is stricter than
-// a GPU where that finds mistakes: what a copy in the background brings is there only after the wait for its group (not a number before), and every
-// address must be aligned and lie in the launch's shared memory.
+// Stands in for csrc/cuda/tensor_core.h on the host: instructions of a warp, at which the coroutines of its lanes meet. Stricter than a GPU where
+// that finds mistakes: what a copy in the background brings is there only after the wait for its group (not a number before), and every address
+// must be aligned and lie in the launch's shared memory.
 #pragma once
 
 #include <cmath>

@@ -119,7 +119,7 @@ def moment_pixels(launcher, arguments: tuple, tile_pixels: int) -> int:
     y = torch.empty(conv2d.output_shape(x, weight, resample), device="meta")
     reach, shape = conv2d_cuda.geometry(weight, resample, residual, residual_resample, y)
     place = launcher.options.get("placement")
-    return conv2d_cuda.moment_tile(shape, [1], reach, place)
+    return conv2d_cuda.moment_tile(shape, (weight.inputs,), reach, place)
 
 
 def run_into_nan(

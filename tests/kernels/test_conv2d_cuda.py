@@ -265,6 +265,8 @@ def test_what_is_not_served_is_refused(case, dtype, message):
 
 
 def test_older_devices_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert cuda.capability_of.__wrapped__(torch.device("cuda", 0)) == (7, 5)
     monkeypatch.setattr(cuda, "capability_of", lambda device: (7, 5))
     arguments = make(Case((1, 6, 6), (4,), 3), torch.float16)
     with pytest.raises(CannotRunError, match="7.5 is below 8.0"):
