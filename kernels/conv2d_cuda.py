@@ -133,6 +133,12 @@ class Placement:
         return tile_pixels if width % self.width == 0 and self.width % tile_pixels == 0 else 0
 
 
+def shapes_of(tile: Tile, reach: int, capability: tuple[int, int]) -> list[Placement]:
+    """Those in which the tile fits the device."""
+    places = (Placement(tile, 1 << shift) for shift in range(3, tile.pixels.bit_length()))
+    return [place for place in places if place.fits(reach, capability)]
+
+
 def placements(
     size: tuple[int, int], reach: int, capability: tuple[int, int], tile_pixels: int = 0
 ) -> Iterator[Placement]:
@@ -140,12 +146,7 @@ def placements(
     with least to read. tile_pixels: of the moments, 0 for none."""
     fast = capability in FAST_TENSOR_CORES
     for tile in sorted(TILES, key=lambda tile: -tile.outputs * fast * tile.products_of_a_read):
-        widths = (1 << shift for shift in range(3, tile.pixels.bit_length()))
-        legal = [
-            place
-            for place in (Placement(tile, width) for width in widths)
-            if place.fits(reach, capability) and (not tile_pixels or place.moment_run(size, tile_pixels))
-        ]
+        legal = [p for p in shapes_of(tile, reach, capability) if not tile_pixels or p.moment_run(size, tile_pixels)]
         if legal:
             yield min(legal, key=lambda p: (p.blocks((1, *size, 1)), p.halo_pixels(reach), -p.width))
 
@@ -179,15 +180,19 @@ def placement_for(
 
 
 def moment_tile(
-    shape: tuple[int, int, int, int], channels: tuple[int, ...], reach: int, placement: Placement | None = None
+    shape: tuple[int, int, int, int],
+    channels: tuple[int, ...],
+    reach: int,
+    placement: Placement | None = None,
+    capability: tuple[int, int] = (8, 9),
 ) -> int:
-    """The largest tile_pixels that `placement`, or else the best tile without moments, can leave them of; 0 for none.
-
-    Where one tile holds the whole image that is the number of its pixels.
-    """
-    place = placement or placement_for(shape, channels, reach)
-    runs = [shape[1] * shape[2], *(place.tile.pixels >> shift for shift in range(5))]
-    return next((run for run in runs if place.moment_run(shape[1:3], run)), 0)
+    """The largest tile_pixels of the moments that `placement` can leave, or else the tile that is best without moments,
+    in whatever shape; 0 for none. Where one tile holds the whole image that is the number of its pixels."""
+    places = [placement]
+    if placement is None:
+        places = shapes_of(placement_for(shape, channels, reach, 0, capability).tile, reach, capability)
+    runs = [shape[1] * shape[2], *(places[0].tile.pixels >> shift for shift in range(5))]
+    return next((run for run in runs if any(place.moment_run(shape[1:3], run) for place in places)), 0)
 
 
 def pack(packed: Tensor, channels: Sequence[int], chunk: int) -> Tensor:

@@ -135,8 +135,8 @@ struct InputLoader {
     }
 
   private:
-    // raw becomes what the product reads, half of the 8 channels at a time. Channels past the last are 0, as are their scale and offset here and every
-    // activation of 0. Pixels outside of the image stay 0.
+    // raw becomes what the product reads, half of the 8 channels at a time. Channels past the last are 0, as are their scale and offset here, and
+    // every activation of 0. Pixels outside of the image stay 0.
     __device__ __forceinline__ void apply(const Channels& at) {
         const int64_t index = int64_t{sample} * (call.channels + call.channels2) + at.index;
         const int parts = call.resample == RESAMPLE_DOWN ? 4 : 1;

@@ -243,6 +243,8 @@ def test_moments_decide_the_tile():
     assert cuda.placement_for(shape, (128,), 1, 32).width >= 32
     assert cuda.moment_tile((2, 1, 65536, 128), (128,), 0) == 128, "without taps an image is one row"
     assert cuda.moment_tile((2, 8, 8, 512), (512,), 1) == 64
+    assert cuda.moment_tile((2, 32, 32, 512), (512,), 1) == 64, "as 2x32, though 8x8 reads less"
+    assert cuda.placement_for((2, 32, 32, 512), (512,), 1, 64).width == 32
     with pytest.raises(CannotRunError, match="128 pixels for the moments"):
         cuda.placement_for(shape, (128,), 1, 128)
 
