@@ -80,6 +80,9 @@ class Tensors:
         self.y = torch.zeros(conv2d.output_shape(self.x, self.weight, "none"), dtype=full.dtype, device=full.device)
         if full.device.type == "cpu":
             kernel(self)  # packs the weight
+        else:  # before the calls are captured in a graph
+            for chunk in sorted({tile.channels for tile in conv2d_cuda.TILES}):
+                conv2d_cuda.prepacked(self.weight, tuple(x.shape[3] for x in xs), chunk)
 
 
 def kernel(case: Tensors) -> None:
