@@ -5,7 +5,7 @@
 #
 # tests: facts about the machine, the tests of kernels, engine and everything marked gpu. kernels: every op timed. tactics: the quickest kernels
 # for the full model (dfengine tune). throughput: detection and one evaluation beside the rivals. profile: every op with its time, and Nsight
-# Compute on the five longest. sanitize: compute-sanitizer over the CUDA kernels. check: offline compilation for sm_89 and sm_90.
+# Compute on the five longest. sanitize: conv2d's CUDA tiles under compute-sanitizer. check: offline compilation for sm_89 and sm_90.
 # Each stage ends within ${STAGE_SECONDS:-530} seconds. What a stage wrote into DIR (default bench/results/gpu) is kept: run again, it goes on with
 # what is missing; --again begins anew. Nothing is timed where the tests failed. The Python is ${PYTHON:-python3} (3.11 or later) with torch, triton
 # and pytest in it; dfengine runs from this checkout without being installed, with its extension where pybind11, cmake and a compiler are there.
@@ -137,8 +137,8 @@ fi
 if [ "$stage" = sanitize ]; then
     begin
     for tool in memcheck racecheck; do
-        run "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m pytest -q -x -p no:cacheprovider -o pythonpath= \
-            -o addopts=--import-mode=importlib tests/kernels -k cuda
+        run "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m pytest -q -p no:cacheprovider -o pythonpath= \
+            -o addopts="--import-mode=importlib -ra" -o timeout=0 tests/kernels/test_conv2d_cuda.py -k every_tile
     done
 fi
 if wants check && missing kernels_check.json; then

@@ -1,10 +1,13 @@
 """Compile every Triton kernel and .cu file for sm_89 and sm_90, without a GPU; report registers and spills.
 
-    python bench/kernels_check.py [--json OUT] [--quick]
+    python bench/kernels_check.py [--json OUT] [--quick] [--only OP ...] [--backend triton|cuda]
 
-Prints a table; exits with 1 when a kernel spills or does not compile. Triton compiles in every shipped configuration
-and type (`compilations` of bench/kernels/<op>.py, whose options may name the arguments that are "divisible" by 16);
-CUDA files compile by nvcc and by NVRTC, where these are found.
+Prints a table; exits with 1 when a kernel spills or does not compile, or when the loop of a tensor-core kernel lacks an
+instruction that its bench/kernels/<op>.py names (CUDA_LOOP) or uses local memory. Where that file gives `cuda_launches`
+(threads and dynamic shared memory of a block), the thread blocks that share a multiprocessor are printed.
+
+Triton compiles in every shipped configuration and type (`compilations` of bench/kernels/<op>.py, whose options may name
+the arguments that are "divisible" by 16); CUDA files compile by nvcc and by NVRTC, where these are found.
 """
 
 from __future__ import annotations
@@ -90,15 +93,66 @@ def check_triton(op: str, architecture: int, quick: bool) -> list[dict]:
     return rows
 
 
+MULTIPROCESSOR = {80: (164, 2048, 32), 86: (100, 1536, 16), 89: (100, 1536, 24), 90: (228, 2048, 32)}
+"""KiB of shared memory, threads and thread blocks that fit, by architecture; each has 65536 registers."""
+
+
+def occupancy(registers: int, threads: int, shared: int, architecture: int) -> int:
+    """Thread blocks that share a multiprocessor. Registers come by 256 to a warp, and 1 KiB of shared memory to a block
+    is the system's (CUDA C++ programming guide, compute capabilities)."""
+    kibibytes, most_threads, most_blocks = MULTIPROCESSOR[architecture]
+    by_registers = 65536 // (-(-registers * 32 // 256) * 256) // (threads // 32)
+    return min(by_registers, kibibytes * 1024 // (shared + 1024), most_threads // threads, most_blocks)
+
+
+def loop_of_products(sass: str) -> tuple[dict[str, int], int]:
+    """Instructions by opcode of the smallest loop with HMMA in a kernel's SASS, and how many use local memory."""
+    known = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);", sass)
+    lines = [(address, *rest) for address, predicate, *rest in known if predicate != "@!PT "]  # which does nothing
+    found: list[tuple[str, ...]] = []
+    for address, opcode, rest in lines:
+        target = re.fullmatch(r"\s*0x([0-9a-f]+)\s*", rest) if opcode == "BRA" else None
+        if target is None or int(target[1], 16) >= int(address, 16):
+            continue
+        inside = [line for line in lines if int(target[1], 16) <= int(line[0], 16) <= int(address, 16)]
+        if any(line[1].startswith("HMMA") for line in inside) and (not found or len(inside) < len(found)):
+            found = inside
+    counts: dict[str, int] = {}
+    for _, opcode, _ in found:
+        counts[opcode.split(".")[0]] = counts.get(opcode.split(".")[0], 0) + 1
+    return counts, sum(counts.get(name, 0) for name in ("LDL", "STL"))
+
+
+def disassembled(cubin: Path) -> dict[str, str]:
+    """Kernel name -> SASS."""
+    text = subprocess.run([triton_tool("cuobjdump"), "-sass", cubin], text=True, check=True, capture_output=True).stdout
+    parts = re.split(r"Function : (\S+)", text)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
 def check_cuda(source: Path, architecture: int, nvcc: str) -> list[dict]:
+    name = f"bench.kernels.{source.stem}"
+    module = importlib.import_module(name) if importlib.util.find_spec(name) else None
+    wanted = getattr(module, "CUDA_LOOP", set())
+    launches = module.cuda_launches() if hasattr(module, "cuda_launches") else {}
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         subprocess.run(
             [nvcc, f"-arch=sm_{architecture}", "-cubin", "-std=c++17", "-O3", "-o", cubin, source], check=True
         )
         used = resources(cubin.read_bytes(), triton_tool("cuobjdump"))
-    head = {"op": source.stem, "backend": "cuda", "architecture": architecture}
-    return [{**head, "kernel": name, **row} for name, row in used.items()]
+        sass = disassembled(cubin) if wanted else {}
+    rows = []
+    for kernel, row in used.items():
+        rows.append({"op": source.stem, "backend": "cuda", "architecture": architecture, "kernel": kernel, **row})
+        if kernel in launches:
+            threads, shared = launches[kernel]
+            blocks = occupancy(row["registers"], threads, row["shared"] + shared, architecture)
+            rows[-1] |= {"shared": shared, "threads": threads, "blocks": blocks}
+        if wanted:
+            counts, local = loop_of_products(sass[kernel])
+            rows[-1] |= {"loop": counts, "lacks": sorted(wanted - set(counts)), "local_in_loop": local}
+    return rows
 
 
 def find_nvrtc() -> ctypes.CDLL | None:
@@ -132,7 +186,10 @@ def check_nvrtc(nvrtc: ctypes.CDLL, source: Path, architecture: int) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--quick", action="store_true", help="only the first configuration of each Triton kernel")
+    quick = "only the first configuration of each Triton kernel, and NVRTC for one architecture"
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--only", nargs="*", metavar="OP", help="ops and stems of csrc/cuda; all by default")
+    parser.add_argument("--backend", choices=("triton", "cuda"), help="both by default")
     arguments = parser.parse_args()
     rows = []
     nvcc = shutil.which("nvcc")
@@ -141,33 +198,44 @@ def main() -> int:
     nvrtc = find_nvrtc()
     if nvrtc is None:
         print("NVRTC was not found (pip install nvidia-cuda-nvrtc): the .cu files are not compiled with it")
-    sources = sorted((native.source_folder() / "cuda").glob("*.cu"))
+    sources = sorted((native.source_folder() / "cuda").glob("*.cu")) if arguments.backend != "triton" else []
+    sources = [source for source in sources if not arguments.only or source.stem in arguments.only]
+    ops = [op for op in OPS if not arguments.only or op in arguments.only] if arguments.backend != "cuda" else []
     refused = []
     for architecture in ARCHITECTURES:
-        for op in OPS:
+        for op in ops:
             rows += check_triton(op, architecture, arguments.quick)
         for source in sources if nvcc else []:
             rows += check_cuda(source, architecture, nvcc)
-        for source in sources if nvrtc else []:
+        for source in sources if nvrtc and not (arguments.quick and architecture != ARCHITECTURES[0]) else []:
             message = check_nvrtc(nvrtc, source, architecture)
             refused += [f"NVRTC refuses {source.name} for sm_{architecture}: {message}"] if message else []
     print(f"{'op':14} {'backend':8} {'kernel':44} {'sm':>3} {'registers':>9} {'shared':>7} {'stack':>6} {'spills':>6}")
     for row in rows:
+        blocks = f"  {row['blocks']} blocks of {row['threads']} threads" if "blocks" in row else ""
         print(
             f"{row['op']:14} {row['backend']:8} {row['kernel']:44} {row['architecture']:3} {row['registers']:9} "
-            f"{row['shared']:7} {row['stack']:6} {row['local']:6}"
+            f"{row['shared']:7} {row['stack']:6} {row['local']:6}{blocks}"
         )
+    for row in (row for row in rows if "loop" in row):
+        counts = sorted(row["loop"].items(), key=lambda item: -item[1])
+        mix = ", ".join(f"{count} {opcode}" for opcode, count in counts)
+        print(f"loop of {row['kernel']} sm_{row['architecture']}: {mix}")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     spilled = [row for row in rows if row["local"] or row["stack"]]
     for row in spilled:
         print(f"spills: {row['op']} {row['kernel']} sm_{row['architecture']}", file=sys.stderr)
+    wrong = [row for row in rows if row.get("lacks") or row.get("local_in_loop")]
+    for row in wrong:
+        what = f"lacks {', '.join(row['lacks'])}" if row["lacks"] else "uses local memory"
+        print(f"the loop of {row['kernel']} sm_{row['architecture']} {what}", file=sys.stderr)
     for message in refused:
         print(message, file=sys.stderr)
-    if nvrtc and not refused:
+    if nvrtc and sources and not refused:
         print(f"NVRTC compiles {', '.join(source.name for source in sources)}")
-    return 1 if spilled or refused else 0
+    return 1 if spilled or wrong or refused else 0
 
 
 if __name__ == "__main__":

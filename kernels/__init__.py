@@ -10,6 +10,7 @@ from dfengine.kernels import (
     channel_attention,
     conv2d,
     conv2d_cpu,  # noqa: F401  (registers itself)
+    conv2d_cuda,  # noqa: F401  (likewise)
     conv2d_library,  # noqa: F401  (likewise)
     copy,
     group_norm,

@@ -21,9 +21,10 @@ Layouts: x, x2, residual and y are channels-last and may be channel slices of wi
 Types: x, x2, residual, y and weight share float32, float16 or bfloat16 (the reference also float64); the others are
 float32 (float64). Products are summed in float32; the prologue is computed in float32 and rounded once, to x's dtype.
 
-Compiled backends serve 1x1 and 3x3 kernels, Triton with dilation 1 or 2; the reference every odd one.
-Backends: reference (any device), triton (GPU; CPU through the interpreter), cpu (kernels/conv2d_cpu.py), library (any
-device: kernels/conv2d_library.py).
+Compiled backends serve 1x1 and 3x3 kernels, on a GPU with dilation 1 or 2; the reference every odd one.
+Backends: reference (any device), triton (GPU; CPU through the interpreter), cuda (kernels/conv2d_cuda.py: float16 and
+bfloat16, each tile with moments of its own), cpu (kernels/conv2d_cpu.py), library (any device:
+kernels/conv2d_library.py).
 """
 
 from __future__ import annotations

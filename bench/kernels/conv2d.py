@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.kernels import TRITON_TYPES, Case
-from dfengine.kernels import conv2d
+from dfengine.kernels import conv2d, conv2d_cuda, group_norm_apply
 from dfengine.kernels.conv2d_triton import (
     HALF_CONFIGURATIONS,
     SINGLE_CONFIGURATIONS,
@@ -35,7 +35,9 @@ def cases(device: str):
     """Of the shape of y; on a CPU only where the op has its own backend.
 
     make() returns fresh tensors; rivals: "torch" is channels-last F.conv2d with its bias, then GELU; "chain" has a
-    normalisation and GELU before both, "kernel chain" the same as a prologue.
+    normalisation and GELU before both, "kernel chain" the same as a prologue; "applied chain" is the op
+    group_norm_apply, then "torch". On a GPU "cuda 128x128", and so on, is "kernel" in the CUDA kernel's tiles, "cuda
+    128x128 chain" likewise, and "cuda 128x64 half sums" sums in float16.
     """
     if device == "cpu" and conv2d.OP.status("cpu").get("cpu"):
         return
@@ -57,6 +59,9 @@ def cases(device: str):
             x_bytes = size[0] * size[1] * size[2] * sum(sources) * dtype.itemsize
             weight_bytes = outputs * sum(sources) * kernel_size**2 * dtype.itemsize
             rivals = {"kernel": kernel, "torch": torch_conv, "kernel chain": kernel_chain, "chain": torch_chain}
+            rivals["applied chain"] = applied_chain
+            if device == "cuda":
+                rivals |= cuda_rivals((*size, outputs), dtype, kernel_size, dilation)
             moved = x_bytes + y_bytes + weight_bytes
             flops = 2 * size[0] * size[1] * size[2] * outputs * sum(sources) * kernel_size**2
             label = f"{'+'.join(map(str, sources))} to {outputs}, {kernel_size}x{kernel_size}, dilation {dilation}"
@@ -71,9 +76,13 @@ class Tensors:
         self.joined, self.bias, self.scale, self.offset = joined, bias, scale, offset
         self.weight = conv2d.ConvWeight.pack(full, dilation)
         self.full, self.half_bias = full.to(memory_format=torch.channels_last), bias.to(full.dtype)
+        self.applied = torch.zeros_like(joined, memory_format=torch.channels_last)
         self.y = torch.zeros(conv2d.output_shape(self.x, self.weight, "none"), dtype=full.dtype, device=full.device)
         if full.device.type == "cpu":
             kernel(self)  # packs the weight
+        else:  # before the calls are captured in a graph
+            for chunk in sorted({tile.channels for tile in conv2d_cuda.TILES}):
+                conv2d_cuda.prepacked(self.weight, tuple(x.shape[3] for x in xs), chunk)
 
 
 def kernel(case: Tensors) -> None:
@@ -102,6 +111,58 @@ def torch_chain(case: Tensors) -> None:
     scale, offset = (t[:, :, None, None].to(case.joined.dtype) for t in (case.scale, case.offset))
     activated = F.gelu(torch.addcmul(offset, case.joined, scale))
     F.gelu(F.conv2d(activated, case.full, case.half_bias, padding=padding, dilation=d))
+
+
+def applied_chain(case: Tensors) -> None:
+    """What the prologue replaces, by this engine's own pass instead of torch's."""
+    applied = case.applied.permute(0, 2, 3, 1)
+    group_norm_apply.OP(case.x, case.x2, case.scale, case.offset, "gelu", "none", applied)
+    d = case.weight.dilation
+    padding = d * (case.weight.kernel[0] // 2)
+    F.gelu(F.conv2d(case.applied, case.full, case.half_bias, padding=padding, dilation=d))
+
+
+def cuda_rivals(shape, dtype, kernel_size: int, dilation: int) -> dict:
+    """The CUDA kernel in each tile that is legal here, without and with a prologue; {} where it is not available."""
+    if conv2d.OP.status("cuda")["cuda"]:
+        return {}
+    reach = dilation * (kernel_size // 2)
+    if reach == 0:
+        shape = (shape[0], 1, shape[1] * shape[2], shape[3])
+    capability = torch.cuda.get_device_capability()
+    run = conv2d.OP.implementations["cuda"].run
+
+    def rival(place, chain: bool, half_sums: bool = False):
+        def call(case: Tensors) -> None:
+            prologue = (case.scale, case.offset, "gelu") if chain else (None, None, "none")
+            run(
+                case.x, case.x2, case.weight, case.bias, *prologue, "none", None, "none", "gelu", case.y, None, 0,
+                placement=place, half_sums=half_sums,
+            )  # fmt: skip
+
+        return call
+
+    rivals = {}
+    for place in conv2d_cuda.placements(shape[1:3], reach, capability):
+        name = f"cuda {place.tile.name}"
+        rivals |= {name: rival(place, False), f"{name} chain": rival(place, True)}
+        if dtype == torch.float16 and place.tile.name == "128x64":
+            rivals[f"{name} half sums"] = rival(place, False, True)
+    return rivals
+
+
+def cuda_launches() -> dict[str, tuple[int, int]]:
+    """Threads and bytes of dynamic shared memory of a block for each kernel of csrc/cuda/conv2d.cu: 3x3, dilation 1."""
+    launches = {}
+    for place in conv2d_cuda.placements((256, 256), 1, (8, 9)):
+        shared = place.tile.shared_bytes(place.halo_pixels(1))
+        for kind in (*conv2d_cuda.NAMES.values(), "half_sums"):
+            launches[f"conv2d_{kind}_{place.tile.name}"] = (place.tile.threads, shared)
+    return launches
+
+
+CUDA_LOOP = {"LDSM", "HMMA", "LDGSTS", "LDS", "BAR"}
+"""What the innermost loop with products of every kernel of csrc/cuda/conv2d.cu is made of."""
 
 
 def compilations():

@@ -22,6 +22,13 @@ using uint64_t = unsigned long long;
 #define DFE_HD static inline __attribute__((always_inline))
 #endif
 
+// The same for a member of a class.
+#if defined(__CUDACC__)
+#define DFE_HD_MEMBER __host__ __device__ __forceinline__
+#else
+#define DFE_HD_MEMBER inline
+#endif
+
 namespace dfe {
 
 DFE_HD uint32_t bits_of(float value) {

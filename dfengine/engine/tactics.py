@@ -229,6 +229,6 @@ def usable(op: Op, tactic: Tactic, arguments: list, device: str) -> bool:
     try:
         implementation.available(device)
         implementation.can_run(*arguments)
-        return tactic.options in list(implementation.configurations(*arguments))
+        return not tactic.options or tactic.options in list(implementation.configurations(*arguments))
     except DfengineError:
         return False

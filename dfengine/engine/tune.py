@@ -62,6 +62,8 @@ def candidates(op: Op, arguments: list[Any], device: str, exhaustive: bool = Fal
             configurations = list(implementation.configurations(*arguments))
         except DfengineError:
             continue
+        if not found and {} not in configurations:
+            configurations.insert(0, {})  # what is taken without tactics
         found += len(configurations)
         yield from (Tactic(backend, options) for options in configurations)
 

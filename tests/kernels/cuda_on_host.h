@@ -1,10 +1,12 @@
-// Stands in for CUDA when a .cu file of csrc/cuda is compiled as C++: a block's threads are coroutines that take turns between barriers, one
-// block after the other, so that the kernel's own index and arithmetic code runs, shared memory, barriers and warp shuffles included.
+// Stands in for CUDA when a .cu file of csrc/cuda is compiled as C++: a block's threads are coroutines, one block after the other, so
+// that the kernel's own index and arithmetic code runs, shared memory, barriers and warp shuffles included. A warp runs as far ahead of the others as
+// the barriers of the block allow.
 //
 // host_launch(name, grid, block, shared bytes, arguments, reversed) runs a kernel named in DFE_KERNEL; arguments as for cudaLaunchKernel. With
-// `reversed` the threads take their turns in the opposite order: a result that depends on it betrays a missing barrier.
+// `reversed` warps and threads take their turns in the opposite order: a result that depends on it betrays a missing barrier.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdint>
@@ -36,6 +38,9 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
+struct alignas(8) float2 {
+    float x, y;
+};
 struct alignas(16) float4 {
     float x, y, z, w;
 };
@@ -48,7 +53,9 @@ namespace on_host {
 enum class State { ready, at_warp, at_block, done };
 
 struct Thread {
-    ucontext_t context;
+    ucontext_t context;  // where it starts
+    jmp_buf place;       // where it waits: unlike swapcontext, a jump asks nothing of the operating system
+    bool started;
     std::vector<char> stack;
     State state;
     dim3 index;
@@ -56,74 +63,79 @@ struct Thread {
 
 static std::vector<Thread> threads;
 static Thread* running;
-static ucontext_t scheduler;
+static jmp_buf scheduler;
 static std::vector<uint64_t> exchanged;  // by shuffles: a slot for each thread
 static std::vector<unsigned char> dynamic_shared;
+static unsigned shared_bytes;  // of the launch
+static constexpr unsigned MARGIN = 4096;  // behind them, to see that nothing is written there
 static void (*body)(void**);
 static void** body_arguments;
 
 inline void wait(State state) {
     running->state = state;
-    swapcontext(&running->context, &scheduler);
+    if (_setjmp(running->place) == 0) _longjmp(scheduler, 1);
 }
+
+__attribute__((noinline)) inline void resume(Thread& thread) {
+    running = &thread;
+    threadIdx = thread.index;
+    if (_setjmp(scheduler) != 0) return;
+    if (running->started) _longjmp(running->place, 1);
+    running->started = true;
+    setcontext(&running->context);
+}
+
+inline void start_tensor_core_block();
 
 inline size_t number(const Thread& thread) { return static_cast<size_t>(&thread - threads.data()); }
 
 inline void thread_main() {
     body(body_arguments);
-    running->state = State::done;
-    swapcontext(&running->context, &scheduler);
+    wait(State::done);
 }
 
-// Whether all threads of [begin, end) that are not done wait in `state`.
-inline bool all_wait(size_t begin, size_t end, State state) {
+// Lets the threads of [begin, end) go on where all that are not done wait in `state`; whether there are any.
+inline bool release(size_t begin, size_t end, State state) {
     bool any = false;
     for (size_t i = begin; i < end; ++i) {
         if (threads[i].state == State::done) continue;
         if (threads[i].state != state) return false;
         any = true;
     }
-    return any;
-}
-
-inline void release(size_t begin, size_t end, State state) {
-    for (size_t i = begin; i < end; ++i) {
+    for (size_t i = begin; any && i < end; ++i) {
         if (threads[i].state == state) threads[i].state = State::ready;
     }
+    return any;
 }
 
 inline void run_block(bool reversed) {
     const size_t count = threads.size();
+    start_tensor_core_block();
     for (size_t i = 0; i < count; ++i) {
         Thread& thread = threads[i];
         thread.state = State::ready;
+        thread.started = false;
         getcontext(&thread.context);
         thread.context.uc_stack.ss_sp = thread.stack.data();
         thread.context.uc_stack.ss_size = thread.stack.size();
         thread.context.uc_link = nullptr;
         makecontext(&thread.context, thread_main, 0);
     }
+    const size_t warps = (count + 31) / 32;
     for (;;) {
-        bool ran = false, left = false;
-        for (size_t k = 0; k < count; ++k) {
-            Thread& thread = threads[reversed ? count - 1 - k : k];
-            if (thread.state == State::ready) {
-                ran = true;
-                running = &thread;
-                threadIdx = thread.index;
-                swapcontext(&scheduler, &thread.context);
-            }
-            left = left || thread.state != State::done;
+        bool left = false;
+        for (size_t k = 0; k < warps; ++k) {
+            const size_t begin = 32 * (reversed ? warps - 1 - k : k), end = begin + 32 < count ? begin + 32 : count;
+            do {
+                for (size_t i = begin; i < end; ++i) {
+                    Thread& thread = threads[reversed ? begin + end - 1 - i : i];
+                    if (thread.state == State::ready) resume(thread);
+                }
+            } while (release(begin, end, State::at_warp));
+            for (size_t i = begin; i < end; ++i) left = left || threads[i].state != State::done;
         }
         if (!left) return;
-        if (ran) continue;
-        bool released = false;
-        for (size_t begin = 0; begin < count; begin += 32) {
-            const size_t end = begin + 32 < count ? begin + 32 : count;
-            if (all_wait(begin, end, State::at_warp)) release(begin, end, State::at_warp), released = true;
-        }
-        if (!released && all_wait(0, count, State::at_block)) release(0, count, State::at_block), released = true;
-        if (!released) {
+        if (!release(0, count, State::at_block)) {
             std::fprintf(stderr, "cuda_on_host: threads wait at different barriers\n");
             std::abort();
         }
@@ -153,7 +165,8 @@ void call(void (*kernel)(A...), void** arguments) {
     call(kernel, arguments, std::index_sequence_for<A...>{});
 }
 
-inline std::map<std::string, void (*)(void**)>& kernels() {
+// Not inline: the map would be one for all libraries of the process.
+static std::map<std::string, void (*)(void**)>& kernels() {
     static std::map<std::string, void (*)(void**)> found;
     return found;
 }
@@ -182,6 +195,8 @@ template <typename T>
 T __ldg(const T* address) { return *address; }
 static inline int atomicAdd(int* address, int value) { return *address += value, *address - value; }
 
+#include "tensor_core_on_host.h"
+
 // 0 where done, 1 where no kernel has the name.
 extern "C" int host_launch(const char* name, const unsigned* grid, const unsigned* block, unsigned shared, void** arguments, int reversed) {
     using namespace on_host;
@@ -202,8 +217,14 @@ extern "C" int host_launch(const char* name, const unsigned* grid, const unsigne
     for (blockIdx.z = 0; blockIdx.z < grid[2]; ++blockIdx.z)
         for (blockIdx.y = 0; blockIdx.y < grid[1]; ++blockIdx.y)
             for (blockIdx.x = 0; blockIdx.x < grid[0]; ++blockIdx.x) {
-                dynamic_shared.assign(shared + 16, 0xff);  // not a number, in every float type
+                shared_bytes = shared;
+                dynamic_shared.assign(shared + MARGIN, 0xff);  // not a number, in every float type
                 run_block(reversed != 0);
+                for (unsigned i = shared; i < shared + MARGIN; ++i) {
+                    if (dynamic_shared[i] == 0xff) continue;
+                    std::fprintf(stderr, "cuda_on_host: written past %u bytes of shared memory\n", shared);
+                    std::abort();
+                }
             }
     return 0;
 }

@@ -18,31 +18,45 @@ HERE = Path(__file__).resolve().parent
 
 
 @cache
-def library(op: str) -> ctypes.CDLL:
+def compiled(text: str) -> ctypes.CDLL:
+    """A C++ source as a library."""
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
     folder = Path(mkdtemp(prefix="cuda_on_host-"))
     try:
-        source, built = folder / f"{op}.cpp", folder / f"{op}.so"
-        cu = native.source_folder() / "cuda" / f"{op}.cu"
-        source.write_text(f'#include "{HERE / "cuda_on_host.h"}"\n#include "{cu}"\n')
+        source, built = folder / "source.cpp", folder / "source.so"
+        source.write_text(text)
         flags = ["-std=c++17", "-O1", "-ffp-contract=fast", "-shared", "-fPIC", "-w"]
-        subprocess.run([compiler, *flags, "-o", built, source], check=True)
+        subprocess.run([compiler, *flags, *cuda_launch.compile_options()[1:], "-o", built, source], check=True)
         return ctypes.CDLL(str(built))
     finally:
         shutil.rmtree(folder)
 
 
-def launch(op, kernel, grid, block, arguments, shared=0, *, backwards=False) -> None:
-    """As dfengine.kernels.cuda_launch.launch, on CPU tensors; `backwards` lets the threads run in opposite order."""
+@cache
+def library(op: str, edit: tuple[str, str] | None = None) -> ctypes.CDLL:
+    """csrc/cuda/<op>.cu; `edit`: a part of it that occurs once, and what stands in its place."""
+    text = (native.source_folder() / "cuda" / f"{op}.cu").read_text()
+    if edit is not None:
+        assert text.count(edit[0]) == 1
+        text = text.replace(*edit)
+    return compiled(f'#include "{HERE / "cuda_on_host.h"}"\n{text}')
+
+
+def launch(op, kernel, grid, block, arguments, shared=0, *, backwards=False, edit=None) -> None:
+    """As dfengine.kernels.cuda_launch.launch, on CPU tensors.
+
+    backwards: whether the threads run in the opposite order; edit: as for `library`.
+    """
     slots = ctypes.create_string_buffer(cuda_launch.packed(arguments))
     addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(slots) + 8 * i for i in range(len(arguments))))
     sizes = [(ctypes.c_uint * 3)(*size) for size in (grid, block)]
-    status = library(op).host_launch(kernel.encode(), *sizes, ctypes.c_uint(shared), addresses, ctypes.c_int(backwards))
+    numbers = ctypes.c_uint(shared), addresses, ctypes.c_int(backwards)
+    status = library(op, edit).host_launch(kernel.encode(), *sizes, *numbers)
     assert status == 0, f"csrc/cuda/{op}.cu names no kernel {kernel}"
 
 
-def install(monkeypatch: pytest.MonkeyPatch, backwards: bool) -> None:
+def install(monkeypatch: pytest.MonkeyPatch, backwards: bool, edit: tuple[str, str] | None = None) -> None:
     """Make every `_run_cuda` run on the host."""
-    monkeypatch.setattr(cuda_launch, "launch", partial(launch, backwards=backwards))
+    monkeypatch.setattr(cuda_launch, "launch", partial(launch, backwards=backwards, edit=edit))

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dfengine import native
-from dfengine.kernels import CannotRunError, conv2d, group_norm_moments
+from dfengine.kernels import CannotRunError, conv2d, conv2d_cuda, group_norm_moments
 from dfengine.kernels.conv2d_triton import CONFIGURATIONS, configuration_for, launch_options
 from tests.kernels import launchers
 from tests.kernels.contract import assert_numeric_contract
@@ -38,6 +38,7 @@ class Case:
     residual: str | None = None
     act: str = "none"
     bias: str = "sample"
+    aligned: bool = False  # whether pixels of the 16-bit types start at multiples of 16 bytes
 
 
 EVERY_TILE = [
@@ -64,13 +65,19 @@ def launcher(request, monkeypatch):
     return launchers.launcher(request.param, monkeypatch, CONFIGURATIONS)
 
 
-@pytest.fixture(params=["reference", "library", CHEAP])
+@pytest.fixture(
+    params=["reference", "library", CHEAP, *(name for name in launchers.names() if name.startswith("cuda"))]
+)
 def cheap_launcher(request, monkeypatch):
+    dtype = request.node.callspec.params.get("dtype", torch.float16)
+    if request.param.startswith("cuda") and dtype not in conv2d_cuda.NAMES:
+        pytest.skip("the CUDA kernel multiplies 16-bit types")
     return launchers.launcher(request.param, monkeypatch, CONFIGURATIONS)
 
 
-def slice_of_wider(values: Tensor, before: int = 8, after: int = 3) -> Tensor:
+def slice_of_wider(values: Tensor, aligned: bool = False) -> Tensor:
     """The same values as a channel slice of a buffer of NaN."""
+    before, after = 8, -values.shape[3] % 8 if aligned else 3
     wide = torch.full((*values.shape[:3], before + values.shape[3] + after), NAN, dtype=values.dtype)
     view = wide[..., before : before + values.shape[3]]
     view.copy_(values)
@@ -85,10 +92,8 @@ def make(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple:
         return {"none": size, "down": (2 * size[0], 2 * size[1]), "up": (size[0] // 2, size[1] // 2)}[resample]
 
     batch, size = case.size[0], case.size[1:]
-    xs = [
-        slice_of_wider((torch.randn((batch, *scaled_size(size, case.resample), c), generator=g) - 2.3).to(dtype))
-        for c in case.sources
-    ]
+    sizes = [(batch, *scaled_size(size, case.resample), c) for c in case.sources]
+    xs = [slice_of_wider((torch.randn(size, generator=g) - 2.3).to(dtype), case.aligned) for size in sizes]
     channels = sum(case.sources)
     weight = torch.randn((case.outputs, channels, case.kernel, case.kernel), generator=g)
     weight = conv2d.ConvWeight.pack(weight / (channels * case.kernel**2) ** 0.5, case.dilation, dtype)
@@ -99,20 +104,35 @@ def make(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple:
     residual = None
     if case.residual is not None:
         residual = torch.randn((batch, *scaled_size(size, case.residual), case.outputs), generator=g)
-        residual = slice_of_wider((residual - 2.3).to(dtype))
+        residual = slice_of_wider((residual - 2.3).to(dtype), case.aligned)
     scale, offset = (scale, offset) if case.scaled else (None, None)
     x2 = xs[1] if len(xs) == 2 else None
     names = case.prologue, case.resample, residual, case.residual or "none", case.act
     return (xs[0], x2, weight, bias, scale, offset, *names)
 
 
-def run_into_nan(launcher, arguments: tuple, tile_pixels: int = 0) -> tuple[Tensor, Tensor | None]:
+def moment_pixels(launcher, arguments: tuple, tile_pixels: int) -> int:
+    """A tile_pixels that the implementation has: of Triton and CUDA, that of its tile."""
+    if launcher.backend == "triton":
+        return launcher.options["configuration"]["BLOCK_M"]
+    if launcher.backend != "cuda":
+        return tile_pixels
+    x, _, weight, *_, resample, residual, residual_resample, _ = arguments
+    y = torch.empty(conv2d.output_shape(x, weight, resample), device="meta")
+    reach, shape = conv2d_cuda.geometry(weight, resample, residual, residual_resample, y)
+    place = launcher.options.get("placement")
+    return conv2d_cuda.moment_tile(shape, (weight.inputs,), reach, place)
+
+
+def run_into_nan(
+    launcher, arguments: tuple, tile_pixels: int = 0, aligned: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """(y, moments); y is written into a slice, around which nothing may be written."""
     x, _, weight, *_ = arguments
-    tile_pixels = launcher.options["configuration"]["BLOCK_M"] if launcher.backend == "triton" else tile_pixels
     shape = conv2d.output_shape(x, weight, arguments[7])
-    wide = torch.full((*shape[:3], 4 + shape[3] + 5), NAN, dtype=x.dtype, device=launcher.device)
-    y = wide[..., 4 : 4 + shape[3]]
+    before, after = (8, 8 + -shape[3] % 8) if aligned else (4, 5)
+    wide = torch.full((*shape[:3], before + shape[3] + after), NAN, dtype=x.dtype, device=launcher.device)
+    y = wide[..., before : before + shape[3]]
     moments = None
     if tile_pixels:
         tiles = -(-shape[1] * shape[2] // tile_pixels)
@@ -120,7 +140,7 @@ def run_into_nan(launcher, arguments: tuple, tile_pixels: int = 0) -> tuple[Tens
     arguments = tuple(on(value, launcher.device) for value in arguments)
     conv2d._check(*arguments, y, moments, tile_pixels)
     launcher.run(conv2d.OP, *arguments, y, moments, tile_pixels)
-    assert wide[..., :4].isnan().all() and wide[..., 4 + shape[3] :].isnan().all(), "written beside the slice"
+    assert wide[..., :before].isnan().all() and wide[..., before + shape[3] :].isnan().all(), "written beside the slice"
     return y.cpu(), None if moments is None else moments.cpu()
 
 
@@ -165,12 +185,21 @@ def through_torch(arguments: tuple, dtype: torch.dtype) -> Tensor:
     return y.permute(0, 2, 3, 1)
 
 
-def check_contract(launcher, case: Case, dtype: torch.dtype, tile_pixels: int = 7, seed: int = 0) -> None:
+def check_contract(
+    launcher, case: Case, dtype: torch.dtype, tile_pixels: int = 7, seed: int = 0
+) -> tuple[Tensor, Tensor | None]:
+    """Raises where y or the moments are not right; returns both."""
     arguments = make(case, dtype, seed)
-    y, moments = run_into_nan(launcher, arguments, tile_pixels)
+    tile = moment_pixels(launcher, arguments, tile_pixels)
+    y, moments = run_into_nan(launcher, arguments, tile, case.aligned)
     assert_numeric_contract(y, through_torch(arguments, torch.float64), through_torch(arguments, dtype))
-    tile = launcher.options["configuration"]["BLOCK_M"] if launcher.backend == "triton" else tile_pixels
-    mean, spread = group_norm_moments.reference(y.double(), tile).unbind(dim=2)
+    if moments is not None:
+        check_moments(y, moments, tile)
+    return y, moments
+
+
+def check_moments(y: Tensor, moments: Tensor, tile_pixels: int) -> None:
+    mean, spread = group_norm_moments.reference(y.double(), tile_pixels).unbind(dim=2)
     assert torch.isfinite(moments).all()
     assert (moments[:, :, 0] - mean).abs().max() <= 2e-6 * y.abs().max()
     assert (moments[:, :, 1] - spread).abs().max() <= 1e-5 * spread.max() + 1e-9
@@ -196,14 +225,16 @@ def test_many_tiles_in_groups(monkeypatch):
 
 
 def test_runs_agree_bit_for_bit_whatever_the_batch(cheap_launcher):
-    arguments = make(Case((3, 5, 8), (20, 12), 9, 3, 2, True, "gelu", "none", "none", "gelu"), torch.float32)
-    first, again = (run_into_nan(cheap_launcher, arguments, 7) for _ in range(2))
+    dtype = torch.float16 if cheap_launcher.backend == "cuda" else torch.float32
+    arguments = make(Case((3, 5, 8), (20, 12), 9, 3, 2, True, "gelu", "none", "none", "gelu"), dtype)
+    tile = moment_pixels(cheap_launcher, arguments, 7)
+    first, again = (run_into_nan(cheap_launcher, arguments, tile) for _ in range(2))
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
     if cheap_launcher.backend in ("reference", "library"):
         return  # torch's matrix products and convolutions may sum in another order for another batch
     order = [2, 0]
     part = tuple(v[order] if isinstance(v, Tensor) and v.shape[0] == 3 else v for v in arguments)
-    y, moments = run_into_nan(cheap_launcher, part)
+    y, moments = run_into_nan(cheap_launcher, part, tile)
     assert torch.equal(y, first[0][order]) and torch.equal(moments, first[1][order])
 
 
@@ -216,7 +247,7 @@ def test_activations_over_their_range(cheap_launcher, act, dtype):
     x = z.view(1, 1, -1, 1)
     weight = conv2d.ConvWeight(torch.ones((1, 1, 1, 1), dtype=dtype))
     arguments = (x, None, weight, None, None, None, "none", "none", None, "none", act)
-    y, _ = run_into_nan(cheap_launcher, arguments, 64)
+    y, _ = run_into_nan(cheap_launcher, arguments)
     exact = torch.sigmoid(z.double()) if act == "sigmoid" else getattr(F, act)(z.double())
     if dtype == torch.float32:
         allowed = 3e-7 * z.double().abs().clamp(min=1)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from dfengine.kernels import conv2d_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_REGISTERS = {
@@ -29,6 +32,8 @@ MAX_REGISTERS = {
 """Registers a thread, in the first configuration; by the stem in bench/kernels or csrc/cuda."""
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_kernels_compile_and_do_not_spill(tmp_path):
     pytest.importorskip("triton")
     report = tmp_path / "check.json"
@@ -48,3 +53,12 @@ def test_kernels_compile_and_do_not_spill(tmp_path):
             assert {row["architecture"] for row in mine} == {89, 90}
             assert max(row["registers"] for row in mine) <= bound
             assert all(row["local"] == row["stack"] == 0 for row in mine)
+    if not shutil.which("nvcc"):
+        return
+    for tile in conv2d_cuda.TILES:
+        mine = [row for row in rows if re.fullmatch(f"conv2d_(b?float16|half_sums)_{tile.name}", row["kernel"])]
+        assert len(mine) >= 4, "two types, two architectures"
+        for row in mine:
+            assert row["blocks"] >= tile.blocks
+            assert row["loop"]["HMMA"] >= row["loop"]["LDSM"] > 0 and row["loop"]["LDGSTS"] > 0
+            assert row["local_in_loop"] == 0
