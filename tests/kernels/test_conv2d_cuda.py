@@ -266,6 +266,17 @@ def test_what_is_not_served_is_refused(case, dtype, message):
         conv2d.OP.implementations["cuda"].can_run(*arguments, y, None, 0)
 
 
+def test_every_configuration_runs_as_it_is_named(monkeypatch):
+    """What tuning tries: tiles by name and width, which a file can hold."""
+    case = Case((1, 8, 16), (16,), 24, 3, 1, True, "gelu")
+    arguments = make(case, torch.float16)
+    y, moments = torch.empty((1, 8, 16, 24), dtype=torch.float16), torch.empty((1, 8, 2, 24))
+    found = conv2d.OP.implementations["cuda"].configurations(*arguments, y, moments, 16)
+    assert len(found) >= 4 and len({options["tile"] for options in found}) == len(found)
+    for options in found:
+        check_contract(launcher_of(monkeypatch, **options), case, torch.float16, tile_pixels=16)
+
+
 def test_older_devices_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert cuda.capability_of.__wrapped__(torch.device("cuda", 0)) == (7, 5)
