@@ -12,7 +12,8 @@ import torch
 from dfengine.kernels import CannotRunError, conv2d
 from dfengine.kernels import conv2d_cuda as cuda
 from tests.kernels import cuda_on_host, launchers
-from tests.kernels.test_conv2d import Case, check_contract, check_moments, make, run_into_nan, through_torch
+from tests.kernels.contract import assert_numeric_contract
+from tests.kernels.test_conv2d import Case, check_contract, check_moments, make, on, run_into_nan, through_torch
 
 HALVES = tuple(cuda.NAMES)
 ADA = (8, 9)
@@ -270,11 +271,17 @@ def test_every_configuration_runs_as_it_is_named(monkeypatch):
     """What tuning tries: tiles by name and width, which a file can hold."""
     case = Case((1, 8, 16), (16,), 24, 3, 1, True, "gelu")
     arguments = make(case, torch.float16)
-    y, moments = torch.empty((1, 8, 16, 24), dtype=torch.float16), torch.empty((1, 8, 2, 24))
+    device = "cuda" if launchers.GPU else "cpu"
+    exact, plain = (through_torch(arguments, dtype) for dtype in (torch.float64, torch.float16))
+    arguments = tuple(on(value, device) for value in arguments)
+    y = torch.empty((1, 8, 16, 24), dtype=torch.float16, device=device)
+    moments = torch.empty((1, 8, 2, 24), device=device)
     found = conv2d.OP.implementations["cuda"].configurations(*arguments, y, moments, 16)
     assert len(found) >= 4 and len({options["tile"] for options in found}) == len(found)
     for options in found:
-        check_contract(launcher_of(monkeypatch, **options), case, torch.float16, tile_pixels=16)
+        launcher_of(monkeypatch, **options).run(conv2d.OP, *arguments, y.fill_(torch.nan), moments.fill_(torch.nan), 16)
+        assert_numeric_contract(y.cpu(), exact, plain)
+        check_moments(y.cpu(), moments.cpu(), 16)
 
 
 def test_older_devices_are_refused(monkeypatch):
