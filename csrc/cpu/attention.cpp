@@ -51,6 +51,7 @@ template <typename T>
 struct Floating {
     using Element = float;
     using Value = T;
+    static constexpr int64_t KEYS = attention_keys(Product::float32), PITCH = scores_pitch(Product::float32);
 
     static Floats some(const T* from, int64_t left) {
         return left >= WIDTH ? load_vector(from) : load_some(from, static_cast<int>(left > 0 ? left : 0));
@@ -102,9 +103,15 @@ struct Floating {
         return largest;
     }
 
+    // 2^x, but 0 where it is too small to count beside 1: products with it might be subnormal, which is slow.
+    static Floats power(Floats x) {
+        const Floats found = power_of_two<digits_of<T>()>(x);
+        return x < -80.0f ? Floats{} : found;
+    }
+
     void exponentials(const Softmax& s, int64_t keys) const {
         for (int64_t r = 0; r < s.rows; ++r) {
-            float *const scores = s.scores + r * SCORES_PITCH, *const sums = s.sums + r * s.width;
+            float *const scores = s.scores + r * PITCH, *const sums = s.sums + r * s.width;
             const float largest = largest_of(scores, keys) * s.factor;
             Floats total = {};
             if (s.first) {
@@ -121,14 +128,14 @@ struct Floating {
             const float away = s.largest[r];
             int64_t k = 0;
             for (; k + WIDTH <= keys; k += WIDTH) {
-                const Floats power = power_of_two<digits_of<T>()>(load_vector(scores + k) * s.factor - away);
-                store_vector(scores + k, power);
-                total += power;
+                const Floats term = power(load_vector(scores + k) * s.factor - away);
+                store_vector(scores + k, term);
+                total += term;
             }
             if (k < keys) {
-                const Floats power = power_of_two<digits_of<T>()>(load_some(scores + k, static_cast<int>(keys - k)) * s.factor - away);
+                const Floats term = power(load_some(scores + k, static_cast<int>(keys - k)) * s.factor - away);
                 store_vector(scores + k, Floats{});
-                store_some(scores + k, power, static_cast<int>(keys - k));
+                store_some(scores + k, term, static_cast<int>(keys - k));
                 total += load_vector(scores + k);
                 k += WIDTH;
             }

@@ -19,18 +19,19 @@ struct AttentionArguments {
     void* y;
 
     // From plan_attention.
-    int64_t blocks;         // of the queries of a head
-    int64_t keys;           // of a head, with those added to fill panels
-    int64_t length, width;  // the depth, filled up for the product with keys and for that with values
+    int64_t blocks;          // of the queries of a head
+    int64_t keys;            // of a head, with those added to fill panels
+    int64_t length, width;   // the depth, filled up for the product with keys and for that with values
     int64_t scratch_floats;  // of a thread
 };
 
 // `items` [begin, end) of (sample, head, block of queries).
 using AttentionItems = void (*)(const AttentionArguments&, int64_t begin, int64_t end, float* scratch);
 
-constexpr int64_t ATTENTION_QUERIES = 32;               // of a block
-constexpr int64_t ATTENTION_KEYS = 256;                 // of a block, whose scores stay in the first-level cache
-constexpr int64_t SCORES_PITCH = ATTENTION_KEYS + 16;   // from one query's scores to the next: not a power of two
+constexpr int64_t ATTENTION_QUERIES = 32;  // of a block
+// Of a block: its scores, and the values that it multiplies at a time, stay in the first-level cache together.
+constexpr int64_t attention_keys(Product product) { return product == Product::float32 ? 128 : 256; }
+constexpr int64_t scores_pitch(Product product) { return attention_keys(product) + 16; }  // from query to query: not a power of two
 
 // Fill in the plan; the number of items.
 inline int64_t plan_attention(AttentionArguments& p) {
@@ -40,7 +41,7 @@ inline int64_t plan_attention(AttentionArguments& p) {
     p.length = p.product == Product::tiles ? up(p.depth, 32) : up(p.depth, 2);
     p.width = up(p.depth, 16);
     const int64_t size = p.product == Product::float32 ? 4 : 2, packed = (p.keys * (p.length + p.width) + ATTENTION_QUERIES * p.length) * size;
-    p.scratch_floats = packed / 4 + ATTENTION_QUERIES * (SCORES_PITCH + p.width + 17) + 5 * 16;
+    p.scratch_floats = packed / 4 + ATTENTION_QUERIES * (scores_pitch(p.product) + p.width + 17) + 5 * 16;
     return p.batch * p.heads * p.blocks;
 }
 

@@ -10,8 +10,8 @@ namespace {
 
 using Bits = uint16_t;  // of a bfloat16
 
-constexpr float BOUND = 40.0f;            // of scores times factor, whose powers of two need no largest score beside them
-constexpr Bits LARGEST_VALUE = 187 << 7;  // 2^60: so that their sums with such powers stay finite
+constexpr float BOUND = 60.0f;            // of scores times factor, whose powers of two need no largest score beside them
+constexpr Bits LARGEST_VALUE = 167 << 7;  // 2^40: so that their sums with such powers stay finite
 
 __mmask32 first_of(int64_t count) { return count >= 32 ? ~__mmask32{0} : (__mmask32{1} << (count > 0 ? count : 0)) - 1; }
 
@@ -69,6 +69,7 @@ void transpose(__m512i* rows) {
 struct Common {
     using Element = Bits;
     using Value = Bits;
+    static constexpr int64_t KEYS = attention_keys(Product::pairs), PITCH = scores_pitch(Product::pairs);
 
     float largest_key = 0.0f;  // of the squares of their lengths
     bool small_values = false, bounded = false;
@@ -171,7 +172,7 @@ struct Common {
     void exponentials(const Softmax& s, int64_t keys) const {
         const __m512 factor = _mm512_set1_ps(s.factor);
         for (int64_t r = 0; r < s.rows; ++r) {
-            float *const scores = s.scores + r * SCORES_PITCH, *const totals = s.totals + 16 * r;
+            float *const scores = s.scores + r * PITCH, *const totals = s.totals + 16 * r;
             if (s.first) _mm512_storeu_ps(totals, _mm512_setzero_ps());
             if (bounded) {
                 row<true>(scores, keys, factor, 0.0f, totals);

@@ -29,7 +29,8 @@ struct Softmax {
     bool first;    // whether there were no keys before
 };
 
-// Steps: the types Element (what is multiplied) and Value (of qkv and y), and what is called below.
+// Steps: the types Element (what is multiplied) and Value (of qkv and y), the keys of a block, from a query's scores to the next, and what is
+// called below.
 template <typename Steps>
 void attend(const AttentionArguments& p, int64_t begin, int64_t end, float* scratch) {
     using G = typename Steps::Element;
@@ -43,7 +44,7 @@ void attend(const AttentionArguments& p, int64_t begin, int64_t end, float* scra
     G* const keys = static_cast<G*>(take(p.keys * p.length * SIZE));
     G* const values = static_cast<G*>(take(p.keys * p.width * SIZE));
     G* const queries = static_cast<G*>(take(ROWS * p.length * SIZE));
-    float* const scores = static_cast<float*>(take(ROWS * SCORES_PITCH * FLOAT));
+    float* const scores = static_cast<float*>(take(ROWS * Steps::PITCH * FLOAT));
     float* const sums = static_cast<float*>(take(ROWS * p.width * FLOAT));
     float* const totals = static_cast<float*>(take(ROWS * 17 * FLOAT));
 
@@ -61,16 +62,16 @@ void attend(const AttentionArguments& p, int64_t begin, int64_t end, float* scra
         const int64_t rows = p.pixels - first < ROWS ? p.pixels - first : ROWS;
         Softmax state{scores, totals + 16 * ROWS, totals, sums, rows, p.width, 1.44269504f / sqrtf(static_cast<float>(p.depth)), true};
         steps.take_queries(p, from + first * p.pitch_qkv, rows, state.factor, queries);
-        for (int64_t at = 0; at < p.keys; at += ATTENTION_KEYS, state.first = false) {
-            const int64_t count = p.keys - at < ATTENTION_KEYS ? p.keys - at : ATTENTION_KEYS;
+        for (int64_t at = 0; at < p.keys; at += Steps::KEYS, state.first = false) {
+            const int64_t count = p.keys - at < Steps::KEYS ? p.keys - at : Steps::KEYS;
             const int64_t existing = p.pixels - at < count ? p.pixels - at : count;
             for (int64_t k = 0; k < count; k += 32) {
-                const Panels<G> panels{queries, p.length, keys + (at + k) * p.length, 16 * p.length, p.length, scores + k, SCORES_PITCH, rows, false};
+                const Panels<G> panels{queries, p.length, keys + (at + k) * p.length, 16 * p.length, p.length, scores + k, Steps::PITCH, rows, false};
                 Steps::template multiply<2>(panels);
             }
             steps.exponentials(state, existing);
             for (int64_t c = 0; c < p.width; c += 32) {
-                const Panels<G> panels{reinterpret_cast<const G*>(scores), SCORES_PITCH * FLOAT / SIZE, values + c * p.keys + 16 * at, 16 * p.keys,
+                const Panels<G> panels{reinterpret_cast<const G*>(scores), Steps::PITCH * FLOAT / SIZE, values + c * p.keys + 16 * at, 16 * p.keys,
                                        count, sums + c, p.width, rows, !state.first};
                 if (p.width - c > 16) {
                     Steps::template multiply<2>(panels);
