@@ -18,16 +18,14 @@ constexpr int LANES = 4, ROWS = 2, PANELS = 1;
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 #define DFE_UNROLL _Pragma("GCC unroll 8")
 
+// Terms that are summed one after the other; longer sums are sums of such.
+constexpr int64_t TERMS = 64;
+
 template <int Columns>
-DFE_HD void multiply_rows(const Panels<float>& p, const float* a, const float* b, float* c) {
+DFE_HD void multiply_rows(const Panels<float>& p, const float* a, const float* b, int64_t length, bool add, float* c) {
     constexpr int VECTORS = 16 / LANES;
-    Vector sums[ROWS][Columns * VECTORS];
-    DFE_UNROLL
-    for (int i = 0; i < ROWS; ++i) {
-        DFE_UNROLL
-        for (int j = 0; j < Columns * VECTORS; ++j) sums[i][j] = p.add ? *reinterpret_cast<const Vector*>(c + i * p.pitch_c + j * LANES) : Vector{};
-    }
-    for (int64_t k = 0; k < p.length; ++k) {
+    Vector sums[ROWS][Columns * VECTORS] = {};
+    for (int64_t k = 0; k < length; ++k) {
         Vector right[Columns * VECTORS];
         DFE_UNROLL
         for (int j = 0; j < Columns * VECTORS; ++j) {
@@ -43,7 +41,10 @@ DFE_HD void multiply_rows(const Panels<float>& p, const float* a, const float* b
     DFE_UNROLL
     for (int i = 0; i < ROWS; ++i) {
         DFE_UNROLL
-        for (int j = 0; j < Columns * VECTORS; ++j) *reinterpret_cast<Vector*>(c + i * p.pitch_c + j * LANES) = sums[i][j];
+        for (int j = 0; j < Columns * VECTORS; ++j) {
+            Vector* const to = reinterpret_cast<Vector*>(c + i * p.pitch_c + j * LANES);
+            *to = add ? *to + sums[i][j] : sums[i][j];
+        }
     }
 }
 
@@ -87,7 +88,13 @@ struct Floating {
         for (int64_t r = 0; r < p.rows; r += ROWS) {
             const float* const a = p.a + r * p.pitch_a;
             float* const c = p.c + r * p.pitch_c;
-            for (int j = 0; j < Columns; j += PANELS) multiply_rows<(Columns < PANELS ? Columns : PANELS)>(p, a, p.b + j * p.stride_b, c + 16 * j);
+            for (int j = 0; j < Columns; j += PANELS) {
+                const float* const b = p.b + j * p.stride_b;
+                for (int64_t k = 0; k < p.length; k += TERMS) {
+                    const int64_t length = p.length - k < TERMS ? p.length - k : TERMS;
+                    multiply_rows<(Columns < PANELS ? Columns : PANELS)>(p, a + k, b + 16 * k, length, p.add || k > 0, c + 16 * j);
+                }
+            }
         }
     }
 
