@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dfengine.kernels import (
     attention,
+    attention_cpu,  # noqa: F401  (registers itself)
     channel_attention,
     conv2d,
-    conv2d_cpu,  # noqa: F401  (registers itself)
+    conv2d_cpu,  # noqa: F401  (likewise)
     conv2d_cuda,  # noqa: F401  (likewise)
     conv2d_library,  # noqa: F401  (likewise)
     copy,

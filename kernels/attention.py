@@ -3,13 +3,13 @@
     y[n, p, h] = sum over pixels p' of softmax_p'(q[n, p, h] . k[n, p', h] / sqrt(D)) v[n, p', h]
 
 Shapes: qkv (N, H, W, 3 C), whose channels hold, for each of `heads` heads in turn, D = C / heads queries, keys and
-values (the public weights' order); y (N, H, W, C). Both contiguous.
-Types: qkv and y share float32, float16 or bfloat16 (float64 too).
+values (the public weights' order), contiguous; y (N, H, W, C), which may be a channel slice (kernels/slices.py).
+Types: qkv and y share float32, float16 or bfloat16 (float64 too, by torch). Scores, their exponentials and all sums are
+float32; for a product with values in bfloat16 the exponentials are rounded to it, and their sum is that of the rounded.
 
-The product is torch's `scaled_dot_product_attention`, whose fused paths need 4-D tensors with a contiguous last
-dimension: q, k and v are views of qkv that have it. The norm before it and both projections are `conv2d`s, whose
-layouts these are, so nothing is copied but torch's result into y.
-Backends: reference (any device).
+The norm before it and both projections are `conv2d`s, whose layouts these are, so nothing is copied between them.
+Backends: cpu (attention_cpu), library (any device: torch's `scaled_dot_product_attention`, whose fused paths need 4-D
+tensors with a contiguous last dimension, which q, k and v are as views of qkv; its result is copied into y), reference.
 """
 
 from __future__ import annotations
@@ -39,17 +39,36 @@ def _check(qkv: Tensor, heads: int) -> None:
         raise ValueError("qkv: not contiguous")
 
 
-def reference(qkv: Tensor, heads: int) -> Tensor:
-    """y of the module's formula."""
+def _heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """q, k and v (N, heads, pixels, D): views."""
     batch, height, width, channels = qkv.shape
     parts = qkv.view(batch, height * width, heads, 3, channels // (3 * heads)).transpose(1, 2)
-    attended = F.scaled_dot_product_attention(*parts.unbind(dim=3))
-    return attended.transpose(1, 2).reshape(batch, height, width, channels // 3)
+    return parts.unbind(dim=3)
+
+
+def _merged(attended: Tensor, qkv: Tensor) -> Tensor:
+    """(N, H, W, C) of (N, heads, pixels, D)."""
+    return attended.transpose(1, 2).reshape(*qkv.shape[:3], qkv.shape[3] // 3)
+
+
+def reference(qkv: Tensor, heads: int) -> Tensor:
+    """y of the module's formula, in float64 for float64 and else in float32, rounded once; a sample at a time, whose
+    scores of all pairs of pixels it holds."""
+    attended = []
+    for q, k, v in zip(*_heads(qkv.to(torch.promote_types(qkv.dtype, torch.float32)), heads), strict=True):
+        scores = q @ k.mT * q.shape[2] ** -0.5
+        attended.append(torch.softmax(scores, dim=2) @ v)
+    return _merged(torch.stack(attended), qkv).to(qkv.dtype)
 
 
 def _run_reference(qkv: Tensor, heads: int, y: Tensor) -> None:
     y.copy_(reference(qkv, heads))
 
 
+def run_library(qkv: Tensor, heads: int, y: Tensor) -> None:
+    y.copy_(_merged(F.scaled_dot_product_attention(*_heads(qkv, heads)), qkv))
+
+
 OP = Op("attention")
+OP.register("library", run_library, registry.always, registry.always)
 OP.register("reference", _run_reference, registry.always, registry.always)

@@ -21,7 +21,7 @@ from dfengine.kernels.conv2d import ACTIVATIONS, OP, RESAMPLES, ConvWeight, can_
 from dfengine.kernels.slices import TYPES, pixel_stride
 
 PRODUCTS = {"float32": 0, "pairs": 1, "tiles": 2}
-"""Codes of csrc/cpu/conv2d.h: Product."""
+"""Codes of csrc/cpu/product.h."""
 
 
 def padded_channels(channels: int) -> int:
@@ -55,7 +55,7 @@ def best_level() -> str:
 @functools.cache
 def default_product(dtype: torch.dtype) -> str:
     """The product taken here for activations of this dtype."""
-    code = native.module.conv2d_product(TYPES[dtype])
+    code = native.module.product(TYPES[dtype])
     return next(name for name, known in PRODUCTS.items() if known == code)
 
 
@@ -123,7 +123,7 @@ def _configurations(x, *_args) -> list[dict]:
     if x.dtype != torch.bfloat16:
         return [{}]
     known = sorted(PRODUCTS, key=lambda product: product != default_product(x.dtype))
-    return [{"product": product} for product in known if native.module.conv2d_supported(PRODUCTS[product])]
+    return [{"product": product} for product in known if native.module.product_supported(PRODUCTS[product])]
 
 
 OP.register("cpu", run_native, registry.cpu_available("Conv2d"), can_run, _bind_cpu, _configurations)

@@ -24,6 +24,14 @@ PRIORITY = {
     "cpu": ("cpu", "library", "reference"),
 }
 ENVIRONMENT = "DFENGINE_BACKEND"
+FAMILIES = {
+    "triton": ("triton", "cuda"),
+    "cuda": ("triton", "cuda"),
+    "cpu": ("cpu",),
+    "library": ("triton", "cuda", "cpu", "library"),
+    "reference": ("reference",),
+}
+"""The backends whose absence leaves an op to torch in a program that forces one: those for the same hardware."""
 
 
 class CannotRunError(DfengineError):
@@ -94,6 +102,17 @@ class Op:
                 continue
             return name
         raise CannotRunError(f"op {self.name} on {device}: " + "; ".join(reasons))
+
+    def substitute(self, backend: str | None = None) -> str | None:
+        """The backend to force on this op in a program that forces `backend`, as in `choose`.
+
+        It is another one, torch's, only for an op that has no kernel for that hardware, as `copy` has none: not where
+        one kernel is written and the forced one is not.
+        """
+        forced = forced_backend(backend)
+        if forced is None or any(name in self.implementations for name in FAMILIES[forced]):
+            return forced
+        return "library" if "library" in self.implementations else "reference"
 
     def __call__(self, first: torch.Tensor, *args, backend: str | None = None, **kwargs) -> None:
         self.implementations[self.choose(first, *args, backend=backend, **kwargs)].run(first, *args, **kwargs)

@@ -8,6 +8,7 @@
 #endif
 
 #include "common.h"
+#include "product.h"
 
 namespace dfe {
 namespace {
@@ -19,24 +20,6 @@ int64_t cache_bytes() {
     if (found > 0) return found;
 #endif
     return 1 << 20;
-}
-
-bool supported(Product product) {
-#if defined(DFE_BFLOAT16_PRODUCTS)
-    if (product == Product::pairs) return pairs_supported();
-    if (product == Product::tiles) return tiles_supported();
-#endif
-    return product == Product::float32;
-}
-
-// The product taken for a type: the best that the processor has.
-int conv2d_product(int type) {
-    if (static_cast<FloatType>(type) == FloatType::bfloat16) {
-        for (Product product : {Product::tiles, Product::pairs}) {
-            if (supported(product)) return static_cast<int>(product);
-        }
-    }
-    return static_cast<int>(Product::float32);
 }
 
 Multiplier multiplier_of(Product product, Level level, int64_t outputs) {
@@ -68,7 +51,7 @@ public:
         p.scale = pointer<const float>(tensors[4]), p.offset = pointer<const float>(tensors[5]), p.bias = pointer<const float>(tensors[6]);
         p.moments = pointer<float>(tensors[7]), p.weights = pointer<const void>(tensors[8]);
         p.bias_pitch = bias_pitch, p.tile_pixels = tile_pixels, p.padded = padded;
-        if (!supported(p.product)) throw std::invalid_argument("this processor does not have the instructions of this product");
+        if (!product_supported(p.product)) throw std::invalid_argument("this processor does not have the instructions of this product");
         if (p.product != Product::float32 && p.type != FloatType::bfloat16) throw std::invalid_argument("this product takes bfloat16");
         p.multiplier = multiplier_of(p.product, level_, block_outputs);
         passes_ = DFE_AT_LEVEL(level_, conv2d_passes)(p);
@@ -146,9 +129,10 @@ int64_t plan_conv2d(Conv2dArguments& p, int threads) {
 void bind_conv2d(py::module_& module) {
     // Found now: a fork during the first call would leave the child waiting.
     cache_bytes();
-    conv2d_product(static_cast<int>(FloatType::bfloat16));
-    module.def("conv2d_product", &conv2d_product, py::arg("type"), "The product (csrc/cpu/conv2d.h) taken here for a type.");
-    module.def("conv2d_supported", [](int product) { return supported(static_cast<Product>(product)); }, py::arg("product"),
+    best_product(FloatType::bfloat16);
+    module.def("product", [](int type) { return static_cast<int>(best_product(static_cast<FloatType>(type))); }, py::arg("type"),
+               "The product (csrc/cpu/product.h) taken here for a type.");
+    module.def("product_supported", [](int product) { return product_supported(static_cast<Product>(product)); }, py::arg("product"),
                "Whether this processor has the instructions of a product.");
     py::class_<Conv2d>(module, "Conv2d", "A call of the op `conv2d` over raw pointers; see kernels/conv2d_cpu.py.")
         .def(py::init<std::array<int64_t, 6>, std::array<int64_t, 4>, std::array<int, 6>, int64_t, int64_t, std::array<uintptr_t, 9>, int64_t, int64_t,

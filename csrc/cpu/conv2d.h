@@ -7,11 +7,9 @@
 
 #include "../common/activation.h"
 #include "../common/convert.h"
+#include "product.h"
 
 namespace dfe {
-
-// What multiplies: float32 vectors; pairs of bfloat16 (AVX512_BF16); tiles of bfloat16 (AMX).
-enum class Product : int { float32 = 0, pairs = 1, tiles = 2 };
 
 enum class Resample : int { none = 0, down = 1, up = 2 };
 
@@ -50,8 +48,6 @@ Multiplier float_multiplier(int64_t outputs);
 }
 Multiplier pairs_multiplier(int64_t outputs);
 Multiplier tiles_multiplier(int64_t outputs);
-bool pairs_supported();
-bool tiles_supported();
 
 struct Conv2dArguments {
     int64_t batch, height, width, outputs;  // of y

@@ -9,6 +9,8 @@
 
 #include <cstring>
 
+#include "tiles.h"
+
 namespace dfe {
 namespace {
 
@@ -150,19 +152,7 @@ void tiles_block_16(const BlockArguments& p) {
     }
 }
 
-struct alignas(64) TileShapes {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-};
-
-// Shapes for steps of `step` values; the thread's own are kept, since other libraries set theirs once and rely on them.
-void tiles_begin(TileShapes& shapes, void* state) {
-    _tile_storeconfig(state);
-    __asm__ volatile("" : : "r"(&shapes) : "memory");  // the intrinsic tells the compiler of its first 8 bytes only
-    _tile_loadconfig(&shapes);
-}
-
+// Shapes for steps of `step` values.
 void tiles_begin_32(int64_t step, void* state) {
     TileShapes shapes;
     for (int tile = 0; tile < 8; ++tile) {
@@ -179,14 +169,6 @@ void tiles_begin_16(int64_t step, void* state) {
         shapes.rows[tile] = static_cast<uint8_t>(tile == 6 ? step / 2 : 16);
     }
     tiles_begin(shapes, state);
-}
-
-void tiles_end(void* state) {
-    if (*static_cast<const uint8_t*>(state) != 0) {
-        _tile_loadconfig(state);
-    } else {
-        _tile_release();
-    }
 }
 
 bool find_tiles() {

@@ -136,10 +136,10 @@ DFE_HD Floats smaller(Floats a, Floats b) {
 #endif
 }
 
-// 2^x for x <= 0, as 2^n 2^f with a polynomial through the Chebyshev points of [-1/2, 1/2]; 2^-125 for smaller x and for NaN.
+// 2^x for x <= 0, as 2^n 2^f with a polynomial through the Chebyshev points of [-1/2, 1/2]; 2^-125 for smaller x; NaN stays.
 template <Digits D>
 DFE_HD Floats power_of_two(Floats x) {
-    x = larger(x, broadcast(-125.0f));
+    x = larger(broadcast(-125.0f), x);
 #if defined(__AVX512F__)
     const Floats n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT), f = x - n;
 #else

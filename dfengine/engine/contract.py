@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dfengine.engine.execute import Executor
 from dfengine.engine.program import Constant, Op, Value
-from dfengine.kernels import OPS, conv2d_library, group_norm_moments
+from dfengine.kernels import OPS, group_norm_moments
 from dfengine.kernels.conv2d import ConvWeight
 
 FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -64,9 +64,9 @@ def exact_outputs(op: Op, arguments: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def torch_outputs(op: Op, arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """At the arguments' own dtypes: torch's convolution rounds what it reads, which the reference does not."""
-    run = conv2d_library.run_library if op.kernel == "conv2d" else OPS[op.kernel].implementations["reference"].run
-    return _through(run, op, arguments)
+    """At the arguments' own dtypes, by torch's library where it has the op: it rounds elsewhere than the reference."""
+    known = OPS[op.kernel].implementations
+    return _through(known.get("library", known["reference"]).run, op, arguments)
 
 
 def judged(

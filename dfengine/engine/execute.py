@@ -31,8 +31,9 @@ class Executor:
 
     `run` reads inputs and gives new tensors; nothing that it returned is changed by a later call. tactics: measured
     choices of implementations; where they know nothing of an op, or are None, `backend` forces one, as in
-    `dfengine.kernels.Op.choose`. arena, block: the plan, and memory from `allocate` that several executors may share,
-    since nothing in it outlives a run. Not for two threads at once.
+    `dfengine.kernels.Op.choose`, on every op that has a kernel for its hardware (`Op.substitute`). arena, block: the
+    plan, and memory from `allocate` that several executors may share, since nothing in it outlives a run. Not for two
+    threads at once.
     """
 
     def __init__(
@@ -72,9 +73,7 @@ class Executor:
         if tactic and usable(op, tactic, steps[0], self.device.type):
             chosen, options = tactic.backend, tactic.options
         else:
-            # Where torch is all there is (attention, copy), no backend can be forced.
-            alone = list(kernel.implementations) == ["reference"]
-            chosen, options = kernel.choose(*steps[0], backend="reference" if alone else backend), {}
+            chosen, options = kernel.choose(*steps[0], backend=kernel.substitute(backend)), {}
         return chosen, [kernel.implementations[chosen].bound(*arguments, **options) for arguments in steps]
 
     def arguments(self, op: Op, step: int = 0) -> list[Any]:

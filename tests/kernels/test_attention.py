@@ -1,12 +1,49 @@
-"""attention against its formula, written out."""
+"""attention: every implementation, instruction set and product against its formula, written out."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from dfengine.kernels import attention
+from dfengine import native
+from dfengine.kernels import CannotRunError, attention, attention_cpu
+from tests.kernels import launchers
 from tests.kernels.contract import assert_numeric_contract
+
+NAN = float("nan")
+PRODUCTS = ("cpu-pairs", "cpu-tiles")
+WAYS = ("reference", "library", *(f"cpu-{level}" for level in launchers.LEVELS), *PRODUCTS)
+SHAPES = [
+    # (N, H, W), heads, channels of a head: no more than a pixel; parts of blocks of 32 queries, 32 and 256 keys, and 16
+    # and 32 channels; full ones
+    ((1, 1, 1), 1, 8),
+    ((3, 5, 3), 2, 20),
+    ((1, 7, 41), 3, 16),
+    ((2, 8, 8), 8, 32),
+    ((1, 17, 31), 1, 64),
+    ((1, 9, 5), 2, 128),
+    ((3, 3, 11), 1, 1),
+    ((1, 2, 3), 1, 256),
+]
+
+
+@pytest.fixture(params=WAYS)
+def launcher(request, monkeypatch):
+    backend, _, product = request.param.partition("-")
+    if request.param not in PRODUCTS:
+        return launchers.launcher(request.param, monkeypatch)
+    if not native.available():
+        pytest.skip(native.status())
+    if not native.module.product_supported(attention_cpu.PRODUCTS[product]):
+        pytest.skip(f"this processor does not multiply {product} of bfloat16")
+    return launchers.Launcher(backend, "cpu", {"product": product})
+
+
+def options_for(launcher, dtype: torch.dtype) -> dict:
+    """With the product that a level stands for; skips where the product does not take the type."""
+    if "product" in launcher.options and dtype != torch.bfloat16:
+        pytest.skip("multiplies bfloat16 only")
+    return {"product": "float32", **launcher.options} if launcher.backend == "cpu" else {}
 
 
 def written_out(qkv: torch.Tensor, heads: int) -> torch.Tensor:
@@ -21,14 +58,123 @@ def written_out(qkv: torch.Tensor, heads: int) -> torch.Tensor:
     return y.reshape(batch, height, width, heads * depth)
 
 
+def make(size, heads: int, depth: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    """Off-centre, around -2.3 times the scale."""
+    noise = torch.randn((*size, 3 * heads * depth), generator=torch.Generator().manual_seed(depth))
+    return ((noise - 2.3) * scale).to(dtype)
+
+
+def run(launcher, qkv: torch.Tensor, heads: int) -> torch.Tensor:
+    """y, written into a slice of a wider buffer, around which nothing may be written."""
+    channels = qkv.shape[3] // 3
+    wide = torch.full((*qkv.shape[:3], channels + 7), NAN, dtype=qkv.dtype)
+    y = wide[..., 4 : 4 + channels]
+    implementation = attention.OP.implementations[launcher.backend]
+    implementation.run(qkv, heads, y, **options_for(launcher, qkv.dtype))
+    assert wide[..., :4].isnan().all() and wide[..., 4 + channels :].isnan().all(), "written beside the slice"
+    return y.contiguous()
+
+
+def library(qkv: torch.Tensor, heads: int) -> torch.Tensor:
+    y = torch.empty((*qkv.shape[:3], qkv.shape[3] // 3), dtype=qkv.dtype)
+    attention.run_library(qkv, heads, y)
+    return y
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape, heads", [((1, 1, 1, 12), 2), ((2, 5, 3, 24), 4), ((3, 8, 8, 96), 1)])
-def test_meets_the_numeric_contract(dtype, shape, heads):
-    qkv = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) - 0.3).to(dtype)
-    y = torch.full((*shape[:3], shape[3] // 3), float("nan"), dtype=dtype)
-    attention.OP(qkv, heads, y)
-    assert_numeric_contract(y, written_out(qkv.double(), heads), written_out(qkv, heads))
-    assert torch.equal(y, attention.attention(qkv, heads))
+@pytest.mark.parametrize("size, heads, depth", SHAPES)
+def test_meets_the_numeric_contract(launcher, dtype, size, heads, depth):
+    qkv = make(size, heads, depth, dtype)
+    # The reference rounds the scores: it is held to the same at its own roundings.
+    plain = written_out(qkv, heads) if launcher.backend == "reference" else library(qkv, heads)
+    assert_numeric_contract(run(launcher, qkv, heads), written_out(qkv.double(), heads), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [4, 40])
+def test_meets_the_numeric_contract_where_few_keys_count(launcher, dtype, scale):
+    """Scores to 1e4 and beyond: there are no exponentials of them; 600 keys, so that the largest is found in turns."""
+    qkv = make((1, 20, 30), 2, 16, dtype, scale)
+    exact = written_out(qkv.double(), 2)
+    q, k = (qkv.double()[..., first : first + 16].reshape(-1, 16) for first in (0, 16))
+    assert (q @ k.T / 4).max() > (100 if scale == 4 else 1e4)
+    plain = written_out(qkv, 2) if launcher.backend == "reference" else library(qkv, 2)
+    assert_numeric_contract(run(launcher, qkv, 2), exact, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_equal_scores_give_the_mean_and_a_distant_key_nothing(launcher, dtype):
+    """Each of 300 keys counts once; those that fill the last block do not, nor does one with a far smaller score."""
+    qkv = torch.zeros((1, 1, 300, 3 * 8), dtype=dtype)
+    qkv[..., 16:] = torch.arange(300, dtype=torch.float32).view(1, 1, 300, 1).to(dtype)
+    values = qkv[0, 0, :, 16:].double()
+    close = dict(rtol=1e-6 if dtype == torch.float32 else 4e-3, atol=0)
+    torch.testing.assert_close(run(launcher, qkv, 1).double()[0, 0], values.mean(dim=0).expand(300, 8), **close)
+    qkv[..., :8] = 30
+    qkv[0, 0, 299, 8:16] = -30
+    wanted = values[:299].mean(dim=0).expand(300, 8)
+    torch.testing.assert_close(run(launcher, qkv, 1).double()[0, 0], wanted, **close)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [0.5, 8])
+def test_not_a_number_reaches_what_it_reaches_in_the_formula(launcher, dtype, scale):
+    """In a query its row, in a key every row of its head, in a value its channel."""
+    head = slice(0, 8)
+    for channel, reached in ((0, (slice(70, 71), head)), (8, (slice(None), head)), (16, (slice(None), 0))):
+        qkv = make((1, 1, 290), 2, 8, dtype, scale)
+        qkv[0, 0, 70, channel] = NAN
+        wanted = torch.zeros((290, 16), dtype=torch.bool)
+        wanted[reached] = True
+        assert torch.equal(run(launcher, qkv, 2)[0, 0].isnan(), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_huge_values_stay_finite(launcher, dtype):
+    qkv = make((1, 8, 8), 1, 16, dtype)
+    qkv[..., 32:] *= 2.0**110
+    assert_numeric_contract(run(launcher, qkv, 1), written_out(qkv.double(), 1), library(qkv, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [1, 6])
+def test_threads_batch_and_neighbours_change_no_bit(launcher, dtype, scale):
+    if launcher.backend != "cpu":
+        pytest.skip("of the compiled kernels")
+    qkv = make((3, 10, 15), 4, 20, dtype, scale)
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        results.append(run(launcher, qkv, 4))
+    torch.set_num_threads(threads)
+    results.append(torch.cat([run(launcher, sample[None], 4) for sample in qkv]))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_bound_calls_follow_their_buffers():
+    if not native.available():
+        pytest.skip(native.status())
+    qkv, y = make((2, 6, 6), 2, 16, torch.bfloat16), torch.empty((2, 6, 6, 32), dtype=torch.bfloat16)
+    call = attention.OP.implementations["cpu"].bound(qkv, 2, y)
+    for scale in (1, 3):
+        qkv *= scale
+        y.fill_(NAN)
+        call()
+        assert torch.equal(y, attention.attention(qkv, 2, backend="cpu"))
+
+
+@pytest.mark.parametrize("shape, heads, dtype, chosen", [
+    ((1, 2, 3, 48), 2, torch.bfloat16, "cpu"),
+    ((1, 2, 3, 48), 2, torch.float64, "library"),
+    ((1, 2, 3, 3 * 300), 1, torch.float32, "library"),
+])  # fmt: skip
+def test_what_serves(shape, heads, dtype, chosen):
+    qkv, y = torch.zeros(shape, dtype=dtype), torch.zeros((*shape[:3], shape[3] // 3), dtype=dtype)
+    assert attention.OP.choose(qkv, heads, y) == (chosen if native.available() else "library")
+    if native.available() and chosen != "cpu":
+        with pytest.raises(CannotRunError, match="float64|300 channels of a head"):
+            attention.OP.choose(qkv, heads, y, backend="cpu")
 
 
 @pytest.mark.parametrize("qkv, heads, message", [

@@ -43,7 +43,7 @@ def launcher(request):
         pytest.skip(native.status())
     if not native.cpu_levels().get(level):
         pytest.skip(f"this processor does not run {level}")
-    if not native.module.conv2d_supported(conv2d_cpu.PRODUCTS[product]):
+    if not native.module.product_supported(conv2d_cpu.PRODUCTS[product]):
         pytest.skip(f"this processor does not have the instructions of {product}")
     return launchers.Launcher("cpu", "cpu", dict(level=level, product=product))
 

@@ -10,7 +10,7 @@ import torch
 from dfengine import kernels, native
 from dfengine.errors import UsageError
 from dfengine.kernels import group_norm, ingest
-from dfengine.kernels.registry import PRIORITY, CannotRunError, Op, always
+from dfengine.kernels.registry import BACKENDS, PRIORITY, CannotRunError, Op, always
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +55,19 @@ def test_forced_backend_runs_or_says_why_not(monkeypatch):
     monkeypatch.setenv("DFENGINE_BACKEND", "reference")
     assert op.choose(torch.zeros(4)) == "reference"
     assert op.choose(torch.zeros(4), backend="cpu") == "cpu", "the argument goes before the environment"
+
+
+def test_a_program_that_forces_a_backend_leaves_to_torch_what_has_no_kernel_for_its_hardware(monkeypatch):
+    op = make_op([])
+    assert [op.substitute(name) for name in ("triton", "cuda", "cpu", "reference", None)] == [
+        "triton", "cuda", "cpu", "reference", None,
+    ]  # fmt: skip
+    attention, wanted = kernels.OPS["attention"], dict(triton="library", cuda="library", cpu="cpu", library="library")
+    assert {name: attention.substitute(name) for name in wanted} == wanted
+    assert attention.substitute("reference") == "reference"
+    assert {kernels.OPS["copy"].substitute(name) for name in BACKENDS} == {"reference"}
+    monkeypatch.setenv("DFENGINE_BACKEND", "triton")
+    assert kernels.OPS["attention"].substitute() == "library"
 
 
 def test_unknown_backend_is_wrong_usage(monkeypatch):
