@@ -180,6 +180,7 @@ def _onnxruntime(
         torch.onnx.export(module, (example,), path, input_names=["x"], opset_version=18, dynamo=False)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # they would spin into the next runner
         session = onnxruntime.InferenceSession(path, options, providers=providers)
 
     def run(tensor: Tensor) -> tuple[Tensor, ...]:

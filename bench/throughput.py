@@ -41,6 +41,8 @@ from tests.helpers import redraw  # noqa: E402
 AGREEMENT = {"float32": 1e-3, "tf32": 1e-2, "bfloat16": 0.05, "float16": 0.02}
 """Largest difference of a map, in probability, from the float32 modules'; of predicted noise, beside its largest."""
 SETS = 4
+PAUSE = 0.02
+"""Seconds before each call: the threads of the runner before it go on spinning for a while."""
 Function = Callable[[Tensor], tuple[Tensor, ...]]
 
 
@@ -112,6 +114,7 @@ def timed(functions: dict[str, Function], sets: list[Tensor], seconds: float) ->
         for label, function in functions.items():
             if cuda:
                 torch.cuda.synchronize()
+            time.sleep(PAUSE)
             start = time.perf_counter()
             function(sets[turn % SETS])
             if cuda:

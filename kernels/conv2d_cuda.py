@@ -239,13 +239,17 @@ def _run_cuda(
 ) -> None:  # fmt: skip
     """placement: instead of the one chosen, or tile and width, the name of its tile and the width of its rows.
     half_sums: sum the products of each chunk and tap in float16, in the tile 128x64 only; the error of a sum is then at
-    most 2^-10 of the sum of its products' magnitudes."""
+    most 2^-10 of the sum of its products' magnitudes, plus 2^-24 for each chunk and tap."""
     channels = tuple(t.shape[3] for t in (x, x2) if t is not None)
     reach, shape = geometry(weight, resample, residual, residual_resample, y)
     wanted = tile_pixels if moments is not None else 0
     if tile:
         placement = Placement(next(known for known in TILES if known.name == tile), width)
     place = placement or placement_for(shape, channels, reach, wanted, capability_of(x.device))
+    if not place.fits(reach, capability_of(x.device)) or place.width & (place.width - 1) or place.width < 8:
+        raise CannotRunError(f"the tile {place.tile.name} in rows of {place.width} does not fit this device")
+    if max(place.grid(shape)[1:]) > 65535:
+        raise CannotRunError("more than 65535 samples, or tiles of a sample")
     run = place.moment_run(shape[1:3], wanted) if wanted else 0
     if wanted and not run:
         raise CannotRunError(f"the tile {place.tile.name} does not leave moments of {tile_pixels} pixels")
@@ -302,7 +306,8 @@ def _configurations(
     """Every legal tile, in its best shape."""
     reach, shape = geometry(weight, resample, residual, residual_resample, y)
     wanted = tile_pixels if moments is not None else 0
-    legal = placements(shape[1:3], reach, capability_of(x.device), wanted)
+    found = placements(shape[1:3], reach, capability_of(x.device), wanted)
+    legal = [place for place in found if max(place.grid(shape)[1:]) <= 65535]
     return [{"tile": place.tile.name, "width": place.width} for place in legal]
 
 

@@ -7,6 +7,7 @@ compiled by NVRTC (`cupy.RawModule`, which keeps the result on disk), the same s
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 from collections.abc import Sequence
 
@@ -85,9 +86,17 @@ def _in_extension(kernel: str, device: int) -> bool:
 
 
 def compile_options() -> tuple[str, ...]:
-    """The options with which csrc/cuda/<op>.cu compiles by NVRTC."""
+    """The options with which csrc/cuda/<op>.cu compiles by NVRTC; cupy's cache sees a changed header by one of them."""
     folder = native.source_folder()
-    return ("-std=c++17", f"-I{folder / 'cuda'}", f"-I{folder / 'common'}")
+    headers = hashlib.sha256()
+    for path in sorted((*folder.glob("cuda/*.h"), *folder.glob("common/*.h"))):
+        headers.update(path.read_bytes())
+    return (
+        "-std=c++17",
+        f"-I{folder / 'cuda'}",
+        f"-I{folder / 'common'}",
+        f"-DDFENGINE_HEADERS=0x{headers.hexdigest()[:8]}u",
+    )
 
 
 @functools.cache
