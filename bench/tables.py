@@ -120,7 +120,8 @@ def short_table() -> str:
             own = row["runners"]["dfengine"]
             cells = [f"{model_name(row)}, batch {row['batch']}"]
             cells += [f"{own['ms']:.1f} ms, {own['images_per_second']:.0f} images/s"]
-            cells += [f"{rival_ms(row, name)} ms" for name in ("OpenVINO", "torch.compile", "autocast")]
+            times = [rival_ms(row, name) for name in ("OpenVINO", "torch.compile", "autocast")]
+            cells += [f"{time} ms" if time else "not measured" for time in times]
             lines.append(f"| {' | '.join(cells)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
