@@ -56,7 +56,8 @@ def test_the_quickest_is_taken_and_results_stay(monkeypatch):
     executor, known = bound(), Tactics("cpu")
     want = executor.run(**INPUTS)
     choices, left = tune(executor, known)
-    assert left == 0 and {choice.op.kernel for choice in choices} == {"conv2d"}
+    assert left == 0 and {choice.op.kernel for choice in choices} == {"attention", "conv2d"}  # that torch has too
+    choices = [choice for choice in choices if choice.op.kernel == "conv2d"]
     assert all(choice.tactic.backend == "library" and choice.tried == 2 for choice in choices)
     assert all(choice.default > 2000 > choice.tactic.microseconds for choice in choices)
     tuned = Executor(executor.program, tactics=known)
@@ -85,7 +86,8 @@ def test_what_is_wrong_is_never_taken(monkeypatch):
         with monkeypatch.context() as patch:
             replaced(patch, "cpu", slow)
             replaced(patch, "library", wrap)
-            choices, _ = tune(bound(), Tactics("cpu"))
+            found, _ = tune(bound(), Tactics("cpu"))
+        choices = [choice for choice in found if choice.op.kernel == "conv2d"]
         assert choices and all(choice.tactic.backend == "cpu" for choice in choices)
         assert all(choice.tried == 1 and choice.refused[0].startswith(reason) for choice in choices)
 
