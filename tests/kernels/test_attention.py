@@ -11,8 +11,10 @@ from tests.kernels import launchers
 from tests.kernels.contract import assert_numeric_contract
 
 NAN = float("nan")
-PRODUCTS = ("cpu-pairs", "cpu-tiles")
-WAYS = ("reference", "library", *(f"cpu-{level}" for level in launchers.LEVELS), *PRODUCTS)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+COMPILED = [(f"cpu-{level}", dtype) for level in launchers.LEVELS for dtype in FLOATS]
+COMPILED += [("cpu-pairs", torch.bfloat16), ("cpu-tiles", torch.bfloat16)]
+TORCHS = [(backend, dtype) for backend in ("reference", "library") for dtype in FLOATS]
 SHAPES = [
     # (N, H, W), heads, channels of a head: no more than a pixel; parts of blocks of 32 queries, 32 and 256 keys, and 16
     # and 32 channels; full ones
@@ -27,23 +29,25 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=WAYS)
-def launcher(request, monkeypatch):
-    backend, _, product = request.param.partition("-")
-    if request.param not in PRODUCTS:
-        return launchers.launcher(request.param, monkeypatch)
+def ways(implementations):
+    """Parametrises a test with `way`: an implementation and a type that it takes."""
+    return pytest.mark.parametrize("way", implementations, ids=lambda way: f"{way[0]}-{str(way[1])[6:]}")
+
+
+def launcher_of(name: str) -> launchers.Launcher:
+    """Of a level with its vectors of float32, or of a product; skips with the reason where it does not run here."""
+    backend, _, variant = name.partition("-")
+    if backend != "cpu":
+        return launchers.Launcher(backend, "cpu")
     if not native.available():
         pytest.skip(native.status())
-    if not native.module.product_supported(attention_cpu.PRODUCTS[product]):
-        pytest.skip(f"this processor does not multiply {product} of bfloat16")
-    return launchers.Launcher(backend, "cpu", {"product": product})
-
-
-def options_for(launcher, dtype: torch.dtype) -> dict:
-    """With the product that a level stands for; skips where the product does not take the type."""
-    if "product" in launcher.options and dtype != torch.bfloat16:
-        pytest.skip("multiplies bfloat16 only")
-    return {"product": "float32", **launcher.options} if launcher.backend == "cpu" else {}
+    if variant in launchers.LEVELS:
+        if not native.cpu_levels().get(variant):
+            pytest.skip(f"this processor does not run {variant}")
+        return launchers.Launcher("cpu", "cpu", {"level": variant, "product": "float32"})
+    if not native.module.product_supported(attention_cpu.PRODUCTS[variant]):
+        pytest.skip(f"this processor does not multiply {variant} of bfloat16")
+    return launchers.Launcher("cpu", "cpu", {"product": variant})
 
 
 def written_out(qkv: torch.Tensor, heads: int) -> torch.Tensor:
@@ -64,91 +68,83 @@ def make(size, heads: int, depth: int, dtype: torch.dtype, scale: float = 1.0) -
     return ((noise - 2.3) * scale).to(dtype)
 
 
-def run(launcher, qkv: torch.Tensor, heads: int) -> torch.Tensor:
+def run(way, qkv: torch.Tensor, heads: int) -> torch.Tensor:
     """y, written into a slice of a wider buffer, around which nothing may be written."""
     channels = qkv.shape[3] // 3
     wide = torch.full((*qkv.shape[:3], channels + 7), NAN, dtype=qkv.dtype)
     y = wide[..., 4 : 4 + channels]
-    implementation = attention.OP.implementations[launcher.backend]
-    implementation.run(qkv, heads, y, **options_for(launcher, qkv.dtype))
+    launcher_of(way[0]).run(attention.OP, qkv, heads, y)
     assert wide[..., :4].isnan().all() and wide[..., 4 + channels :].isnan().all(), "written beside the slice"
     return y.contiguous()
 
 
-def library(qkv: torch.Tensor, heads: int) -> torch.Tensor:
-    y = torch.empty((*qkv.shape[:3], qkv.shape[3] // 3), dtype=qkv.dtype)
-    attention.run_library(qkv, heads, y)
-    return y
+def check_contract(way, qkv: torch.Tensor, heads: int) -> None:
+    plain = torch.empty((*qkv.shape[:3], qkv.shape[3] // 3), dtype=qkv.dtype)
+    attention.run_library(qkv, heads, plain)
+    assert_numeric_contract(run(way, qkv, heads), written_out(qkv.double(), heads), plain)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@ways(COMPILED + TORCHS)
 @pytest.mark.parametrize("size, heads, depth", SHAPES)
-def test_meets_the_numeric_contract(launcher, dtype, size, heads, depth):
-    qkv = make(size, heads, depth, dtype)
-    # The reference rounds the scores: it is held to the same at its own roundings.
-    plain = written_out(qkv, heads) if launcher.backend == "reference" else library(qkv, heads)
-    assert_numeric_contract(run(launcher, qkv, heads), written_out(qkv.double(), heads), plain)
+def test_meets_the_numeric_contract(way, size, heads, depth):
+    check_contract(way, make(size, heads, depth, way[1]), heads)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@ways([way for way in COMPILED + TORCHS if way[1] != torch.float16])
 @pytest.mark.parametrize("scale", [4, 40])
-def test_meets_the_numeric_contract_where_few_keys_count(launcher, dtype, scale):
+def test_meets_the_numeric_contract_where_few_keys_count(way, scale):
     """Scores to 1e4 and beyond: there are no exponentials of them; 600 keys, so that the largest is found in turns."""
-    qkv = make((1, 20, 30), 2, 16, dtype, scale)
-    exact = written_out(qkv.double(), 2)
+    qkv = make((1, 20, 30), 2, 16, way[1], scale)
     q, k = (qkv.double()[..., first : first + 16].reshape(-1, 16) for first in (0, 16))
     assert (q @ k.T / 4).max() > (100 if scale == 4 else 1e4)
-    plain = written_out(qkv, 2) if launcher.backend == "reference" else library(qkv, 2)
-    assert_numeric_contract(run(launcher, qkv, 2), exact, plain)
+    check_contract(way, qkv, 2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_equal_scores_give_the_mean_and_a_distant_key_nothing(launcher, dtype):
-    """Each of 300 keys counts once; those that fill the last block do not, nor does one with a far smaller score."""
-    qkv = torch.zeros((1, 1, 300, 3 * 8), dtype=dtype)
-    qkv[..., 16:] = torch.arange(300, dtype=torch.float32).view(1, 1, 300, 1).to(dtype)
+@ways(COMPILED + TORCHS)
+def test_equal_scores_give_the_mean_and_a_distant_key_nothing(way):
+    """Each of 300 keys counts once, those that fill the last block not at all; nor does one of a far smaller score."""
+    qkv = torch.zeros((1, 1, 300, 3 * 8), dtype=way[1])
+    qkv[..., 16:] = torch.arange(300, dtype=torch.float32).view(1, 1, 300, 1).to(way[1])
     values = qkv[0, 0, :, 16:].double()
-    close = dict(rtol=1e-6 if dtype == torch.float32 else 4e-3, atol=0)
-    torch.testing.assert_close(run(launcher, qkv, 1).double()[0, 0], values.mean(dim=0).expand(300, 8), **close)
+    close = dict(rtol={torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}[way[1]], atol=0)
+    torch.testing.assert_close(run(way, qkv, 1).double()[0, 0], values.mean(dim=0).expand(300, 8), **close)
     qkv[..., :8] = 30
     qkv[0, 0, 299, 8:16] = -30
     wanted = values[:299].mean(dim=0).expand(300, 8)
-    torch.testing.assert_close(run(launcher, qkv, 1).double()[0, 0], wanted, **close)
+    torch.testing.assert_close(run(way, qkv, 1).double()[0, 0], wanted, **close)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@ways(COMPILED)
 @pytest.mark.parametrize("scale", [0.5, 8])
-def test_not_a_number_reaches_what_it_reaches_in_the_formula(launcher, dtype, scale):
+def test_not_a_number_reaches_what_it_reaches_in_the_formula(way, scale):
     """In a query its row, in a key every row of its head, in a value its channel."""
-    head = slice(0, 8)
-    for channel, reached in ((0, (slice(70, 71), head)), (8, (slice(None), head)), (16, (slice(None), 0))):
-        qkv = make((1, 1, 290), 2, 8, dtype, scale)
+    every = slice(None)
+    for channel, reached in ((0, (slice(70, 71), slice(0, 8))), (8, (every, slice(0, 8))), (16, (every, 0))):
+        qkv = make((1, 1, 290), 2, 8, way[1], scale)
         qkv[0, 0, 70, channel] = NAN
         wanted = torch.zeros((290, 16), dtype=torch.bool)
         wanted[reached] = True
-        assert torch.equal(run(launcher, qkv, 2)[0, 0].isnan(), wanted)
+        assert torch.equal(run(way, qkv, 2)[0, 0].isnan(), wanted)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_huge_values_stay_finite(launcher, dtype):
-    qkv = make((1, 8, 8), 1, 16, dtype)
+@ways([way for way in COMPILED + TORCHS if way[1] != torch.float16])
+def test_huge_values_stay_finite(way):
+    qkv = make((1, 8, 8), 1, 16, way[1])
     qkv[..., 32:] *= 2.0**110
-    assert_numeric_contract(run(launcher, qkv, 1), written_out(qkv.double(), 1), library(qkv, 1))
+    check_contract(way, qkv, 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@ways(COMPILED)
 @pytest.mark.parametrize("scale", [1, 6])
-def test_threads_batch_and_neighbours_change_no_bit(launcher, dtype, scale):
-    if launcher.backend != "cpu":
-        pytest.skip("of the compiled kernels")
-    qkv = make((3, 10, 15), 4, 20, dtype, scale)
+def test_threads_batch_and_neighbours_change_no_bit(way, scale):
+    qkv = make((3, 10, 15), 4, 20, way[1], scale)
     threads = torch.get_num_threads()
     results = []
     for count in (1, 2, 5):
         torch.set_num_threads(count)
-        results.append(run(launcher, qkv, 4))
+        results.append(run(way, qkv, 4))
     torch.set_num_threads(threads)
-    results.append(torch.cat([run(launcher, sample[None], 4) for sample in qkv]))
+    results.append(torch.cat([run(way, sample[None], 4) for sample in qkv]))
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
