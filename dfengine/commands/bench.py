@@ -15,6 +15,7 @@ from dfengine.devices import hardware_name
 from dfengine.engine.measure import trial_images
 from dfengine.engine.modules import ModuleRunner
 from dfengine.engine.timing import interleaved
+from dfengine.errors import DfengineError
 from dfengine.files import atomic_write
 
 ROTATED_INPUTS = 4
@@ -50,9 +51,12 @@ def run_bench(
 
 def _rows(detector: Detector, modules: ModuleRunner, batch: int, seconds: float) -> list[dict]:
     size = detector.config.image_size
-    images = [(trial_images(batch, size, 3, seed) * 255).round().to(torch.uint8) for seed in range(ROTATED_INPUTS)]
+    try:
+        images = [(trial_images(batch, size, 3, seed) * 255).round().to(torch.uint8) for seed in range(ROTATED_INPUTS)]
+        units = [(part.float() / 255).to(detector.device) for part in images]
+    except (RuntimeError, MemoryError):  # on a CPU torch has no error of its own for it
+        raise DfengineError(f"{detector.device}: no memory for batches of {batch} images; use a smaller one") from None
     arrays = [list(part.numpy()) for part in images]
-    units = [(part.float() / 255).to(detector.device) for part in images]
 
     def plain(unit: torch.Tensor) -> None:
         modules.run(unit).anomaly_map.cpu()

@@ -18,6 +18,7 @@ from dfengine.engine.modules import PRECISIONS, ModuleRunner, Output
 from dfengine.engine.program import Program
 from dfengine.engine.tactics import Tactics
 from dfengine.engine.tune import Choice, tune
+from dfengine.errors import DfengineError
 from dfengine.kernels import CannotRunError, forced_backend
 from dfengine.models import Model
 
@@ -108,7 +109,10 @@ class ProgramRunner:
             self.choices += choices
             self.unmeasured += left
             if choices:
-                self.tactics.save()
+                try:
+                    self.tactics.save()
+                except DfengineError as error:
+                    log.warning("dfengine: %s: what was measured holds for this run alone", error)
                 executor = bound()
         if self.device.type == "cuda":
             graphs = executor.capture()

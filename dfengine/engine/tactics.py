@@ -208,7 +208,10 @@ def _named(path: Path) -> dict[str, Tactic]:
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tactic]]:
     """Environment and tactics of a file. Raises ValueError for one that is not of this form."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise ValueError("not JSON") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"not a file of tactics of format {FORMAT}")
     try:

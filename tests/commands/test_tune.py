@@ -32,6 +32,14 @@ def test_what_is_measured_is_remembered_and_taken(tiny, tmp_path, capsys):
     assert main(["verify", str(tiny), *exact]) == 0
 
 
+def test_a_cache_that_cannot_be_written_loses_nothing(tiny, tmp_path, capsys, caplog, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DFENGINE_CACHE", str(tmp_path / "file"))
+    assert main(["tune", str(tiny), "--batch", "1", "--out", str(tmp_path / "here.json")]) == 0
+    assert len(json.loads((tmp_path / "here.json").read_text())["tactics"]) > 10
+    assert "cannot make the folder" in caplog.text and "for this run alone" in caplog.text
+
+
 def test_no_time_is_said(tiny, capsys):
     assert main(["tune", str(tiny), "--batch", "1", "--seconds", "0"]) == 0
     assert "no time for " in capsys.readouterr().out

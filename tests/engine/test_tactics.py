@@ -70,7 +70,10 @@ def test_in_another_environment_they_are_left_unread(monkeypatch):
     assert len(Tactics("cpu")) == 0
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"format": 99}', '{"format": 1, "tactics": {"a": 3}}'])
+DAMAGED = ["", "{", "[1]", "[" * 100_000, '{"format": 99}', '{"format": 1, "tactics": {"a": 3}}']
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
 def test_a_damaged_file_is_left_alone_and_written_anew(content):
     known = Tactics("cpu")
     known.path.parent.mkdir(parents=True)
