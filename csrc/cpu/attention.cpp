@@ -62,7 +62,9 @@ struct Floating {
         for (int64_t k = 0; k < p.keys; k += WIDTH, to += WIDTH * p.length) {
             for (int64_t c = 0; c < p.length; c += WIDTH) {
                 float block[WIDTH][WIDTH];
-                for (int64_t i = 0; i < WIDTH; ++i) store_vector(block[i], some(from + (k + i) * p.pitch_qkv + c, k + i < p.pixels ? p.depth - c : 0));
+                for (int64_t i = 0; i < WIDTH; ++i) {
+                    store_vector(block[i], some(from + (k + i) * p.pitch_qkv + c, k + i < p.pixels ? p.depth - c : 0));
+                }
                 const int64_t count = p.length - c < WIDTH ? p.length - c : WIDTH;
                 for (int64_t i = 0; i < count; ++i) {
                     for (int64_t j = 0; j < WIDTH; ++j) to[(c + i) * WIDTH + j] = block[j][i];

@@ -112,7 +112,7 @@ struct Common {
         small_values = _mm512_cmpgt_epu16_mask(largest, _mm512_set1_epi16(static_cast<short>(LARGEST_VALUE))) == 0;
     }
 
-    // No score exceeds the product of the lengths.
+    // No score exceeds the product of the lengths. (A length that is no number may pass unseen: its powers are none either.)
     void take_queries(const AttentionArguments& p, const Bits* from, int64_t rows, float factor, Bits* to) {
         float largest = 0.0f;
         for (int64_t r = 0; r < ATTENTION_QUERIES; ++r) {

@@ -29,6 +29,14 @@ struct Softmax {
     bool first;    // whether there were no keys before
 };
 
+// Ask for `count` values from `from` on, which will be read, or written, in the second-level cache; any address will do.
+template <bool Written, typename T>
+inline void ask_for([[maybe_unused]] const T* from, [[maybe_unused]] int64_t count) {
+#if defined(__AVX512F__)
+    for (int64_t at = 0; at < count; at += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + at, Written, 2);
+#endif
+}
+
 // Steps: the types Element (what is multiplied) and Value (of qkv and y), the keys of a block, from a query's scores to the next, and what is
 // called below.
 template <typename Steps>
@@ -61,6 +69,12 @@ void attend(const AttentionArguments& p, int64_t begin, int64_t end, float* scra
         }
         const int64_t rows = p.pixels - first < ROWS ? p.pixels - first : ROWS;
         Softmax state{scores, totals + 16 * ROWS, totals, sums, rows, p.width, 1.44269504f / sqrtf(static_cast<float>(p.depth)), true};
+        T* const y = static_cast<T*>(p.y) + (pixel + first) * p.pitch_y + channel;
+
+        // The next head of the sample lies between the lines of this one: each block of queries asks for as many of its pixels.
+        const T* next = from + 3 * p.depth + first * p.pitch_qkv;
+        const int64_t share = (head + 1) % p.heads == 0 ? 0 : (rows + p.blocks - 1) / p.blocks;
+
         steps.take_queries(p, from + first * p.pitch_qkv, rows, state.factor, queries);
         for (int64_t at = 0; at < p.keys; at += Steps::KEYS, state.first = false) {
             const int64_t count = p.keys - at < Steps::KEYS ? p.keys - at : Steps::KEYS;
@@ -68,6 +82,7 @@ void attend(const AttentionArguments& p, int64_t begin, int64_t end, float* scra
             for (int64_t k = 0; k < count; k += 32) {
                 const Panels<G> panels{queries, p.length, keys + (at + k) * p.length, 16 * p.length, p.length, scores + k, Steps::PITCH, rows, false};
                 Steps::template multiply<2>(panels);
+                for (int64_t i = 0; i < share; ++i, next += p.pitch_qkv) ask_for<false>(next, 3 * p.depth);
             }
             steps.exponentials(state, existing);
             for (int64_t c = 0; c < p.width; c += 32) {
@@ -80,7 +95,6 @@ void attend(const AttentionArguments& p, int64_t begin, int64_t end, float* scra
                 }
             }
         }
-        T* const y = static_cast<T*>(p.y) + (pixel + first) * p.pitch_y + channel;
         for (int64_t r = 0; r < rows; ++r) steps.write(sums + r * p.width, totals + 16 * r, p.depth, y + r * p.pitch_y);
     }
 }

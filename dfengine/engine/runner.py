@@ -38,11 +38,11 @@ class ProgramRunner:
     """As `ModuleRunner`, through fused kernels; what it runs is float32 or half precision from the pixels on.
 
     The model is the runner's own from then on: its weights move into the programs, which therefore never go stale.
-    backend: forces the implementation of every op but attention, which is torch's; by default on a CPU that of C++, on
-    a GPU the first that serves. tactics: "default" takes what is known of the device, "tuned" and "exhaustive" measure
-    what is not when a program is made (`dfengine.engine.tune`), for at most `tuning_seconds` each; a forced backend
-    leaves them out. buckets: whether batches are filled up to one of `BUCKETS`, as by default on a GPU, where each
-    program is captured as a CUDA graph.
+    backend: forces the implementation of every op that has a kernel for its hardware (`Op.substitute`); by default on a
+    CPU that of C++, on a GPU the first that serves. tactics: "default" takes what is known of the device, "tuned" and
+    "exhaustive" measure what is not when a program is made (`dfengine.engine.tune`), for at most `tuning_seconds` each;
+    a forced backend leaves them out. buckets: whether batches are filled up to one of `BUCKETS`, as by default on a
+    GPU, where each program is captured as a CUDA graph.
     Raises `NotLoweredError` for a configuration that has no program and `CannotRunError` where the backend does not
     serve one of its ops, and leaves the model as it was.
     """
