@@ -24,7 +24,9 @@ def results(name: str) -> Iterator[dict]:
     """The results files of this name, by device; `*` matches what it does in a glob."""
     for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
         for path in sorted(folder.glob(f"{name}.json")):
-            yield json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(content, dict):  # a check of the compiler is a list
+                yield content
 
 
 def kernel_lines(result: dict) -> Iterator[str]:
@@ -75,20 +77,20 @@ def speed_table(case: str) -> str:
     parts = []
     for result in results(f"throughput-{case}"):
         columns = [name for name in RIVALS if any(rival_ms(row, name) for row in result["rows"])]
-        heads = ["model", "batch", "precision", "dfengine, ms", "p99", "images/s", "of matmul"]
+        heads = ["model", "batch", "precision", "dfengine, ms", "p99", "images/s", "of matmul", "calls"]
         heads += [f"{name}, ms" for name in columns] + ["against the best"]
         memory = any("peak_mb" in row for row in result["rows"])
-        heads += ["peak MB (eager)"] if memory else []
+        heads += ["peak MB (autocast)"] if memory else []
         lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
         for row in result["rows"]:
             own = row["runners"]["dfengine"]
-            cells = [model_name(row), str(row["batch"]), row["precision"], f"{own['ms']:.1f}", f"{own['ms_p99']:.1f}"]
-            cells += [f"{own['images_per_second']:.1f}", f"{row['percent_of_matmul']:.0f}%"]
+            cells = [model_name(row), str(row["batch"]), row["precision"], f"{own['ms']:.1f}", f"{own['ms_p99']:.1f}" if "ms_p99" in own else ""]
+            cells += [f"{own['images_per_second']:.1f}", f"{row['percent_of_matmul']:.0f}%", str(row["runs"])]
             cells += [rival_ms(row, name) for name in columns]
             cells += [f"{row['speedup']:.2f}x" if row["speedup"] else ""]
             if memory:
                 peaks = row.get("peak_mb", {})
-                cells += [f"{peaks['dfengine']:.0f} ({peaks['eager']:.0f})" if peaks.get("eager") else ""]
+                cells += [f"{peaks['dfengine']:.0f} ({peaks['autocast']:.0f})" if peaks.get("autocast") else ""]
             lines.append(f"| {' | '.join(cells)} |")
         where = f"{result['device']}, torch {result['torch']}, {result['threads']} threads."
         parts.append(f"{where}\n\n" + "\n".join(lines))
@@ -111,8 +113,10 @@ def short_table() -> str:
     parts = []
     for result in results("throughput-detect"):
         lines = [
-            "| model | dfengine | OpenVINO | `torch.compile` | torch autocast |",
-            "| --- | --- | --- | --- | --- |",
+            f"{result['device']}:",
+            "",
+            "| model | dfengine | OpenVINO | ONNX Runtime (float32) | `torch.compile` | torch autocast |",
+            "| --- | --- | --- | --- | --- | --- |",
         ]
         for row in result["rows"]:
             if row["precision"] == "float32":
@@ -120,7 +124,7 @@ def short_table() -> str:
             own = row["runners"]["dfengine"]
             cells = [f"{model_name(row)}, batch {row['batch']}"]
             cells += [f"{own['ms']:.1f} ms, {own['images_per_second']:.0f} images/s"]
-            times = [rival_ms(row, name) for name in ("OpenVINO", "torch.compile", "autocast")]
+            times = [rival_ms(row, name) for name in ("OpenVINO", "ONNX Runtime", "torch.compile", "autocast")]
             cells += [f"{time} ms" if time else "not measured" for time in times]
             lines.append(f"| {' | '.join(cells)} |")
         parts.append("\n".join(lines))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import cv2
@@ -14,6 +12,7 @@ from torch import Tensor
 from dfengine import native
 from dfengine.checkpoint import TRIAL_IMAGES, Checkpoint, Trial
 from dfengine.devices import cpu_has_bfloat16
+from dfengine.engine.arithmetic import float32_arithmetic
 from dfengine.engine.modules import PRECISIONS, ModuleRunner
 from dfengine.engine.runner import ProgramRunner, make_runner
 from dfengine.errors import UsageError
@@ -102,23 +101,6 @@ def with_trial(checkpoint: Checkpoint, images: np.ndarray | Tensor, device: torc
     images = torch.as_tensor(images[:TRIAL_IMAGES])
     maps = trial_maps(make_runner(checkpoint.build(), device, "float32", TRIAL_SEED), images)
     return replace(checkpoint, trial=Trial(images, maps.half()) if torch.isfinite(maps).all() else None)
-
-
-@contextmanager
-def float32_arithmetic(device: torch.device, precision: str) -> Iterator[None]:
-    """On a GPU, makes float32 products exact unless `precision` is "tf32": torch's default for convolutions is TF32."""
-    if device.type != "cuda":
-        yield
-        return
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [switch.allow_tf32 for switch in switches]
-    try:
-        for switch in switches:
-            switch.allow_tf32 = precision == "tf32"
-        yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.allow_tf32 = value
 
 
 def _smooth_noise(size: int) -> Tensor:

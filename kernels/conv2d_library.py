@@ -65,7 +65,7 @@ def run_library(
     else:
         shape = (*output_shape(x, weight, resample)[:3], weight.inputs)
         p = torch.empty(shape, dtype=x.dtype, device=x.device)
-        group_norm_apply.OP(x, x2, scale, offset, prologue_act, resample, p)
+        group_norm_apply.OP.run_unforced(x, x2, scale, offset, prologue_act, resample, p)
     for_library = bias.to(x.dtype) if bias is not None and bias.ndim == 1 else None
     z = convolution(p, weight, for_library)
     if bias is not None and bias.ndim == 2:
@@ -76,7 +76,7 @@ def run_library(
     else:
         torch.add(z, _resample(residual, residual_resample), out=y)
     if moments is not None:
-        group_norm_moments.OP(y, tile_pixels, moments)
+        group_norm_moments.OP.run_unforced(y, tile_pixels, moments)
 
 
 def _can_run(x, x2, weight, bias, scale, offset, prologue_act, *rest) -> None:

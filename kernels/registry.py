@@ -28,7 +28,7 @@ FAMILIES = {
     "triton": ("triton", "cuda"),
     "cuda": ("triton", "cuda"),
     "cpu": ("cpu",),
-    "library": ("triton", "cuda", "cpu", "library"),
+    "library": ("library",),
     "reference": ("reference",),
 }
 """The backends whose absence leaves an op to torch in a program that forces one: those for the same hardware."""
@@ -102,6 +102,18 @@ class Op:
                 continue
             return name
         raise CannotRunError(f"op {self.name} on {device}: " + "; ".join(reasons))
+
+    def run_unforced(self, first: torch.Tensor, *args) -> None:
+        """Run by the first of the device's backends that serves, whatever is forced: as a part of another op."""
+        names = [name for name in PRIORITY.get(first.device.type, ("reference",)) if name in self.implementations]
+        for name in names:
+            try:
+                self.implementations[name].available(first.device.type)
+                self.implementations[name].can_run(first, *args)
+            except CannotRunError:
+                continue
+            return self.implementations[name].run(first, *args)
+        raise CannotRunError(f"op {self.name} on {first.device.type}: none of {', '.join(names)} serves")
 
     def substitute(self, backend: str | None = None) -> str | None:
         """The backend to force on this op in a program that forces `backend`, as in `choose`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from dfengine.commands.scoring import Outputs, Scoring, open_detector, report_items, say
+from dfengine.commands.scoring import Outputs, Scoring, open_detector, report_items, say, warn
 from dfengine.data.inputs import collect_inputs
 from dfengine.report.report import ReportItem, write_report
 
@@ -38,8 +38,8 @@ def run_detect(
             alarms += int(detection.pred_label.sum())
             yield from report_items(detection, lambda name: (None, None))
 
-    report = outputs.attempt(
-        lambda: write_report(
+    def report_file() -> Path:
+        return write_report(
             out,
             items(),
             scoring.refused,  # filled while the report draws its items
@@ -47,7 +47,13 @@ def run_detect(
             scoring.meta(checkpoint, ", ".join(map(str, inputs))),
             calibration=detector.calibration,
         )
-    )
+
+    try:
+        report = outputs.attempt(report_file)
+    except KeyboardInterrupt:
+        outputs.rows(rows)
+        warn(f"{len(rows)} of {len(images)} images were scored; they are in {out / 'results.csv'}")
+        raise
     outputs.rows(rows)
     say(f"{scoring.summary()}; {alarms} alarms (threshold {detector.threshold:.4g})")
     if report:

@@ -75,7 +75,7 @@ def bound_program(
     with chosen, detector.program_runner() as runner:
         if runner is None:
             raise DfengineError(f"{path}: runs as torch modules, not as a program: {_reason(checkpoint, detector)}")
-        yield Bound(path, checkpoint, runner, runner.executor(batch))
+        yield Bound(path, checkpoint, runner, runner.executor(runner.program_batch(batch)))
 
 
 def _reason(checkpoint: Checkpoint, detector: Detector) -> str:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dfengine import __version__
+from dfengine.data.images import IMAGE_SUFFIXES
 from dfengine.data.inputs import InputImage
 from dfengine.detection import Detection, write_rows
 from dfengine.detector import Detector, load
@@ -162,6 +163,16 @@ def _remove(path: Path) -> None:
         raise DfengineError(f"{path}: cannot be removed: {os_reason(error)}") from None
 
 
+def _refuse_others(out: Path) -> None:
+    """Raises `UsageError` for a folder without the marker that holds images, which the marker would hide from later
+    runs, or files of somebody else under the names of results."""
+    theirs = next((path for pattern in RESULTS for path in out.glob(pattern)), None)
+    if theirs is not None:
+        raise UsageError(f"{out}: holds {theirs.relative_to(out)}, not written by dfengine; choose another folder")
+    if any(path.suffix.lower() in IMAGE_SUFFIXES for path in out.rglob("*")):
+        raise UsageError(f"{out}: holds images; choose another folder for the results")
+
+
 class Outputs:
     """Writes results one by one: a file that cannot be written is reported once, and the rest of the run goes on."""
 
@@ -171,8 +182,11 @@ class Outputs:
             raise UsageError(f"{out}: holds images to score; choose another folder for the results")
         self.out = out
         self.failed = 0
+        marked = (out / OUTPUT_MARKER).exists()
+        if not marked and out.is_dir():
+            _refuse_others(out)
         make_folder(out)
-        if (out / OUTPUT_MARKER).exists():
+        if marked:
             # Results of an earlier run must not pass for those of this one.
             for pattern in RESULTS:
                 for leftover in out.glob(pattern):

@@ -25,7 +25,7 @@ def run_tune(
         if bound.runner.tactics is None:
             raise UsageError("DFENGINE_BACKEND is set, which leaves tactics no choice")
         for size in sizes[1:]:
-            bound.runner.executor(size)
+            bound.runner.executor(bound.runner.program_batch(size))
         print(f"{checkpoint}: {bound.title}")
         print("\n".join(found_lines(bound)))
         known = bound.runner.tactics

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,11 +20,18 @@ from dfengine.kernels.conv2d import ConvWeight
 
 def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
     """Aligned memory for an arena, uint8. Raises DfengineError where there is not enough."""
+    # On a CPU torch has no error of its own for it; on a GPU another RuntimeError is another fault.
+    errors = torch.OutOfMemoryError if device.type == "cuda" else (RuntimeError, MemoryError)
     try:
         block = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, device=device)
-    except (RuntimeError, MemoryError):  # on a CPU torch has no error of its own for it
+    except errors:
         raise DfengineError(f"{device}: no {nbytes:,} bytes for the activations; use a smaller batch_size") from None
     return block[-block.data_ptr() % ALIGNMENT :]
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)
 
 
 class Executor:
@@ -55,7 +63,7 @@ class Executor:
         self._inputs = {b.name: t for b, t in self._tensors.items() if b.role == "input"}
         self._outputs = {b.name: t for b, t in self._tensors.items() if b.role == "output"}
         self.backends = {op.name: chosen for op, (chosen, _) in zip(program.ops, self._calls, strict=True)}
-        """The implementation of each op, by its name."""
+        """The implementation of each op, with the configuration that a tactic names, by its name."""
         if ranges_wanted():
             self.annotate()
 
@@ -66,15 +74,16 @@ class Executor:
     def _bound(
         self, op: Op, backend: str | None, tactics: Tactics | None
     ) -> tuple[str, list[Callable[[], None]]]:
-        """The implementation and its call, or one call for each step where arguments are `PerStep`."""
+        """The implementation in words, and its call, or one call for each step where arguments are `PerStep`."""
         kernel = OPS[op.kernel]
         steps = [self.arguments(op, step) for step in range(op.steps)]
         tactic = tactics.find(op) if tactics else None
         if tactic and usable(op, tactic, steps[0], self.device.type):
-            chosen, options = tactic.backend, tactic.options
+            chosen, options, shown = tactic.backend, tactic.options, str(tactic)
         else:
             chosen, options = kernel.choose(*steps[0], backend=kernel.substitute(backend)), {}
-        return chosen, [kernel.implementations[chosen].bound(*arguments, **options) for arguments in steps]
+            shown = chosen
+        return shown, [kernel.implementations[chosen].bound(*arguments, **options) for arguments in steps]
 
     def arguments(self, op: Op, step: int = 0) -> list[Any]:
         """What the op's implementations are called with, in a step of its loop."""
@@ -110,7 +119,8 @@ class Executor:
 
     def _graph(self, calls: list[Callable[[], None]]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads copy meanwhile
+        # Other threads copy meanwhile, on streams of torch's pool: the capture has one that is not of it.
+        with torch.cuda.graph(graph, stream=_capture_stream(self.device), capture_error_mode="thread_local"):
             for call in calls:
                 call()
         return graph.replay

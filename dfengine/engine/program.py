@@ -235,10 +235,11 @@ class Program:
                 first, _ = spans.get(value.buffer, (index, index))
                 spans[value.buffer] = first, index
         for buffer, (first, last) in spans.items():
-            first = 0 if buffer.role == "input" else first
+            first = -1 if buffer.role == "input" else first  # before a loop that begins with the program
             for loop in self.loops:
                 if first < loop.first <= last:
                     last = max(last, loop.last - 1)
+            first = max(first, 0)
             spans[buffer] = first, len(self.ops) - 1 if buffer.role == "output" else last
         return spans
 

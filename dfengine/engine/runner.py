@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from dfengine import native
 from dfengine.engine.arena import Arena, plan
+from dfengine.engine.arithmetic import float32_arithmetic
 from dfengine.engine.execute import Executor, allocate
 from dfengine.engine.lower import Lowering, NotLoweredError
 from dfengine.engine.modules import PRECISIONS, ModuleRunner, Output
@@ -81,16 +85,21 @@ class ProgramRunner:
             self.executor(1)
             self._lowering.release()
 
-    def _plain(self):
-        """A caller's autocast changes nothing."""
-        return torch.autocast(self.device.type, enabled=False)
+    @contextmanager
+    def _plain(self) -> Iterator[None]:
+        """In the runner's arithmetic, on its device; a caller's autocast changes nothing."""
+        with float32_arithmetic(self.device, self.precision), torch.autocast(self.device.type, enabled=False):
+            yield
 
     def executor(self, batch: int) -> Executor:
         """The bound program for `batch` images; the least recently used is dropped beyond `MOST_PROGRAMS`."""
         if batch not in self._executors:
+            self._check_memory(batch)
             program = self._lowering.program(batch, self.seed)
             arena = plan(program)
             if self._block is None or self._block.nbytes < arena.nbytes:
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)  # another stream may still run on it
                 self._executors.clear()
                 self._block = None  # freed before the larger one is asked for
                 self._block = allocate(arena.nbytes, self.device)
@@ -99,6 +108,16 @@ class ProgramRunner:
             self._executors[batch] = self._made(program, arena)
         self._executors.move_to_end(batch)
         return self._executors[batch]
+
+    def _check_memory(self, batch: int) -> None:
+        """Raises DfengineError for a batch whose images alone are more than the device has memory."""
+        least = 4 * batch * self.config.image_size**2 * self.config.channels * 4  # images, x_0, x_t of both scales
+        if self.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(self.device).total_memory
+        else:
+            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if least > memory:
+            raise DfengineError(f"{self.device}: no memory for {batch} images at once; use a smaller batch_size")
 
     def _made(self, program: Program, arena: Arena) -> Executor:
         """The executor of a program: tuned where that was asked for, and captured on a GPU."""

@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import re
+import tempfile
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,9 +82,11 @@ def _tensor(shape: tuple[int, ...], dtype: torch.dtype) -> str:
 
 @functools.cache
 def _code_digest() -> str:
-    """Of the kernels' Python files and of the extension: another build, other tactics."""
+    """Of the kernels' Python and CUDA files and of the extension: another build, other tactics."""
     digest = hashlib.sha256()
     files = sorted(Path(dfengine.kernels.__file__).parent.glob("*.py"))
+    folder = native.source_folder()  # NVRTC compiles from it
+    files += sorted((*folder.glob("cuda/*"), *folder.glob("common/*")))
     if native.module is not None:
         files.append(Path(native.module.__file__))
     for path in files:
@@ -128,8 +131,12 @@ def cache_folder() -> Path:
     named = os.environ.get(CACHE)
     if named:
         return Path(named) / "tactics"
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "dfengine" / "tactics"
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "dfengine" / "tactics"
+    try:
+        return Path.home() / ".cache" / "dfengine" / "tactics"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / f"dfengine-{os.getuid()}" / "tactics"
 
 
 def file_name(device: str) -> str:

@@ -21,7 +21,7 @@ from dfengine.engine.execute import Executor
 from dfengine.engine.measure import place, trial_inputs
 from dfengine.engine.program import Op, Value
 from dfengine.engine.tactics import Tactic, Tactics
-from dfengine.engine.timing import interleaved
+from dfengine.engine.timing import interleaved, on_cuda
 from dfengine.errors import DfengineError
 from dfengine.kernels import OPS, PRIORITY
 
@@ -120,6 +120,8 @@ def _measured(executor: Executor, op: Op, arguments: list[Any], ways: list[Tacti
         try:
             call = kernel.implementations[way.backend].bound(*arguments, **way.options)
             call()
+            if device.type == "cuda":
+                on_cuda(call, [()])()  # what cannot be captured cannot be timed, nor taken
         except (DfengineError, RuntimeError) as error:
             refused.append(f"{way}: {str(error).splitlines()[0]}")
             restore()

@@ -23,5 +23,5 @@ def test_wrong_usage_is_one_line(tiny, capsys):
     assert main(["bench", str(tiny), "--precision", "float8"]) == 2
     assert main(["bench", "none.safetensors"]) == 1
     assert main(["bench", str(tiny), "--batch", "1000000000"]) == 1
-    assert "no memory for batches of 1000000000 images" in capsys.readouterr().err
-    assert "Traceback" not in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "no memory for batches of 1000000000 images" in printed and "Traceback" not in printed

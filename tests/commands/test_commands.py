@@ -15,6 +15,7 @@ from PIL import Image
 import dfengine
 from dfengine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, shipped_checkpoint
 from dfengine.cli import main
+from dfengine.commands.scoring import Scoring
 from dfengine.data.fasteners import write_fasteners
 from dfengine.data.folders import content_digest, open_dataset
 from dfengine.data.images import load_uint8
@@ -106,6 +107,31 @@ def test_heatmaps_of_an_earlier_run_are_not_scored(checkpoint, data, capsys):
     assert len(rows_of(results / "results.csv")) == len(list((results / "heatmaps").iterdir())) == 3
     assert main(["detect", str(checkpoint), str(folder), "--out", str(folder)]) == 2
     assert "choose another folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("theirs", ["results.csv", "heatmaps/00000_a.png", "site1/gray.png"])
+def test_a_folder_of_somebody_elses_is_refused_and_left(checkpoint, data, tmp_path, theirs, capsys):
+    """The marker of results would hide its images from later runs."""
+    out = tmp_path / "own"
+    (out / theirs).parent.mkdir(parents=True)
+    (out / theirs).write_text("my inspection")
+    assert main(["detect", str(checkpoint), str(data / "test"), "--out", str(out)]) == 2
+    assert "choose another folder" in capsys.readouterr().err
+    assert [path for path in out.rglob("*") if path.is_file()] == [out / theirs]
+    assert (out / theirs).read_text() == "my inspection"
+
+
+def test_an_interrupted_run_keeps_what_was_scored(checkpoint, data, tmp_path, monkeypatch, capsys):
+    out, whole = tmp_path / "out", Scoring._detections
+
+    def interrupted(self, images):
+        yield next(whole(self, images))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Scoring, "_detections", interrupted)
+    assert main(["detect", str(checkpoint), str(data / "test"), "--out", str(out), "--batch-size", "3"]) == 130
+    assert len(rows_of(out / "results.csv")) == 3
+    assert "3 of 10 images were scored" in capsys.readouterr().err
 
 
 def test_an_uncalibrated_checkpoint_is_used_with_a_warning(checkpoint, data, tmp_path, capsys):

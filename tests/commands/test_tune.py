@@ -45,6 +45,13 @@ def test_no_time_is_said(tiny, capsys):
     assert "no time for " in capsys.readouterr().out
 
 
+def test_a_batch_beyond_memory_is_refused_in_a_line(tiny, capsys):
+    for command in (["tune"], ["info", "--plan", "--no-measure"], ["verify"], ["profile"]):
+        assert main([*command, str(tiny), "--batch", "100000000"]) == 1
+        refusal = "no memory for 100000000 images at once; use a smaller batch_size"
+        assert capsys.readouterr().err == f"dfengine: cpu: {refusal}\n"
+
+
 def test_a_forced_backend_is_wrong_usage(tiny, capsys, monkeypatch):
     monkeypatch.setenv("DFENGINE_BACKEND", "cpu")
     assert main(["tune", str(tiny)]) == 2

@@ -256,6 +256,14 @@ def test_what_a_loop_finds_stays_as_long_as_it_runs():
     assert lives["down.0"][1] < loop.last - 1
 
 
+def test_an_input_outlives_a_loop_that_begins_with_the_program():
+    roles = dict(x="input", t="workspace", y="output")
+    x, t, y = (Value(Buffer(name, (64,), torch.float32, role)) for name, role in roles.items())
+    ops = [Op("a", "copy", dict(x=x, y=t), ("y",)), Op("b", "copy", dict(x=t, y=y), ("y",))]
+    lives = Program(ops, 1, torch.float32, (Loop(0, 2, 2),)).lifetimes()
+    assert lives[x.buffer] == (0, 1) and lives[t.buffer] == (0, 1)
+
+
 def test_steps_must_fit_their_loop():
     value = Value(Buffer("y", (1,), torch.float32))
     op = Op("one", "copy", dict(x=PerStep((1.0, 2.0)), y=value), ("y",))

@@ -136,6 +136,33 @@ def test_programs_take_the_known_tactic_where_it_is_usable():
     torch.testing.assert_close(got["anomaly_map"], want["anomaly_map"], rtol=0, atol=1e-5)
 
 
+def test_the_library_is_not_forced_in_its_parts(monkeypatch):
+    """DFENGINE_BACKEND is read when a detector is loaded, and not again while it runs."""
+    made, known = program(), Tactics("cpu")
+    for each in made.ops:
+        if each.kernel == "conv2d":
+            known.record(each, Tactic("library"))
+    executor, inputs = Executor(made, tactics=known), dict(images=torch.rand((1, 32, 32, 3)), threshold=torch.ones(1))
+    want = executor.run(**inputs)["anomaly_map"]
+    monkeypatch.setenv("DFENGINE_BACKEND", "triton")
+    assert torch.equal(executor.run(**inputs)["anomaly_map"], want)
+
+
+def test_a_forced_library_is_torch_for_every_op():
+    executor = Executor(program(), backend="library")
+    assert set(executor.backends.values()) == {"library", "reference"}
+    inputs = dict(images=torch.rand((1, 32, 32, 3)), threshold=torch.ones(1))
+    got, want = (e.run(**inputs)["anomaly_map"] for e in (executor, Executor(program(), backend="reference")))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+def test_without_a_home_there_is_a_cache(monkeypatch):
+    for name in (tactics_module.CACHE, "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert tactics_module.cache_folder().name == "tactics"
+
+
 def test_usable_asks_the_implementation():
     made = program()
     executor = Executor(made)
