@@ -84,7 +84,8 @@ def speed_table(case: str) -> str:
         lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
         for row in result["rows"]:
             own = row["runners"]["dfengine"]
-            cells = [model_name(row), str(row["batch"]), row["precision"], f"{own['ms']:.1f}", f"{own['ms_p99']:.1f}" if "ms_p99" in own else ""]
+            p99 = f"{own['ms_p99']:.1f}" if "ms_p99" in own else ""
+            cells = [model_name(row), str(row["batch"]), row["precision"], f"{own['ms']:.1f}", p99]
             cells += [f"{own['images_per_second']:.1f}", f"{row['percent_of_matmul']:.0f}%", str(row["runs"])]
             cells += [rival_ms(row, name) for name in columns]
             cells += [f"{row['speedup']:.2f}x" if row["speedup"] else ""]
