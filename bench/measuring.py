@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import re
-import resource
 import subprocess
 from pathlib import Path
 
@@ -54,7 +53,9 @@ def peak_memory(device: str) -> int:
     """Bytes: of this process's resident memory on a CPU, of torch's allocations on a GPU, at their highest so far."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage: its maximum is inherited from the parent.
+    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found.group(1)) * 1024
 
 
 def results_path(head: dict, name: str, folder: Path = ROOT / "bench" / "results") -> Path:

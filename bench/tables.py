@@ -80,7 +80,7 @@ def speed_table(case: str) -> str:
         heads = ["model", "batch", "precision", "dfengine, ms", "p99", "images/s", "of matmul", "calls"]
         heads += [f"{name}, ms" for name in columns] + ["against the best"]
         memory = any("peak_mb" in row for row in result["rows"])
-        heads += ["peak MB (autocast)"] if memory else []
+        heads += ["peak MB (eager)"] if memory else []
         lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
         for row in result["rows"]:
             own = row["runners"]["dfengine"]
@@ -91,7 +91,8 @@ def speed_table(case: str) -> str:
             cells += [f"{row['speedup']:.2f}x" if row["speedup"] else ""]
             if memory:
                 peaks = row.get("peak_mb", {})
-                cells += [f"{peaks['dfengine']:.0f} ({peaks['autocast']:.0f})" if peaks.get("autocast") else ""]
+                eager = peaks.get("autocast") or peaks.get("eager")  # in the same precision
+                cells += [f"{peaks['dfengine']:.0f} ({eager:.0f})" if eager else ""]
             lines.append(f"| {' | '.join(cells)} |")
         where = f"{result['device']}, torch {result['torch']}, {result['threads']} threads."
         parts.append(f"{where}\n\n" + "\n".join(lines))
