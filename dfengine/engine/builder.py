@@ -162,8 +162,10 @@ class Builder:
         residual_resample: str = "none",
         act: str = "none",
         moments: bool = False,
+        role: str = "workspace",
     ) -> Feature:
-        """act(conv(resample(norm(cat(x, x2)))) + bias) + resampled residual; `moments`: a GroupNorm will read it."""
+        """act(conv(resample(norm(cat(x, x2)))) + bias) + resampled residual, in a buffer of that role; `moments`: a
+        GroupNorm will read it."""
         fusion = self.fusion
         prologue = norm is not None or resample != "none"
         if (prologue and not fusion.prologue) or (x2 is not None and not fusion.two_sources):
@@ -172,7 +174,7 @@ class Builder:
             residual, residual_resample = self.apply(f"{name}.residual", residual, resample=residual_resample), "none"
         batch, (height, width) = x.shape[0], resampled(x.shape[1:3], resample)
         packed: ConvWeight = weight.content
-        y = self.buffer(name, (batch, height, width, packed.outputs))
+        y = self.buffer(name, (batch, height, width, packed.outputs), role=role)
         result = Feature(y, self._moments_buffer(name, y.shape) if moments and fusion.moments else None)
         taps = packed.kernel[0] * packed.kernel[1]
         self.emit(

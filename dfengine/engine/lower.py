@@ -103,20 +103,38 @@ class Lowering:
         (B, S, S), `reconstruction` (M, B, S, S, C) in [0, 1], `pred_score` (B,) and `pred_label` (B,). D noise draws
         give M = D maps, 2 D in mode "averaged".
         """
-        return _Lowered(self, batch, seed).program
+        return _Lowered(self, batch).detection(seed)
+
+    @torch.no_grad()
+    def reconstruction_program(self, batch: int) -> Program:
+        """The program that reconstructs `batch` noised images, of mode "norm-guided" with one evaluation.
+
+        Inputs, in model pixels and the program's dtype: `x_0` (B, S, S, C) and `x_t` (2B, S, S, C), scale s first.
+        Outputs: `out`, as x_t, the predicted noise; `pair` (B, S, S, 2C), what the segmentation network reads.
+        Raises ValueError for another mode.
+        """
+        if self.config.mode != "norm-guided":
+            raise ValueError(f"mode {self.config.mode!r} has no program of its reconstruction alone")
+        return _Lowered(self, batch).noised()
 
 
 class _Lowered:
     """One program in the making."""
 
-    def __init__(self, lowering: Lowering, batch: int, seed: int):
+    def __init__(self, lowering: Lowering, batch: int):
         self.of, self.config, self.batch = lowering, lowering.config, batch
         self.emitter = Builder(
             lowering.dtype, lowering.device, lowering.fusion, lowering.constants, lowering.disposable
         )
         self.loops: list[Loop] = []
         self.shift_row: Value | None = None  # of the step of a loop
-        config, b = self.config, self.emitter
+
+    def made(self) -> Program:
+        return Program(self.emitter.ops, self.batch, self.of.dtype, tuple(self.loops))
+
+    def detection(self, seed: int) -> Program:
+        """From images to scores."""
+        config, b, batch = self.config, self.emitter, self.batch
         size, channels = config.image_size, config.channels
         averaged = config.mode == "averaged"
         maps = config.noise_draws * (2 if averaged else 1)
@@ -131,7 +149,19 @@ class _Lowered:
                 self.one_evaluation(tag, draw, seed, images, pair, reconstruction)
         logits = self.segmentation(self.of.model.segmentation, Feature(pair)).value
         self.score(logits, maps)
-        self.program = Program(b.ops, batch, self.of.dtype, tuple(self.loops))
+        return self.made()
+
+    def noised(self) -> Program:
+        """From noised images to what the segmentation network reads."""
+        b, size, channels = self.emitter, self.config.image_size, self.config.channels
+        shape = (self.batch, size, size, channels)
+        x_0 = b.buffer("x_0", shape, role="input")
+        x_t = b.buffer("x_t", (2 * self.batch, *shape[1:]), role="input")
+        eps = self.reconstruction("", Feature(x_t), role="output").value
+        pair = b.buffer("pair", (*shape[:3], 2 * channels), role="output")
+        reconstruction = b.buffer("reconstruction", (1, *shape), b.precise)
+        self.one_step("one_step", (0, 2), x_0, x_t, eps, pair, reconstruction)
+        return self.made()
 
     def ingest(
         self, tag: str, draw: int, seed: int, images: Value, steps: tuple[int, int], dtype: torch.dtype | None = None
@@ -152,23 +182,29 @@ class _Lowered:
         self, tag: str, draw: int, seed: int, images: Value, pair: Value, reconstruction: Value
     ) -> None:
         """Modes "norm-guided" and "averaged": both scales in one evaluation."""
-        config, b, batch = self.config, self.emitter, self.batch
-        steps = (config.t_s, config.t_b)
-        gain, offset = GAIN[config.pixel_range]
-        a, noise_scale, weight = coefficients(self.of.alpha_bar(steps), config.guidance)
-        averaged = config.mode == "averaged"
-        x_0, x_t = self.ingest(tag, draw, seed, images, steps)
+        averaged = self.config.mode == "averaged"
+        x_0, x_t = self.ingest(tag, draw, seed, images, (self.config.t_s, self.config.t_b))
         eps = self.reconstruction(tag, Feature(x_t)).value
         scales = ((0, 1), (1, 2)) if averaged else ((0, 2),)
-        for index, (first, last) in enumerate(scales, start=draw * len(scales)):
-            part, shape = (first * batch, last * batch), (last - first, *images.shape)
-            b.emit(
-                f"{tag}one_step" + (f".{first}" if averaged else ""), "one_step", ("pair", "reconstruction"),
-                x_t=Value(x_t.buffer, part, view=shape), eps=Value(eps.buffer, part, view=shape), x_0=x_0,
-                a=a[first:last], b=noise_scale[first:last], weight=0.0 if averaged else weight,
-                gain=gain, offset=offset, pair=Value(pair.buffer, part=(index * batch, (index + 1) * batch)),
-                reconstruction=Value(reconstruction.buffer, part=(index, index + 1), view=images.shape),
-            )  # fmt: skip
+        for index, of in enumerate(scales, start=draw * len(scales)):
+            name = f"{tag}one_step" + (f".{of[0]}" if averaged else "")
+            self.one_step(name, of, x_0, x_t, eps, pair, reconstruction, index)
+
+    def one_step(
+        self, name: str, of: tuple[int, int], x_0: Value, x_t: Value, eps: Value, pair: Value, out: Value, at: int = 0
+    ) -> None:
+        """Map `at` of `pair` and of the reconstructions `out`, from the scales [first, last) `of` the evaluation."""
+        config, b, batch, (first, last) = self.config, self.emitter, self.batch, of
+        gain, offset = GAIN[config.pixel_range]
+        a, noise_scale, weight = coefficients(self.of.alpha_bar((config.t_s, config.t_b)), config.guidance)
+        part, shape = (first * batch, last * batch), (last - first, *x_0.shape)
+        b.emit(
+            name, "one_step", ("pair", "reconstruction"),
+            x_t=Value(x_t.buffer, part, view=shape), eps=Value(eps.buffer, part, view=shape), x_0=x_0,
+            a=a[first:last], b=noise_scale[first:last], weight=weight if last - first == 2 else 0.0,
+            gain=gain, offset=offset, pair=Value(pair.buffer, part=(at * batch, (at + 1) * batch)),
+            reconstruction=Value(out.buffer, part=(at, at + 1), view=x_0.shape),
+        )  # fmt: skip
 
     def chain(self, tag: str, draw: int, seed: int, images: Value, pair: Value, reconstruction: Value) -> None:
         """Mode "iterative": the reverse chain from t_b to 0, a loop; x_t stays float32, in the half for the big scale.
@@ -228,7 +264,8 @@ class _Lowered:
 
     # ---- the reconstruction network ----------------------------------------------------------------------------------
 
-    def reconstruction(self, tag: str, x: Feature) -> Feature:
+    def reconstruction(self, tag: str, x: Feature, role: str = "workspace") -> Feature:
+        """The predicted noise "out", in a buffer of that role."""
         network, b, act = self.of.model.reconstruction, self.emitter, self.config.activation
         partners: list[Feature] = []
         for index, stage in enumerate(network.down):
@@ -243,7 +280,7 @@ class _Lowered:
             partner = partners.pop()
             x = self.stage(f"{tag}up.{index}", f"up.{index}", stage, x, partner if joins else None)
         norm = b.norm(f"{tag}out.norm", network.out[0], act, x)
-        return b.conv(f"{tag}out", *self.conv_constants("out", network.out[2]), x, norm=norm)
+        return b.conv(f"{tag}out", *self.conv_constants("out", network.out[2]), x, norm=norm, role=role)
 
     def stage(
         self, name: str, weights: str, stage: nn.ModuleList, x: Feature, partner: Feature | None = None

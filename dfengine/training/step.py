@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from dfengine.diffusion import Schedule, norm_guided, one_step, to_model
 from dfengine.models import Model, ModelConfig
 from dfengine.training.config import TrainConfig
 from dfengine.training.draws import draw_noise, draw_times
+from dfengine.training.frozen import FrozenDenoiser
 from dfengine.training.losses import mask_loss, noise_loss
 from dfengine.training.precision import Precision
 
@@ -34,12 +36,13 @@ class Objective:
         self.model, self.config, self.model_config, self.precision = model, config, model_config, precision
         self.schedule = Schedule.of(model_config)
         self.scale_weight = 1.0 if config.scale_loss == "sum" else 0.5
+        self.frozen = FrozenDenoiser(model, precision) if FrozenDenoiser.serves(model, config, precision) else None
 
     def __call__(self, batch: dict[str, Tensor], stage: int, train_denoiser: bool = True) -> Losses:
         """`batch`: image uint8 (B, S, S, 3), mask uint8 (B, S, S), label (B,), position (B,), on any device.
 
         Without `train_denoiser`, stage 2 takes the reconstruction as given: only the mask loss has a gradient, and a
-        step costs about a quarter.
+        step costs about a third.
         """
         device, model = self.precision.device, self.model_config
         indices = batch["position"].tolist()
@@ -54,22 +57,32 @@ class Objective:
             return Losses(loss, loss.detach(), torch.zeros_like(loss))
 
         normal = (batch["label"] == 0).to(device, non_blocking=True)
-        with torch.set_grad_enabled(train_denoiser):
-            if model.mode == "averaged":
-                reconstruction, eps = one_step(self._eps, self.schedule, x_0, times[0], noise[0])
-                denoising = noise_loss(eps, noise[0])
-            else:
-                guided = norm_guided(self._eps, self.schedule, x_0, *times, *noise, model.guidance)
-                reconstruction = guided.reconstruction
-                denoising = self.scale_weight * (
-                    noise_loss(guided.eps_s, noise[0], normal) + noise_loss(guided.eps_b, noise[1], normal)
-                )
-        pair = torch.cat((x_0, reconstruction), dim=1)
+        if self.frozen and not train_denoiser:
+            pair, eps = self.frozen(x_0, noise)
+            denoising = self._denoising(eps.float(), noise, normal)
+        else:
+            with torch.set_grad_enabled(train_denoiser):
+                if model.mode == "averaged":
+                    reconstruction, eps = one_step(self._eps, self.schedule, x_0, times[0], noise[0])
+                    denoising = noise_loss(eps, noise[0])
+                else:
+                    guided = norm_guided(self._eps, self.schedule, x_0, *times, *noise, model.guidance)
+                    reconstruction = guided.reconstruction
+                    denoising = self._denoising((guided.eps_s, guided.eps_b), noise, normal)
+            pair = torch.cat((x_0, reconstruction), dim=1)
         with self.precision.autocast():
             logits = self.model.segmentation(pair)
         mask = (batch["mask"] > 0).to(device, non_blocking=True)[:, None]
         segmentation = mask_loss(logits, mask, self.config.focal_gamma)
         return Losses(denoising + segmentation, denoising.detach(), segmentation.detach())
+
+    def denoiser_changed(self) -> None:
+        """To be called after every change of the denoiser's weights."""
+        if self.frozen:
+            self.frozen.forget()
+
+    def _denoising(self, eps: Sequence[Tensor], noise: Tensor, normal: Tensor) -> Tensor:
+        return self.scale_weight * sum(noise_loss(*of, normal) for of in zip(eps, noise, strict=True))
 
     def _eps(self, x_t: Tensor, t: Tensor) -> Tensor:
         with self.precision.autocast():

@@ -116,6 +116,7 @@ class Trainer:
         self._update(torch.stack(losses).mean(dim=0))
         if train_denoiser:
             self.averages["reconstruction"].update()
+            self.objective.denoiser_changed()
         if stage == 2:
             self.averages["segmentation"].update()
         state.step += 1
@@ -211,6 +212,7 @@ class Trainer:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
         self.model.load_state_dict(part("model."))
+        self.objective.denoiser_changed()
         self.average.load_state_dict(part("average.") or part("model."))
         restore_optimizer(self.optimizer, self.parameters, part("optimizer."))
         for name, updates in self.state.average_updates.items():
