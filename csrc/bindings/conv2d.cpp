@@ -30,6 +30,13 @@ Multiplier multiplier_of(Product product, Level level, int64_t outputs) {
     return DFE_AT_LEVEL(level, float_multiplier)(outputs);
 }
 
+Conv2dPasses passes_of(const Conv2dArguments& p, Level level) {
+#if defined(DFE_BFLOAT16_PRODUCTS)
+    if (p.product != Product::float32) return avx512_bf16::conv2d_passes(p);
+#endif
+    return DFE_AT_LEVEL(level, conv2d_passes)(p);
+}
+
 // One call with all of its arguments, to be run any number of times. shape: (batch, height, width, outputs) of y, channels of x and of x2;
 // pitches: of x, x2, residual, y; codes: type, resample, residual_resample, prologue, activation, product; tensors: x, x2, residual, y, scale,
 // offset, bias, moments, weights, 0 for those that are absent.
@@ -54,7 +61,7 @@ public:
         if (!product_supported(p.product)) throw std::invalid_argument("this processor does not have the instructions of this product");
         if (p.product != Product::float32 && p.type != FloatType::bfloat16) throw std::invalid_argument("this product takes bfloat16");
         p.multiplier = multiplier_of(p.product, level_, block_outputs);
-        passes_ = DFE_AT_LEVEL(level_, conv2d_passes)(p);
+        passes_ = passes_of(p, level_);
     }
 
     void run(int threads) const {
@@ -122,7 +129,7 @@ int64_t plan_conv2d(Conv2dArguments& p, int threads) {
     p.split_blocks = (p.blocks + p.splits - 1) / p.splits;
     p.splits = (p.blocks + p.split_blocks - 1) / p.split_blocks;
     const int64_t band_pixels = (rows + 2 * p.margin) * p.row + 3 * p.margin + pixels;  // the last block reads past the last row
-    p.scratch_floats = 16 + pixels * p.multiplier.outputs + (band_pixels * p.padded * size + 3) / 4;
+    p.scratch_floats = 16 + 2 * pixels * p.multiplier.outputs + (band_pixels * p.padded * size + 3) / 4;
     return items * p.splits;
 }
 

@@ -255,15 +255,13 @@ void add_resampled(const Conv2dArguments& p, const Run& run) {
     }
 }
 
-// Merge the mean and the squared differences of the `pixels` values c (pixels, pitch), whose sum is given, into those of the `before` values
-// before them in their tile (Chan, Golub and LeVeque 1979).
-DFE_HD void merge(const float* c, int64_t pixels, int64_t pitch, Floats sum, int64_t before, float* mean, float* m2, int count) {
-    const Floats centre = sum * (1.0f / static_cast<float>(pixels));
-    Floats squares = {};
-    for (int64_t i = 0; i < pixels; ++i) {
-        const Floats d = load_vector(c + i * pitch) - centre;
-        squares += d * d;
-    }
+// Merge the mean and the squared differences of `pixels` values, given the sums of their differences from `centre`, one of them, and of those
+// differences' squares, into those of the `before` values before them in their tile (Chan, Golub and LeVeque 1979). The square of what centre is off
+// is at most `pixels` times the variance: subtracting it costs few digits.
+DFE_HD void merge(Floats centre, Floats sum, Floats squares, int64_t pixels, int64_t before, float* mean, float* m2, int count) {
+    const Floats off = sum * (1.0f / static_cast<float>(pixels));
+    centre += off;
+    squares = larger(Floats{}, squares - sum * off);
     Floats mean_before = {}, m2_before = {};
     if (before > 0) {
         mean_before = count == WIDTH ? load_vector(mean) : load_some(mean, count);
@@ -295,11 +293,11 @@ DFE_HD void write_chunks(const Conv2dArguments& p, const Run& run, int64_t j) {
     const T* residual = Residual ? static_cast<const T*>(p.residual) + at * p.pitch_residual + first : nullptr;
     T* y = static_cast<T*>(p.y) + at * p.pitch_y + first;
     float* c = run.c + j;
-    Floats term[Chunks], sum[Chunks];
+    Floats term[Chunks], centre[Chunks], sum[Chunks], squares[Chunks];
     for (int k = 0; k < Chunks; ++k) {
         const float* const bias = biased ? p.bias + run.n * p.bias_pitch + first + k * WIDTH : nullptr;
         term[k] = !biased ? Floats{} : Full ? load_vector(bias) : load_some(bias, count);
-        sum[k] = Floats{};
+        sum[k] = squares[k] = Floats{};
     }
     for (int64_t i = 0; i < run.pixels; ++i, c += run.pitch, y += p.pitch_y) {
         for (int k = 0; k < Chunks; ++k) {
@@ -312,15 +310,17 @@ DFE_HD void write_chunks(const Conv2dArguments& p, const Run& run, int64_t j) {
             }
             if (Moments) {
                 value = rounded(value, y);
-                store_vector(c + k * WIDTH, value);
-                sum[k] += value;
+                if (i == 0) centre[k] = value;
+                const Floats d = value - centre[k];
+                sum[k] += d;
+                squares[k] += d * d;
             }
         }
         if (Residual) residual += p.pitch_residual;
     }
     for (int k = 0; Moments && k < Chunks; ++k) {
         float* const mean = moments_of(p, run.n, pixel, first + k * WIDTH);
-        merge(run.c + j + k * WIDTH, run.pixels, run.pitch, sum[k], pixel % p.tile_pixels, mean, mean + p.outputs, count);
+        merge(centre[k], sum[k], squares[k], run.pixels, pixel % p.tile_pixels, mean, mean + p.outputs, count);
     }
 }
 
@@ -365,7 +365,8 @@ void finish(const Conv2dArguments& p, int64_t n, int64_t top, int64_t start, int
 template <typename T, typename G>
 void items(const Conv2dArguments& p, int64_t begin, int64_t end, float* scratch) {
     float* const c = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(scratch) + 63) / 64 * 64);
-    G* const band = reinterpret_cast<G*>(c + p.multiplier.most * p.multiplier.pixels * p.multiplier.outputs);
+    const int64_t sums = p.multiplier.most * p.multiplier.pixels * p.multiplier.outputs;
+    G* const band = reinterpret_cast<G*>(c + 2 * sums);
     alignas(64) char state[STATE_BYTES];
     const int64_t halo = 2 * p.margin, block_size = p.runs * p.length * p.multiplier.outputs;
     if (p.multiplier.begin != nullptr) p.multiplier.begin(p.step, state);
@@ -384,6 +385,11 @@ void items(const Conv2dArguments& p, int64_t begin, int64_t end, float* scratch)
         }
         const int64_t last = (rows - 1) * p.row + p.width, step = p.multiplier.pixels * p.multiplier.most;
         const int64_t from = split * p.split_blocks, to = from + p.split_blocks < p.blocks ? from + p.split_blocks : p.blocks;
+        // A block's sums are finished while the next one's are made: the processor has products and vectors at work together.
+        int64_t waiting = -1, waiting_stop = 0, waiting_block = 0, turn = 0;
+        const auto finish_waiting = [&]() {
+            if (waiting >= 0) finish<T>(p, n, top, waiting, waiting_stop, waiting_block, c + (turn ^ 1) * sums);
+        };
         const auto run = [&](int64_t start, int64_t block) {
             const int64_t stop = start + step < last ? start + step : last, count = (stop - start + p.multiplier.pixels - 1) / p.multiplier.pixels;
             const G* const weights = static_cast<const G*>(p.weights) + block * block_size;
@@ -398,8 +404,9 @@ void items(const Conv2dArguments& p, int64_t begin, int64_t end, float* scratch)
                 }
                 a = band;
             }
-            p.multiplier.block({a, pitch, p.starts, p.runs, p.length, weights, c, p.step, count});
-            finish<T>(p, n, top, start, stop, block, c);
+            p.multiplier.block({a, pitch, p.starts, p.runs, p.length, weights, c + turn * sums, p.step, count});
+            finish_waiting();
+            waiting = start, waiting_stop = stop, waiting_block = block, turn ^= 1;
         };
         if (p.inner_blocks) {
             for (int64_t start = 0; start < last; start += step) {
@@ -410,6 +417,7 @@ void items(const Conv2dArguments& p, int64_t begin, int64_t end, float* scratch)
                 for (int64_t start = 0; start < last; start += step) run(start, block);
             }
         }
+        finish_waiting();
     }
     if (p.multiplier.end != nullptr) p.multiplier.end(state);
 }
@@ -418,22 +426,21 @@ template <typename T>
 void moments(const Conv2dArguments& p, int64_t begin, int64_t end) {
     const int64_t size = p.height * p.width, tiles = (size + p.tile_pixels - 1) / p.tile_pixels;
     constexpr int64_t STEP = 64;
-    float values[STEP * WIDTH];
     for (int64_t tile = begin; tile < end; ++tile) {
         const int64_t n = tile / tiles, from = tile % tiles * p.tile_pixels, to = from + p.tile_pixels < size ? from + p.tile_pixels : size;
         for (int64_t pixel = from; pixel < to; pixel += STEP) {
             const int64_t pixels = to - pixel < STEP ? to - pixel : STEP;
             for (int64_t first = 0; first < p.outputs; first += WIDTH) {
                 const int count = static_cast<int>(p.outputs - first < WIDTH ? p.outputs - first : WIDTH);
-                Floats sum = {};
-                for (int64_t i = 0; i < pixels; ++i) {
-                    const T* const y = static_cast<const T*>(p.y) + (n * size + pixel + i) * p.pitch_y + first;
-                    const Floats value = count == WIDTH ? load_vector(y) : load_some(y, count);
-                    store_vector(values + i * WIDTH, value);
-                    sum += value;
+                const T* y = static_cast<const T*>(p.y) + (n * size + pixel) * p.pitch_y + first;
+                Floats centre = count == WIDTH ? load_vector(y) : load_some(y, count), sum = {}, squares = {};
+                for (int64_t i = 0; i < pixels; ++i, y += p.pitch_y) {
+                    const Floats d = (count == WIDTH ? load_vector(y) : load_some(y, count)) - centre;
+                    sum += d;
+                    squares += d * d;
                 }
                 float* const mean = moments_of(p, n, pixel, first);
-                merge(values, pixels, WIDTH, sum, pixel - from, mean, mean + p.outputs, count);
+                merge(centre, sum, squares, pixels, pixel - from, mean, mean + p.outputs, count);
             }
         }
     }

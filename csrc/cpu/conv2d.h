@@ -100,5 +100,8 @@ Conv2dPasses conv2d_passes(const Conv2dArguments&);
 namespace avx512 {
 Conv2dPasses conv2d_passes(const Conv2dArguments&);
 }
+namespace avx512_bf16 {  // for the products in bfloat16
+Conv2dPasses conv2d_passes(const Conv2dArguments&);
+}
 
 }  // namespace dfe

@@ -186,7 +186,7 @@ bool pairs_supported() {
 }
 
 bool tiles_supported() {
-    static const bool found = __builtin_cpu_supports("avx512bw") && find_tiles();
+    static const bool found = pairs_supported() && find_tiles();
     return found;
 }
 
@@ -196,8 +196,8 @@ Multiplier pairs_multiplier(int64_t outputs) {
 }
 
 Multiplier tiles_multiplier(int64_t outputs) {
-    if (outputs == 32) return {tiles_block_32, 32, 4, 32, tiles_begin_32, tiles_end};
-    return {tiles_block_16, 64, 2, 16, tiles_begin_16, tiles_end};
+    if (outputs == 32) return {tiles_block_32, 32, 2, 32, tiles_begin_32, tiles_end};
+    return {tiles_block_16, 64, 1, 16, tiles_begin_16, tiles_end};
 }
 
 }  // namespace dfe

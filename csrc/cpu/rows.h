@@ -2,9 +2,7 @@
 // affine map with the activation. In AVX-512 they are written out: the compiler would keep the sums in memory and spill around the GELU.
 #pragma once
 
-#include "../common/activation.h"
-#include "../common/convert.h"
-#include "isa.h"
+#include "vector.h"
 
 namespace dfe {
 namespace DFE_ISA {
@@ -80,48 +78,6 @@ static inline void store_32(bfloat16* y, __m512 low, __m512 high) {
 static inline void store_32(half* y, __m512 low, __m512 high) {
     store_16(y, 0xffff, low);
     store_16(y + 16, 0xffff, high);
-}
-
-// c[0] + c[1] x + ... + c[N - 1] x^(N - 1).
-template <int N>
-inline __m512 polynomial(__m512 x, const float (&c)[N]) {
-    __m512 sum = _mm512_set1_ps(c[N - 1]);
-    for (int k = N - 2; k >= 0; --k) sum = _mm512_fmadd_ps(x, sum, _mm512_set1_ps(c[k]));
-    return sum;
-}
-
-// The coefficients of the GELU in common/activation.h; for bfloat16 shorter polynomials, whose error is below 5e-5, and half of the rounding
-// for z > -3.
-template <typename T>
-struct Gelu {
-    static constexpr float exponent[7] = {-0.999993086f,  -1.15120173f,     -0.458770961f, -0.0534121022f,
-                                          0.00808071531f, -0.000769219419f, 3.30927869e-05f};
-    static constexpr float power[6] = {1.00000008f, 0.693147188f, 0.240221075f, 0.0555035711f, 0.00967603192f, 0.00133908634f};
-};
-template <>
-struct Gelu<bfloat16> {
-    static constexpr float exponent[5] = {-1.00091422f, -1.14375257f, -0.474794924f, -0.0398279354f, 0.00304152351f};
-    static constexpr float power[4] = {0.999924557f, 0.693136734f, 0.242639479f, 0.0558382829f};
-};
-
-// As activated<A> of common/activation.h, for results of type T; NaN goes through.
-template <Activation A, typename T>
-__m512 activated_16(__m512 z) {
-    if (A == Activation::gelu) {
-        const __m512 m = _mm512_min_ps(_mm512_set1_ps(6.0f), _mm512_abs_ps(z)), magic = _mm512_set1_ps(12582912.0f);
-        const __m512 exponent = polynomial(m, Gelu<T>::exponent), rounder = _mm512_add_ps(exponent, magic);
-        const __m512 power = polynomial(_mm512_sub_ps(exponent, _mm512_sub_ps(rounder, magic)), Gelu<T>::power);
-        const __m512i scaled = _mm512_add_epi32(_mm512_castps_si512(power), _mm512_slli_epi32(_mm512_castps_si512(rounder), 23));
-        return _mm512_fnmadd_ps(m, _mm512_castsi512_ps(scaled), _mm512_max_ps(_mm512_setzero_ps(), z));
-    }
-    if (A == Activation::relu) return _mm512_max_ps(_mm512_setzero_ps(), z);
-    if (A == Activation::silu) {
-        alignas(64) float values[16];
-        _mm512_store_ps(values, z);
-        for (int k = 0; k < 16; ++k) values[k] = activated<A>(values[k]);
-        return _mm512_load_ps(values);
-    }
-    return z;
 }
 
 static inline __mmask16 mask_of(int64_t left) { return left >= 16 ? 0xffff : static_cast<__mmask16>((1u << (left > 0 ? left : 0)) - 1u); }
@@ -200,8 +156,8 @@ void activate_row(const T* x, int64_t count, const float* centre, const float* s
     for (; l + 32 <= count; l += 32) {
         __m512 low = load_16(x + l), high = load_16(x + l + 16);
         if (Centred) low = _mm512_sub_ps(low, _mm512_loadu_ps(centre + l)), high = _mm512_sub_ps(high, _mm512_loadu_ps(centre + l + 16));
-        low = activated_16<A, T>(_mm512_fmadd_ps(low, _mm512_loadu_ps(scale + l), _mm512_loadu_ps(offset + l)));
-        high = activated_16<A, T>(_mm512_fmadd_ps(high, _mm512_loadu_ps(scale + l + 16), _mm512_loadu_ps(offset + l + 16)));
+        low = activated<static_cast<int>(A), digits_of<T>()>(_mm512_fmadd_ps(low, _mm512_loadu_ps(scale + l), _mm512_loadu_ps(offset + l)));
+        high = activated<static_cast<int>(A), digits_of<T>()>(_mm512_fmadd_ps(high, _mm512_loadu_ps(scale + l + 16), _mm512_loadu_ps(offset + l + 16)));
         store_32(y + l, low, high);
     }
     for (; l < count; l += 16) {
@@ -209,7 +165,7 @@ void activate_row(const T* x, int64_t count, const float* centre, const float* s
         __m512 u = load_16(x + l, mask);
         if (Centred) u = _mm512_sub_ps(u, _mm512_maskz_loadu_ps(mask, centre + l));
         u = _mm512_fmadd_ps(u, _mm512_maskz_loadu_ps(mask, scale + l), _mm512_maskz_loadu_ps(mask, offset + l));
-        store_16(y + l, mask, activated_16<A, T>(u));
+        store_16(y + l, mask, activated<static_cast<int>(A), digits_of<T>()>(u));
     }
 }
 
@@ -219,10 +175,10 @@ void activate_and_pool(const T* upper, const T* lower, int64_t stride, int64_t c
     for (int64_t l = 0; l < count; l += 16) {
         const __mmask16 mask = mask_of(count - l);
         const __m512 s = _mm512_maskz_loadu_ps(mask, scale + l), o = _mm512_maskz_loadu_ps(mask, offset + l);
-        const __m512 a = activated_16<A, T>(_mm512_fmadd_ps(load_16(upper + l, mask), s, o));
-        const __m512 b = activated_16<A, T>(_mm512_fmadd_ps(load_16(upper + stride + l, mask), s, o));
-        const __m512 c = activated_16<A, T>(_mm512_fmadd_ps(load_16(lower + l, mask), s, o));
-        const __m512 d = activated_16<A, T>(_mm512_fmadd_ps(load_16(lower + stride + l, mask), s, o));
+        const __m512 a = activated<static_cast<int>(A), digits_of<T>()>(_mm512_fmadd_ps(load_16(upper + l, mask), s, o));
+        const __m512 b = activated<static_cast<int>(A), digits_of<T>()>(_mm512_fmadd_ps(load_16(upper + stride + l, mask), s, o));
+        const __m512 c = activated<static_cast<int>(A), digits_of<T>()>(_mm512_fmadd_ps(load_16(lower + l, mask), s, o));
+        const __m512 d = activated<static_cast<int>(A), digits_of<T>()>(_mm512_fmadd_ps(load_16(lower + stride + l, mask), s, o));
         store_16(y + l, mask, _mm512_mul_ps(_mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d)), _mm512_set1_ps(0.25f)));
     }
 }
@@ -258,7 +214,7 @@ void activate_row(const T* DFE_RESTRICT x, int64_t count, const float* DFE_RESTR
                   const float* DFE_RESTRICT offset, T* DFE_RESTRICT y) {
     for (int64_t l = 0; l < count; ++l) {
         const float u = Centred ? load(x + l) - centre[l] : load(x + l);
-        store(y + l, activated<A>(u * scale[l] + offset[l]));
+        store(y + l, dfe::activated<A>(u * scale[l] + offset[l]));
     }
 }
 
@@ -266,8 +222,8 @@ template <typename T, Activation A>
 void activate_and_pool(const T* DFE_RESTRICT upper, const T* DFE_RESTRICT lower, int64_t stride, int64_t count, const float* DFE_RESTRICT scale,
                        const float* DFE_RESTRICT offset, T* DFE_RESTRICT y) {
     for (int64_t l = 0; l < count; ++l) {
-        const float a = activated<A>(load(upper + l) * scale[l] + offset[l]), b = activated<A>(load(upper + stride + l) * scale[l] + offset[l]);
-        const float c = activated<A>(load(lower + l) * scale[l] + offset[l]), d = activated<A>(load(lower + stride + l) * scale[l] + offset[l]);
+        const float a = dfe::activated<A>(load(upper + l) * scale[l] + offset[l]), b = dfe::activated<A>(load(upper + stride + l) * scale[l] + offset[l]);
+        const float c = dfe::activated<A>(load(lower + l) * scale[l] + offset[l]), d = dfe::activated<A>(load(lower + stride + l) * scale[l] + offset[l]);
         store(y + l, ((a + b) + (c + d)) * 0.25f);
     }
 }

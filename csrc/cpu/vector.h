@@ -48,13 +48,22 @@ DFE_HD Words bfloat16_words(Floats value) {
     return value == value ? nearest : Words{} + 0x7fc00000u;
 }
 
+#if defined(__AVX512F__)
+DFE_HD __m256i bfloat16_bits(Floats value) {
+#if defined(__AVX512BF16__)
+    return (__m256i)_mm512_cvtneps_pbh(value);  // subnormal numbers become 0
+#else
+    return _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(bfloat16_words(value) >> 16));
+#endif
+}
+#endif
+
 DFE_HD void store_vector(float* out, Floats value) { memcpy(out, &value, sizeof value); }
 DFE_HD void store_vector(bfloat16* out, Floats value) {
-    const Words bits = bfloat16_words(value) >> 16;
 #if defined(__AVX512F__)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(bits)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), bfloat16_bits(value));
 #else
-    const Halves narrow = __builtin_convertvector(bits, Halves);
+    const Halves narrow = __builtin_convertvector(bfloat16_words(value) >> 16, Halves);
     memcpy(out, &narrow, sizeof narrow);
 #endif
 }
@@ -86,13 +95,19 @@ DFE_HD Floats load_some(const bfloat16* in, int count) {
 }
 DFE_HD void store_some(float* out, Floats value, int count) { _mm512_mask_storeu_ps(out, first_of(count), value); }
 DFE_HD void store_some(bfloat16* out, Floats value, int count) {
-    _mm256_mask_storeu_epi16(out, first_of(count), _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(bfloat16_words(value) >> 16)));
+    _mm256_mask_storeu_epi16(out, first_of(count), bfloat16_bits(value));
 }
 #endif
 
 // What is read back after a store.
 DFE_HD Floats rounded(Floats value, const float*) { return value; }
-DFE_HD Floats rounded(Floats value, const bfloat16*) { return reinterpret_cast<Floats>(bfloat16_words(value)); }
+DFE_HD Floats rounded(Floats value, const bfloat16*) {
+#if defined(__AVX512BF16__)
+    return reinterpret_cast<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bfloat16_bits(value)), 16));
+#else
+    return reinterpret_cast<Floats>(bfloat16_words(value));
+#endif
+}
 DFE_HD Floats rounded(Floats value, const half*) {
     half bits[WIDTH];
     store_vector(bits, value);
@@ -136,26 +151,30 @@ DFE_HD Floats smaller(Floats a, Floats b) {
 #endif
 }
 
-// 2^x for x <= 0, as 2^n 2^f with a polynomial through the Chebyshev points of [-1/2, 1/2]; 2^-125 for smaller x; NaN stays.
+// 2^f for f in [-1/2, 1/2], by polynomials through its Chebyshev points.
+template <Digits D>
+DFE_HD Floats power_of_fraction(Floats f) {
+    if (D == Digits::all) return 1.00000008f + f * (0.693147188f + f * (0.240221075f + f * (0.0555035711f + f * (0.00967603192f + f * 0.00133908634f))));
+    return 0.999924557f + f * (0.693136734f + f * (0.242639479f + f * 0.055838283f));
+}
+
+// 2^x for x in [-125, 0], as 2^n 2^f: adding 1.5 * 2^23 rounds to an integer, which is left in the low bits. Of NaN, anything.
+template <Digits D>
+DFE_HD Floats power_of_two_in_range(Floats x) {
+    const Floats rounder = x + 12582912.0f, power = power_of_fraction<D>(x - (rounder - 12582912.0f));
+    return reinterpret_cast<Floats>(reinterpret_cast<Words>(power) + (reinterpret_cast<Words>(rounder) << 23));
+}
+
+// 2^x for x <= 0; 2^-125 for x below -125; NaN stays.
 template <Digits D>
 DFE_HD Floats power_of_two(Floats x) {
     x = larger(broadcast(-125.0f), x);
 #if defined(__AVX512F__)
-    const Floats n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT), f = x - n;
+    const Floats n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT);
+    return _mm512_scalef_ps(power_of_fraction<D>(x - n), n);
 #else
-    const Integers n = __builtin_convertvector(x - 0.5f, Integers);
-    const Floats f = x - __builtin_convertvector(n, Floats);
-#endif
-    Floats power;
-    if (D == Digits::all) {
-        power = 1.00000008f + f * (0.693147188f + f * (0.240221075f + f * (0.0555035711f + f * (0.00967603192f + f * 0.00133908634f))));
-    } else {
-        power = 0.999924557f + f * (0.693136734f + f * (0.242639479f + f * 0.055838283f));
-    }
-#if defined(__AVX512F__)
-    return _mm512_scalef_ps(power, n);
-#else
-    return power * reinterpret_cast<Floats>((n + 127) << 23);
+    const Floats power = power_of_two_in_range<D>(x);
+    return x == x ? power : x;
 #endif
 }
 
@@ -163,18 +182,25 @@ DFE_HD Floats magnitude_of(Floats z) { return reinterpret_cast<Floats>(reinterpr
 
 constexpr int SIGMOID = 4;  // beside those of Activation
 
-// The formulas of activation.h.
+// The formulas of activation.h, and for few digits m Phi(-m) as a polynomial in m = min(|z|, 4.25): within 4.6e-5, and within a tenth of
+// the rounding to bfloat16 where that is more.
 template <int A, Digits D>
 DFE_HD Floats activated(Floats z) {
+    if (A == static_cast<int>(Activation::gelu) && D == Digits::few) {
+        const Floats m = smaller(broadcast(4.25f), magnitude_of(z));
+        const Floats high = -0.0427231938f + m * (0.0166969113f + m * (-0.00334770139f + m * (0.000348421978f + m * -1.50023807e-05f)));
+        const Floats tail = 0.499976784f + m * (-0.399736822f + m * (0.00771080749f + m * (0.0423430167f + m * (0.0373867899f + m * high))));
+        return larger(z, Floats{}) - m * tail;
+    }
     if (A == static_cast<int>(Activation::gelu)) {
         const Floats m = smaller(broadcast(6.0f), magnitude_of(z));
         const Floats exponent =
             -0.999993086f +
             m * (-1.15120173f + m * (-0.458770961f + m * (-0.0534121022f + m * (0.00808071531f + m * (-0.000769219419f + m * 3.30927869e-05f)))));
-        return larger(z, Floats{}) - m * power_of_two<D>(exponent);
+        return larger(z, Floats{}) - m * power_of_two_in_range<D>(exponent);
     }
     if (A == static_cast<int>(Activation::silu) || A == SIGMOID) {
-        const Floats e = power_of_two<D>(magnitude_of(z) * -1.44269504f), share = (z > 0.0f ? broadcast(1.0f) : e) * reciprocal<D>(1.0f + e);
+        const Floats e = power_of_two_in_range<D>(larger(broadcast(-125.0f), magnitude_of(z) * -1.44269504f)), share = (z > 0.0f ? broadcast(1.0f) : e) * reciprocal<D>(1.0f + e);
         if (A == SIGMOID) return z == z ? share : z;  // a comparison with a NaN is false
         return z * share;
     }
