@@ -53,14 +53,24 @@ def build(name: str, size: int, seed: int, work: Path) -> StudySet:
         train, held_out = rendered(work)
     else:
         train, held_out = _real(name, seed)
-    rng = np.random.default_rng([4242, seed])
-    normals = np.stack([load_uint8(path, size) for path in held_out])
-    copies = -(-NORMALS // len(normals))
-    normals = np.concatenate([normals] * copies)[:NORMALS]
+    images, kinds, masks = anomalies(np.stack([load_uint8(path, size) for path in held_out]), [4242, seed])
+    if name == "fasteners":
+        for image, mask, defect in labelled(work, size):
+            images.append(image)
+            kinds.append("real:normal" if defect == "good" else f"real:{defect}")
+            masks.append(mask)
+    return StudySet(train, np.stack(images), tuple(kinds), np.stack(masks))
+
+
+def anomalies(held_out: np.ndarray, seed: int | list[int]) -> tuple[list[np.ndarray], list[str], list[np.ndarray]]:
+    """`images`, `kinds` and `masks` of a `StudySet` made of held-out normals, uint8 (N, S, S, 3)."""
+    rng = np.random.default_rng(seed)
+    size = held_out.shape[1]
+    copies = -(-NORMALS // len(held_out))
+    normals = np.concatenate([held_out] * copies)[:NORMALS]
     light = AugmentConfig()
     normals = np.stack([n if i < len(held_out) else augment_normal(n, rng, light) for i, n in enumerate(normals)])
     foregrounds = estimate_foreground(normals)
-
     images, kinds, masks = [], [], []
 
     def add(image: np.ndarray, kind: str, mask: np.ndarray | None = None) -> None:
@@ -86,10 +96,7 @@ def build(name: str, size: int, seed: int, work: Path) -> StudySet:
             result = synthesizer.sample(i, rng)
             if result.kind != "normal":
                 add(result.image, prefix + result.kind, result.mask)
-    if name == "fasteners":
-        for image, mask, defect in _labelled(work, size):
-            add(image, "real:normal" if defect == "good" else f"real:{defect}", mask)
-    return StudySet(train, np.stack(images), tuple(kinds), np.stack(masks))
+    return images, kinds, masks
 
 
 def _real(name: str, seed: int) -> tuple[list[Path], list[Path]]:
@@ -120,7 +127,7 @@ def rendered(work: Path) -> tuple[list[Path], list[Path]]:
     return parts[0], parts[1]
 
 
-def _labelled(work: Path, size: int) -> list[tuple[np.ndarray, np.ndarray, str]]:
+def labelled(work: Path, size: int) -> list[tuple[np.ndarray, np.ndarray, str]]:
     """(image, mask, defect) of the labelled rendered set, kept under `work`."""
     path = work / "fasteners" / f"labelled-{size}.npz"
     if not path.exists():

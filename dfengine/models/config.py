@@ -123,10 +123,14 @@ class ModelConfig:
         need(32 <= self.image_size <= 2048, "image_size must be between 32 and 2048")
 
     def replace(self, **changes: Any) -> ModelConfig:
-        """A copy with some fields changed; a new `image_size` brings its default multipliers unless given."""
-        if changes.get("image_size", self.image_size) != self.image_size and "multipliers" not in changes:
+        """A copy with some fields changed; a new `image_size` brings its default multipliers unless given, and the
+        score of a `-tiny` preset keeps its number of pixels."""
+        size = changes.get("image_size", self.image_size)
+        if size != self.image_size:
             if self.multipliers == _MULTIPLIERS.get(self.image_size):
-                changes["multipliers"] = ()
+                changes.setdefault("multipliers", ())
+            if self.preset.endswith("-tiny"):
+                changes.setdefault("top_k", self.top_k * (self.image_size / size) ** 2)
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -162,7 +166,7 @@ _METHODS: dict[str, dict[str, Any]] = {
 _SIZES: dict[str, dict[str, Any]] = {
     "": {},
     "-small": dict(base=32, seg_base=16),
-    "-tiny": dict(base=16, seg_base=16, image_size=64, pixel_range="signed"),
+    "-tiny": dict(base=16, seg_base=16, image_size=64, pixel_range="signed", top_k=800.0),  # 50 pixels of 64 x 64
 }
 PRESETS: dict[str, ModelConfig] = {
     method + size: ModelConfig(preset=method + size, **{**method_fields, **size_fields})

@@ -22,6 +22,9 @@ def test_each_method_has_three_sizes(method):
 
 
 def test_a_new_size_brings_its_multipliers():
+    assert [preset("diff-fastener-tiny", image_size=size).top_k for size in (64, 128, 256)] == [800, 200, 50]
+    assert preset("diff-fastener-tiny", image_size=128, top_k=7).top_k == 7
+    assert [preset("diff-fastener", image_size=size).top_k for size in (256, 512)] == [50, 50]
     assert preset("diff-fastener", image_size=512).multipliers == (0.5, 1, 1, 2, 2, 4, 4)
     assert preset("diff-fastener", image_size=128).multipliers == (1, 1, 2, 3, 4)
     assert preset("diff-fastener", image_size=128, multipliers=(1, 2)).multipliers == (1, 2)
