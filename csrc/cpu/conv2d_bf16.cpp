@@ -94,11 +94,12 @@ void tiles_end_block(float* c) {
     _tile_stored(3, c + 528, 128);
 }
 
-// Weights larger than the first-level cache are taken in parts, each for all pixels.
+// Weights larger than the first-level cache are taken in parts, each for all pixels; far larger ones, that few pixels take in turn, are not: then
+// putting the sums aside between parts costs more.
 void tiles_block_32(const BlockArguments& p) {
-    constexpr int64_t PART = 768;  // values of a run: 48 KiB of weights
+    constexpr int64_t PART = 768, FAR = 3456;  // values of a run: 48 and 216 KiB of weights
     const uint16_t *const a = static_cast<const uint16_t*>(p.a), *b = static_cast<const uint16_t*>(p.b);
-    if (p.runs * p.length <= PART) {
+    if (p.runs * p.length <= PART || p.runs * p.length >= FAR) {
         for (int64_t i = 0; i < p.count; ++i) {
             tiles_begin_block(nullptr, true);
             const uint16_t* weights = b;

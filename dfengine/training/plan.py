@@ -96,7 +96,8 @@ def settle(wanted: ModelConfig | Automatic, config: TrainConfig, data: Path, sta
         return replace(plan, init=config.init or plan.init)
     if isinstance(wanted, ModelConfig) or state is not None or config.recipe != "default":
         return plan
-    if plan.model != load_checkpoint(shipped_checkpoint()).config:
+    shipped = load_checkpoint(shipped_checkpoint()).config
+    if plan.model != shipped.replace(top_k=plan.model.top_k):  # how scores are taken from maps does not concern weights
         return plan
     start = "starting from the fastener weights that come with dfengine (--init none: from scratch)"
     return replace(plan, init=FASTENERS, reason=f"{plan.reason}; {start}" if plan.reason else "")
