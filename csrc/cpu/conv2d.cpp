@@ -129,6 +129,21 @@ void clear(G* out, int64_t count) {
     memset(static_cast<void*>(out), 0, static_cast<size_t>(count) * sizeof(G));
 }
 
+// `pixels` pixels of `channels` values as they are.
+template <typename T>
+void copy_pixels(const T* x, int64_t pixels, int64_t pitch, int64_t channels, T* out, int64_t out_pitch) {
+    if (pitch == channels && out_pitch == channels) {
+        memcpy(out, x, static_cast<size_t>(pixels * channels) * sizeof(T));
+        return;
+    }
+    constexpr int64_t PIECE = 32 / static_cast<int64_t>(sizeof(T));
+    const int64_t whole = channels / PIECE * PIECE;
+    for (int64_t i = 0; i < pixels; ++i, x += pitch, out += out_pitch) {
+        for (int64_t c = 0; c < whole; c += PIECE) memcpy(out + c, x + c, 32);  // of a size that the compiler knows
+        if (whole < channels) memcpy(out + whole, x + whole, static_cast<size_t>(channels - whole) * sizeof(T));
+    }
+}
+
 template <typename T, typename G>
 constexpr bool same() {
     return sizeof(T) == sizeof(G);  // float in float32, bfloat16 in bfloat16; half is never multiplied as it is
@@ -146,16 +161,13 @@ void source_row(const Conv2dArguments& p, const T* x, int64_t pitch, int64_t cha
         const T* const from = x + (n * (p.height / 2) + row / 2) * (p.width / 2) * pitch;
         apply<T, G, A>(from, p.width / 2, pitch, channels, scale, offset, out, 2 * p.padded);
         for (int64_t i = 0; i < p.width; i += 2) {
-            memcpy(out + (i + 1) * p.padded, out + i * p.padded, static_cast<size_t>(channels) * sizeof(G));
+            copy_pixels(out + i * p.padded, 1, p.padded, channels, out + (i + 1) * p.padded, p.padded);
         }
         return;
     }
     const T* const from = x + (n * p.height + row) * p.width * pitch;
     if (same<T, G>() && A == Activation::none && scale == nullptr) {
-        const bool packed = pitch == channels && p.padded == channels;
-        const int64_t pieces = packed ? 1 : p.width, size = packed ? p.width * channels : channels;
-        for (int64_t i = 0; i < pieces; ++i) memcpy(out + i * p.padded, from + i * pitch, static_cast<size_t>(size) * sizeof(G));
-        return;
+        return copy_pixels(from, p.width, pitch, channels, reinterpret_cast<T*>(out), p.padded);
     }
     apply<T, G, A>(from, p.width, pitch, channels, scale, offset, out, p.padded);
 }
