@@ -277,6 +277,25 @@ def shown(row: dict) -> str:
     return f"{row['case']} {head} {row['precision']}: {times}{tail}{memory}"
 
 
+def rows_of(path: Path, head: dict) -> list[dict]:
+    """The rows of a file that the same commit measured on the same machine, with the same library; else none."""
+    if not path.exists():
+        return []
+    before = json.loads(path.read_text(encoding="utf-8"))
+    same = all(before.get(key) == head.get(key) for key in ("device", "commit", "torch", "threads", "tactics"))
+    return before["rows"] if same else []
+
+
+def merged(kept: list[dict], rows: list[dict]) -> list[dict]:
+    """What was kept, but for what was measured again, and then the new rows."""
+
+    def named(row: dict) -> tuple:
+        return tuple(row.get(key) for key in ("case", "preset", "size", "batch", "precision"))
+
+    again = {named(row) for row in rows}
+    return [row for row in kept if named(row) not in again] + rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", choices=("detect", "unet", "waterfall"), default="detect")
@@ -291,6 +310,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="for each row")
     parser.add_argument("--memory", action="store_true", help="peak memory too, each in a process of its own")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write here instead")
+    parser.add_argument("--add", action="store_true", help="keep what the file holds of this commit and machine")
     parser.add_argument("--note", default="", help="what else ran on the machine")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -302,6 +322,7 @@ def main() -> None:
         parser.error(f"--rivals: {', '.join(unknown)}: known are {', '.join(RIVALS)}")
     head, rows = environment(arguments.device) | {"tactics": arguments.tactics, "note": arguments.note}, []
     out = arguments.json or results_path(head, f"throughput-{arguments.case}")
+    kept = rows_of(out, head) if arguments.add else []
     torch.backends.cudnn.benchmark = True  # for every runner; it means nothing on a CPU
     for name in arguments.preset:
         for size in arguments.size:
@@ -313,9 +334,9 @@ def main() -> None:
                 for precision in arguments.precision:
                     rows.append(bench(arguments.case, name, size, batch, precision, arguments))
                     print(shown(rows[-1]), flush=True)
-                    write(out, head | {"rows": rows})  # row by row, so that an end of time loses one at most
+                    write(out, head | {"rows": merged(kept, rows)})  # row by row, so that an end of time loses one at most
                     torch.compiler.reset()
-    write(out, head | {"rows": rows})
+    write(out, head | {"rows": merged(kept, rows)})
 
 
 if __name__ == "__main__":

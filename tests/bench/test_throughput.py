@@ -1,0 +1,30 @@
+"""Rows measured in several runs come together only where they can be compared."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bench import throughput
+
+HEAD = {"device": "cpu", "commit": "abc", "torch": "2", "threads": 2, "tactics": "default"}
+
+
+def row(batch: int, ms: float) -> dict:
+    return {"case": "detect", "preset": "tiny", "size": 64, "batch": batch, "precision": "float32", "ms": ms}
+
+
+def test_a_row_measured_again_takes_the_place_of_the_old(tmp_path):
+    path = tmp_path / "rows.json"
+    assert throughput.rows_of(path, HEAD) == []
+    path.write_text(json.dumps(HEAD | {"rows": [row(1, 5.0), row(2, 7.0)]}))
+    kept = throughput.rows_of(path, HEAD)
+    assert throughput.merged(kept, [row(1, 4.0), row(4, 9.0)]) == [row(2, 7.0), row(1, 4.0), row(4, 9.0)]
+
+
+@pytest.mark.parametrize("key", ["device", "commit", "torch", "threads", "tactics"])
+def test_rows_of_another_machine_or_commit_are_left(tmp_path, key):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(HEAD | {key: "other", "rows": [row(1, 5.0)]}))
+    assert throughput.rows_of(path, HEAD) == []
