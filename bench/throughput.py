@@ -334,7 +334,7 @@ def main() -> None:
                 for precision in arguments.precision:
                     rows.append(bench(arguments.case, name, size, batch, precision, arguments))
                     print(shown(rows[-1]), flush=True)
-                    write(out, head | {"rows": merged(kept, rows)})  # row by row, so that an end of time loses one at most
+                    write(out, head | {"rows": merged(kept, rows)})  # row by row: an end of time loses one at most
                     torch.compiler.reset()
     write(out, head | {"rows": merged(kept, rows)})
 
