@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file with weights, configuration, training record and calibration. No pickle.
 
-Metadata keys: `format` ("dfengine"), `version`, JSON texts `config`, `training`, `calibration`, `verified`, and `sha256`,
-the checksum of all the others and of the tensors (`_checksum`).
+Metadata keys: `format` ("dfengine"), `version`, JSON texts `config`, `training`, `calibration`, `verified`, and
+`sha256`, the checksum of all the others and of the tensors (`_checksum`).
 Tensor names: "reconstruction.*" and "segmentation.*", the state-dict names of `dfengine.models.Model`, and, both or
 neither, "trial.images" and "trial.anomaly_map". Version 2 has a trial, version 1 has none; either may lack `verified`,
 and `sha256`, which older releases did not write.
@@ -177,8 +177,8 @@ def update_checkpoint(
     """Writes `change(present)`, `present` being what the file holds now, and returns both.
 
     seen: what was read from it before, for the work that led to the change. Another process may have changed the file
-    since: what it wrote beside the weights is in `present`, and nobody writes in between. Raises `CheckpointError` where
-    the weights are not those of `seen`, so that the change would not belong to them, and as `save_checkpoint` does.
+    since: what it wrote beside the weights is in `present`, and nobody writes in between. Raises `CheckpointError`
+    where the weights are not those of `seen`, so that the change would not belong to them, and as `save_checkpoint`.
     """
     with locked(path):
         present = load_checkpoint(path)
@@ -297,7 +297,7 @@ def _checked_path(path: Any) -> Path:
         path = Path(path)
         kind = None if path.is_file() else "no such file"
     except TypeError:
-        raise ArgumentTypeError(f"a checkpoint is named by a path, not by a value of type {type(path).__name__}") from None
+        raise ArgumentTypeError(f"a checkpoint is named by a path, not by a {type(path).__name__}") from None
     except (OSError, ValueError) as error:
         reason = os_reason(error) if isinstance(error, OSError) else "not a file name"
         raise CheckpointError(f"{str(path)!r}: {reason}") from None

@@ -98,7 +98,7 @@ def locked(path: str | os.PathLike, busy: str | None = None) -> Iterator[None]:
 
     Whoever reads a file to write it changed holds this meanwhile. It is the lock of flock(2) on a hidden file beside
     `path`, gone when the block ends; the system lets go of it when the process ends in any way. The second comer waits,
-    or, with `busy`, is refused: DfengineError "PATH: BUSY". On a file system without locks there is none.
+    or, with `busy`, is refused: a DfengineError of that message. On a file system without locks there is none.
 
     Raises DfengineError, "PATH: cannot be written: REASON", where the hidden file cannot be made.
     """
@@ -131,7 +131,7 @@ def _lock(file: Path, shown: Path, busy: str | None) -> int:
                 return descriptor
         except BlockingIOError:
             os.close(descriptor)
-            raise DfengineError(f"{shown}: {busy}") from None
+            raise DfengineError(busy) from None
         except OSError as error:
             if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
                 return descriptor

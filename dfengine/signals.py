@@ -20,7 +20,7 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def _handling(handlers: dict[int, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
-    """For `with`: these handlers, where signals can be handled (the main thread) and are not ignored, as under nohup."""
+    """For `with`: these handlers, in the main thread, which alone may set them, and of signals that are not ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

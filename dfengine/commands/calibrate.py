@@ -97,7 +97,7 @@ def held_out_normals(data: Path, training: dict) -> list[Sample]:
     record = training.get("data")
     trained = record.get("trained") if isinstance(record, dict) else None
     trained = set(map(str, trained)) if isinstance(trained, list) else set()
-    unique = {content_digest(sample.path): sample for sample in reversed(normals)}
+    unique = {_digest(sample.path): sample for sample in reversed(normals)}
     if len(unique) < len(normals):
         say(f"{len(normals) - len(unique)} copies of other images are left out")
     if not dataset.train:
@@ -108,3 +108,11 @@ def held_out_normals(data: Path, training: dict) -> list[Sample]:
     if len(held_out) < len(unique):
         say(f"{len(unique) - len(held_out)} images that the model was trained on are left out")
     return held_out
+
+
+def _digest(path: Path) -> str:
+    """`content_digest`, or for what cannot be read its path: it is then refused as an image, and the others are not."""
+    try:
+        return content_digest(path)
+    except DataError:
+        return str(path)

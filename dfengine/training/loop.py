@@ -44,7 +44,6 @@ from dfengine.training.validation import run, validate, verdict
 
 MAX_VALIDATION_NORMALS = 64
 MAX_VALIDATING = 0.05  # share of a budget of minutes
-BUSY = "another run is writing into it; wait for its end, or choose another --out"
 INFERENCE_SEED = 0  # of validation and calibration: the seed that detection takes by default
 MIN_TOLERANCE = 0.005
 
@@ -100,8 +99,9 @@ def train(
     if config.threads:
         torch.set_num_threads(config.threads)
     folder = run_folder_of(Path(out))
+    busy = f"{folder}: another run is writing into it; wait for its end, or choose another --out"
     try:
-        with World(config.device) as world, locked(folder, BUSY) if world.is_main else nullcontext():
+        with World(config.device) as world, locked(folder, busy) if world.is_main else nullcontext():
             return _Run(config, model_config, Path(data), Path(out), world, resume, console).go(stop)
     finally:
         torch.set_num_threads(threads)

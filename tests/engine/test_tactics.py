@@ -143,7 +143,7 @@ def test_a_named_file_ranks_first_and_a_shipped_one_last(monkeypatch, tmp_path):
 
 def test_a_named_file_that_cannot_be_used_is_wrong_usage(monkeypatch, tmp_path):
     monkeypatch.setenv(tactics_module.FILE, str(tmp_path / "none.json"))
-    with pytest.raises(UsageError, match="none.json: No such file"):
+    with pytest.raises(UsageError, match="none.json: no such file"):
         Tactics("cpu")
     (tmp_path / "none.json").write_text(json.dumps({"format": 2}))
     with pytest.raises(UsageError, match="not a file of tactics of format 1"):
