@@ -23,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dfengine.errors import ArgumentTypeError, CheckpointError, ConfigError
+from dfengine.arguments import path_of
+from dfengine.errors import CheckpointError, ConfigError
 from dfengine.evaluation.calibration import Calibration
 from dfengine.files import atomic_path, locked, os_reason
 from dfengine.models import Model, ModelConfig
@@ -293,11 +294,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 def _checked_path(path: Any) -> Path:
     """`path` as the path of a regular file. Raises `CheckpointError`, or `ArgumentTypeError` for what is no path."""
+    path = path_of("a checkpoint", path)
     try:
-        path = Path(path)
         kind = None if path.is_file() else "no such file"
-    except TypeError:
-        raise ArgumentTypeError(f"a checkpoint is named by a path, not by a {type(path).__name__}") from None
     except (OSError, ValueError) as error:
         reason = os_reason(error) if isinstance(error, OSError) else "not a file name"
         raise CheckpointError(f"{str(path)!r}: {reason}") from None

@@ -38,8 +38,7 @@ def meanwhile(monkeypatch, act) -> None:
 
     def batches(self, images):
         monkeypatch.setattr(Scoring, "batches", whole)
-        for detection in whole(self, images):
-            yield detection
+        yield from whole(self, images)
         act()
 
     monkeypatch.setattr(Scoring, "batches", batches)
