@@ -11,7 +11,7 @@ export OMP_NUM_THREADS=1
 common="--preset diff-fastener-tiny --synthesis structural --precision bfloat16 --threads 1 --seed 0"
 
 $bin/dfengine fasteners "$work/moderate" --train 1200 --test-good 0 --per-defect 0 --seed 0
-$bin/torchrun --standalone --nproc-per-node 2 -m dfengine.cli train "$work/moderate" --out "$work/moderate.safetensors" \
+$bin/torchrun --standalone --nproc-per-node 2 -m dfengine train "$work/moderate" --out "$work/moderate.safetensors" \
     $common --minutes 36 --workers 1 --decoy 0.25 --denoiser-share 0.25 --denoiser-every 8 --inference-t-share 0.75
 $bin/dfengine fasteners "$work/all" --train 1500 --test-good 0 --per-defect 0 --seed 7000 --variety 1
 $bin/dfengine train "$work/all" --out "$work/all.safetensors" --init "$work/moderate.safetensors" \

@@ -13,12 +13,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 from dfengine._version import __version__
+from dfengine.errors import DfengineError
 
 if TYPE_CHECKING:
     from dfengine.detection import Detection
     from dfengine.detector import Detector, load
 
-__all__ = ["Detection", "Detector", "__version__", "load"]
+__all__ = ["Detection", "Detector", "DfengineError", "__version__", "load"]
 
 # Looked up on first use, so that `import dfengine` does not wait for torch.
 _LAZY = {"Detection": "dfengine.detection", "Detector": "dfengine.detector", "load": "dfengine.detector"}

@@ -1,8 +1,16 @@
-"""`python -m dfengine` is the `dfengine` command."""
+"""`python -m dfengine` and the `dfengine` command."""
 
 import sys
 
-from dfengine.cli import main
+from dfengine import signals
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    with signals.ending():
+        from dfengine.cli import main as run
+    return run(arguments)
+
 
 if __name__ == "__main__":
     sys.exit(main())

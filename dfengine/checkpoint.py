@@ -1,13 +1,18 @@
 """Checkpoints: one safetensors file with weights, configuration, training record and calibration. No pickle.
 
-Metadata keys: `format` ("dfengine"), `version`, and JSON texts `config`, `training`, `calibration`, `verified`.
+Metadata keys: `format` ("dfengine"), `version`, JSON texts `config`, `training`, `calibration`, `verified`, and
+`sha256`, the checksum of all the others and of the tensors (`_checksum`).
 Tensor names: "reconstruction.*" and "segmentation.*", the state-dict names of `dfengine.models.Model`, and, both or
-neither, "trial.images" and "trial.anomaly_map". Version 2 has a trial, version 1 has none; either may lack `verified`.
+neither, "trial.images" and "trial.anomaly_map". Version 2 has a trial, version 1 has none; either may lack `verified`,
+and `sha256`, which older releases did not write.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -18,9 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dfengine.arguments import path_of
 from dfengine.errors import CheckpointError, ConfigError
 from dfengine.evaluation.calibration import Calibration
-from dfengine.files import atomic_path
+from dfengine.files import atomic_path, locked, os_reason
 from dfengine.models import Model, ModelConfig
 
 FORMAT = "dfengine"
@@ -28,6 +34,7 @@ VERSIONS = ("1", "2")
 TRIAL_IMAGES = 4
 """The most images of a `Trial`."""
 _TRIAL = "trial."
+_SUM = "sha256"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -80,6 +87,12 @@ class Checkpoint:
         }
         return replace(self, state=state, trial=None, verified={})
 
+    def same_weights(self, other: Checkpoint) -> bool:
+        """Whether `other` is the same model with the same weights, bit for bit."""
+        if self.config != other.config or self.state.keys() != other.state.keys():
+            return False
+        return all(torch.equal(_raw(value), _raw(other.state[name])) for name, value in self.state.items())
+
     def with_calibration(self, calibration: Calibration | None) -> Checkpoint:
         """A copy with another calibration."""
         return replace(self, calibration=calibration)
@@ -112,7 +125,8 @@ def check_state(config: ModelConfig, state: dict[str, Tensor], name: str) -> Non
         if want.is_floating_point():
             if have.dtype not in _FLOATS:
                 raise CheckpointError(f"{name}: {key} has dtype {have.dtype}, expected a floating-point tensor")
-            if not torch.isfinite(have).all():
+            # The sum, which is quicker, is finite only where all values are; it may overflow where they are.
+            if not torch.isfinite(have.sum(dtype=torch.float32)) and not torch.isfinite(have).all():
                 raise CheckpointError(f"{name}: {key} holds values that are not finite")
         elif have.dtype != want.dtype:
             raise CheckpointError(f"{name}: {key} has dtype {have.dtype}, expected {want.dtype}")
@@ -151,7 +165,32 @@ def check_target(path: str | Path) -> None:
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     """Writes `checkpoint` atomically. Raises `CheckpointError` for weights that do not fit, and `DfengineError` where
     the file cannot be written.
+
+    To change what a file holds, use `update_checkpoint`.
     """
+    with locked(path):
+        _write(path, checkpoint)
+
+
+def update_checkpoint(
+    path: str | Path, seen: Checkpoint, change: Callable[[Checkpoint], Checkpoint]
+) -> tuple[Checkpoint, Checkpoint]:
+    """Writes `change(present)`, `present` being what the file holds now, and returns both.
+
+    seen: what was read from it before, for the work that led to the change. Another process may have changed the file
+    since: what it wrote beside the weights is in `present`, and nobody writes in between. Raises `CheckpointError`
+    where the weights are not those of `seen`, so that the change would not belong to them, and as `save_checkpoint`.
+    """
+    with locked(path):
+        present = load_checkpoint(path)
+        if not present.same_weights(seen):
+            raise CheckpointError(f"{path}: was given other weights meanwhile and is left as it is; run this again")
+        changed = change(present)
+        _write(path, changed)
+    return present, changed
+
+
+def _write(path: str | Path, checkpoint: Checkpoint) -> None:
     check_target(path)
     check_state(checkpoint.config, checkpoint.state, str(path))
     trial = checkpoint.trial
@@ -170,9 +209,27 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
         "calibration": json.dumps(checkpoint.calibration.to_dict() if checkpoint.calibration else None),
         "verified": json.dumps(checkpoint.verified),
     }
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    metadata[_SUM] = _checksum(metadata, tensors)
     with atomic_path(path) as temporary:
-        state = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        save_file(state, str(temporary), metadata)
+        save_file(tensors, str(temporary), metadata)
+
+
+def _raw(tensor: Tensor) -> Tensor:
+    """The bytes of a contiguous tensor in memory: uint8 (N,)."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """sha256 (hex) over metadata and contiguous CPU tensors, in the order of their names: of each entry its name and
+    text, or its name, dtype, shape and bytes. Catches what a failing disk or copy changes; it is no signature."""
+    digest = hashlib.sha256()
+    texts = sorted((key, text) for key, text in metadata.items() if key != _SUM)
+    digest.update(json.dumps(texts).encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        digest.update(memoryview(_raw(value).numpy()))
+    return digest.hexdigest()
 
 
 def _json(metadata: dict[str, str], key: str, path: Path) -> Any:
@@ -187,12 +244,10 @@ def _json(metadata: dict[str, str], key: str, path: Path) -> Any:
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Reads and checks a checkpoint; executes nothing from it.
 
-    Raises `CheckpointError` with one line for a file that is missing, truncated, not safetensors, not a dfengine
-    checkpoint, of another version, or whose tensors do not fit its configuration.
+    Raises `CheckpointError` with one line for a file that is missing, truncated, altered since it was written, not
+    safetensors, not a dfengine checkpoint, of another version, or whose tensors do not fit its configuration.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: {'is a folder, not a checkpoint' if path.is_dir() else 'no such file'}")
+    path = _checked_path(path)
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
@@ -224,8 +279,36 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     verified = _json(metadata, "verified", path) if "verified" in metadata else {}
     if not isinstance(verified, dict) or not all(isinstance(record, dict) for record in verified.values()):
         raise CheckpointError(f"{path}: metadata field 'verified' is not a table of records")
-    check_state(config, state, str(path))
+    tensors = dict(state)
+    if trial is not None:
+        tensors |= {_TRIAL + key: getattr(trial, key) for key in ("images", "anomaly_map")}
+    with ThreadPoolExecutor(1) as beside:  # either takes longer than reading the file
+        found = beside.submit(_checksum, metadata, tensors) if _SUM in metadata else None
+        check_state(config, state, str(path))
+    if found is not None and found.result() != metadata[_SUM]:
+        raise CheckpointError(
+            f"{path}: is damaged: its content is not what was written (sha256 differs); copy it again or train anew"
+        )
     return Checkpoint(config, state, training, calibration, trial, verified)
+
+
+def _checked_path(path: Any) -> Path:
+    """`path` as the path of a regular file. Raises `CheckpointError`, or `ArgumentTypeError` for what is no path."""
+    path = path_of("a checkpoint", path)
+    try:
+        kind = None if path.is_file() else "no such file"
+    except (OSError, ValueError) as error:
+        reason = os_reason(error) if isinstance(error, OSError) else "not a file name"
+        raise CheckpointError(f"{str(path)!r}: {reason}") from None
+    if kind and path.is_dir():
+        kind = "is a folder, not a checkpoint"
+    elif kind and path.is_symlink():
+        kind = "is a link to no file"
+    elif kind and path.exists():
+        kind = "is not a regular file"
+    if kind:
+        raise CheckpointError(f"{path}: {kind}")
+    return path
 
 
 def _load_trial(file: Any, config: ModelConfig, has_one: bool, path: Path) -> Trial | None:

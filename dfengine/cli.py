@@ -1,18 +1,23 @@
 """The `dfengine` command line: options, and errors turned into one line and an exit status.
 
-Exit status: 0 everything was done, 3 some images were refused, 1 nothing could be done, 2 wrong usage, 130 interrupted.
+Exit status: 0 everything was done, 3 some images were refused, 1 nothing could be done, 2 wrong usage, 130 or 143
+ended by Ctrl-C or SIGTERM.
 Each command lives in `dfengine.commands`; imports happen inside, so that `dfengine --help` is quick.
 """
 
 from __future__ import annotations
 
+import importlib
+import logging
 import sys
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from dfengine import signals
 from dfengine._version import __version__
 from dfengine.errors import DfengineError, UsageError
 from dfengine.files import os_reason
@@ -116,9 +121,7 @@ def train(
 ) -> None:
     """Train a detector from normal images alone."""
     options = dict(locals())
-    from dfengine.commands.train import run_train
-
-    _exit(run_train(**options))
+    _exit(_command("train", "run_train")(**options))
 
 
 @app.command()
@@ -140,9 +143,7 @@ def calibrate(
 ) -> None:
     """Set the alarm threshold from held-out normal images."""
     options = dict(locals())
-    from dfengine.commands.calibrate import run_calibrate
-
-    _exit(run_calibrate(**options))
+    _exit(_command("calibrate", "run_calibrate")(**options))
 
 
 @app.command()
@@ -160,9 +161,7 @@ def detect(
 ) -> None:
     """Score images; write results, heatmaps and a report."""
     options = dict(locals())
-    from dfengine.commands.detect import run_detect
-
-    _exit(run_detect(**options))
+    _exit(_command("detect", "run_detect")(**options))
 
 
 @app.command()
@@ -183,9 +182,7 @@ def evaluate(
 ) -> None:
     """Measure a detector on labelled test images."""
     options = dict(locals())
-    from dfengine.commands.evaluate import run_evaluate
-
-    _exit(run_evaluate(**options))
+    _exit(_command("evaluate", "run_evaluate")(**options))
 
 
 @app.command()
@@ -201,9 +198,7 @@ def info(
     no_measure: Annotated[bool, typer.Option("--no-measure", help="For --plan: without times.")] = False,
 ) -> None:
     """Describe a checkpoint, its program (--plan), or this installation: devices, kernels, presets."""
-    from dfengine.commands.info import run_info
-
-    run_info(checkpoint, as_json, plan, batch, device, precision, no_measure)
+    _command("info", "run_info")(checkpoint, as_json, plan, batch, device, precision, no_measure)
 
 
 @app.command()
@@ -224,15 +219,11 @@ def verify(
 ) -> None:
     """Compare the program that detects with its model, op by op; with --data, a precision with float32 on images."""
     if data is not None:
-        from dfengine.commands.verify_data import run_verify_data
-
-        _exit(run_verify_data(checkpoint, data, precision, record, batch_size, device, seed))
+        _exit(_command("verify_data", "run_verify_data")(checkpoint, data, precision, record, batch_size, device, seed))
         return
     if record:
         raise UsageError("verify: --record needs --data, the images of the comparison")
-    from dfengine.commands.verify import run_verify
-
-    _exit(run_verify(checkpoint, batch, device, precision, seed))
+    _exit(_command("verify", "run_verify")(checkpoint, batch, device, precision, seed))
 
 
 @app.command()
@@ -248,9 +239,7 @@ def tune(
     out: Annotated[Path | None, typer.Option(help="Also write what was measured here (for DFENGINE_TACTICS).")] = None,
 ) -> None:
     """Measure which kernels are quickest for a detector on this device; later runs take them."""
-    from dfengine.commands.tune import run_tune
-
-    run_tune(checkpoint, batch or [1, 16], device, precision, exhaustive, seconds, out)
+    _command("tune", "run_tune")(checkpoint, batch or [1, 16], device, precision, exhaustive, seconds, out)
 
 
 @app.command()
@@ -263,9 +252,7 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="Also write JSON here.")] = None,
 ) -> None:
     """Time detection on this machine, beside the same model as PyTorch modules."""
-    from dfengine.commands.bench import run_bench
-
-    run_bench(checkpoint, batch or [1, 16], device, precision, seconds, out)
+    _command("bench", "run_bench")(checkpoint, batch or [1, 16], device, precision, seconds, out)
 
 
 @app.command()
@@ -281,9 +268,7 @@ def profile(
 ) -> None:
     """Run the program for a profiler: a Chrome trace on a CPU; on a GPU with NVTX ranges, for nsys and ncu."""
     options = dict(locals())
-    from dfengine.commands.profile import run_profile
-
-    run_profile(**options)
+    _command("profile", "run_profile")(**options)
 
 
 @app.command()
@@ -296,9 +281,7 @@ def roofline(
 ) -> None:
     """Draw every op of the program against the ceilings that this device reaches."""
     options = dict(locals())
-    from dfengine.commands.roofline import run_roofline
-
-    run_roofline(**options)
+    _command("roofline", "run_roofline")(**options)
 
 
 @app.command()
@@ -310,9 +293,7 @@ def convert(
     heads: Annotated[int | None, typer.Option(help="Attention heads, where the file does not say it.")] = None,
 ) -> None:
     """Import public DiffusionAD weights without executing anything in the file."""
-    from dfengine.convert import convert as run_convert
-
-    typer.echo(run_convert(source, out, preset, image_size, heads))
+    typer.echo(_command("convert", "convert", "dfengine")(source, out, preset, image_size, heads))
 
 
 @app.command()
@@ -328,9 +309,7 @@ def fasteners(
     ] = 0.4,
 ) -> None:
     """Render procedural railway fasteners with exact defect masks."""
-    from dfengine.commands.fasteners import run_fasteners
-
-    run_fasteners(out, train, test_good, per_defect, size, seed, variety)
+    _command("fasteners", "run_fasteners")(out, train, test_good, per_defect, size, seed, variety)
 
 
 @app.command()
@@ -340,9 +319,13 @@ def demo(
     device: DeviceOption = "auto",
 ) -> None:
     """Render fresh fasteners, detect with the shipped checkpoint, evaluate, write the report."""
-    from dfengine.commands.demo import run_demo
+    _exit(_command("demo", "run_demo")(out, seed, device))
 
-    _exit(run_demo(out, seed, device))
+
+def _command(module: str, function: str, package: str = "dfengine.commands") -> Callable[..., Any]:
+    """What runs a command, imported now."""
+    with signals.ending():
+        return getattr(importlib.import_module(f"{package}.{module}"), function)
 
 
 def _exit(status: int) -> None:
@@ -352,11 +335,25 @@ def _exit(status: int) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status; never shows a traceback for a user's mistake."""
+    if hasattr(sys.stdout, "reconfigure"):
+        # Names of files that are not in the system's encoding are shown escaped, as on standard error.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    log, lines = logging.getLogger("dfengine"), logging.StreamHandler()
+    lines.setFormatter(logging.Formatter("dfengine: warning: %(message)s"))
+    log.addHandler(lines)
+    try:
+        with signals.raising() as signalled:
+            return _run(arguments, signalled)
+    finally:
+        log.removeHandler(lines)
+
+
+def _run(arguments: list[str] | None, signalled: Callable[[], int]) -> int:
     try:
         app(args=arguments, prog_name="dfengine")
     except SystemExit as end:
-        if end.code == 130:
-            print("dfengine: interrupted", file=sys.stderr)
+        if end.code == 130:  # typer makes it of KeyboardInterrupt
+            return signals.say_ended(signalled())
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except DfengineError as error:
         print(f"dfengine: {error}", file=sys.stderr)
@@ -369,10 +366,5 @@ def main(arguments: list[str] | None = None) -> int:
         print("dfengine: out of memory", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("dfengine: interrupted", file=sys.stderr)
-        return 130
+        return signals.say_ended(signalled())
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

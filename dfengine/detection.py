@@ -16,6 +16,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from dfengine.arguments import path_of
 from dfengine.evaluation.calibration import Calibration
 from dfengine.files import atomic_write
 
@@ -226,7 +227,7 @@ class Detection:
         """
         from PIL import Image
 
-        folder = Path(folder)
+        folder = path_of("a folder", folder)
         files = []
         for number, image in enumerate(self, start=first):
             encoded = io.BytesIO()
@@ -240,7 +241,7 @@ class Detection:
 
         Raises `DfengineError` naming the file that cannot be written.
         """
-        folder = Path(folder)
+        folder = path_of("a folder", folder)
         files = self.save_heatmaps(folder / "heatmaps")
         write_rows(folder, self.rows([file.relative_to(folder) for file in files]))
         return folder

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dfengine.arguments import whole_number
 from dfengine.checkpoint import Checkpoint, load_checkpoint
 from dfengine.data.inputs import InputImage, collect_inputs
 from dfengine.data.prefetch import Prefetch
@@ -23,7 +24,8 @@ from dfengine.engine.arithmetic import float32_arithmetic
 from dfengine.engine.modules import Output
 from dfengine.engine.runner import TACTICS, ProgramRunner
 from dfengine.engine.transfer import CudaTransfer, HostTransfer, transfer_of
-from dfengine.errors import DfengineError, ImageError, UsageError
+from dfengine.errors import ArgumentTypeError, DfengineError, ImageError, UsageError
+from dfengine.evaluation.calibration import Calibration
 from dfengine.precision import check_precision, chosen_runner
 
 MOST_WORKERS = 8
@@ -71,8 +73,10 @@ class Detector:
     ):
         if tactics not in TACTICS:
             raise UsageError(f"tactics must be one of {', '.join(TACTICS)}, not {tactics!r}")
-        if type(seed) is not int or not 0 <= seed < 2**64:
-            raise UsageError(f"seed must be a whole number from 0 to 2**64 - 1, not {seed!r}")
+        if not isinstance(checkpoint, Checkpoint):
+            kind = type(checkpoint).__name__
+            raise ArgumentTypeError(f"a Detector is made of a Checkpoint, not of a {kind}; dfengine.load takes a path")
+        seed = whole_number("seed", seed, 0, 2**64 - 1)
         self.config = checkpoint.config
         self.calibration = checkpoint.calibration
         self.training = checkpoint.training
@@ -85,9 +89,28 @@ class Detector:
         self._ran: torch.cuda.Event | None = None  # when the last batch, perhaps on another stream, is done
 
     @property
+    def calibration(self) -> Calibration | None:
+        """What the labels follow from. Setting another raises `ArgumentTypeError` where it is none."""
+        return self._calibration
+
+    @calibration.setter
+    def calibration(self, value: Calibration | None) -> None:
+        if not isinstance(value, Calibration | None):
+            kind = type(value).__name__
+            raise ArgumentTypeError(f"calibration must be a Calibration or None, not a {kind}; a number is a threshold")
+        self._calibration = value
+
+    @property
     def threshold(self) -> float | None:
-        """The raw score above which an image is an alarm; None without a calibration."""
+        """The raw score above which an image is an alarm; None without a calibration.
+
+        Setting a number from 0 to 1 takes the place of the calibration. Raises `UsageError` for another.
+        """
         return None if self.calibration is None else self.calibration.threshold
+
+    @threshold.setter
+    def threshold(self, value: float | None) -> None:
+        self.calibration = None if value is None else Calibration.by_hand(value)
 
     def __reduce__(self):
         raise TypeError("a Detector cannot be copied or pickled: load it in each process (dfengine.load)")
@@ -144,10 +167,9 @@ class Detector:
         refused images. What the iterator raises is raised here, after the images before it. Leaving the loop early
         ends the threads. Raises `UsageError` or `DataError` as `detect` does.
         """
-        for name, value, least in (("batch_size", batch_size, 1), ("prefetch", prefetch, 1), ("workers", workers, 0)):
-            if (type(value) is not int or value < least) and not (name == "workers" and value is None):
-                kind = "a positive" if least else "0 or a positive"
-                raise UsageError(f"{name} must be {kind} whole number, not {value!r}")
+        batch_size = whole_number("batch_size", batch_size, 1)
+        prefetch = whole_number("prefetch", prefetch, 1)
+        workers = None if workers is None else whole_number("workers", workers)
         endless = isinstance(source, Iterator)
         images = _draw(source) if endless else collect_inputs(source)
         if workers is None:
@@ -268,7 +290,7 @@ def _draw(items: Iterator) -> Iterator[InputImage]:
         try:
             images = collect_inputs([item])
         except UsageError as error:
-            raise UsageError(str(error).replace("batch[0]", f"batch[{i}]", 1)) from None
+            raise type(error)(str(error).replace("batch[0]", f"batch[{i}]", 1)) from None
         for image in images:
             if image.path is None and image.name.startswith("batch[0]"):
                 image.name = f"batch[{i}]" + image.name.removeprefix("batch[0]")

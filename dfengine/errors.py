@@ -12,10 +12,14 @@ class DfengineError(Exception):
     exit_code = 1
 
 
-class UsageError(DfengineError):
+class UsageError(DfengineError, ValueError):
     """Options that contradict each other or are out of range."""
 
     exit_code = 2
+
+
+class ArgumentTypeError(UsageError, TypeError):
+    """An argument of a type that means nothing there."""
 
 
 class ConfigError(DfengineError):

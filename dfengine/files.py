@@ -1,4 +1,6 @@
-"""Atomic file writing: a reader sees the old file or the whole new one, and a failure leaves the old file as it was."""
+"""Writing files that others use too: atomically, so that a reader sees the old file or the whole new one and a failure
+leaves the old one as it was; and, for a change of what a file holds, one process at a time (`locked`).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None
 
 from dfengine.errors import DfengineError
 
@@ -83,6 +90,57 @@ def atomic_write(path: str | os.PathLike, content: bytes | str) -> None:
     data = content.encode("utf-8") if isinstance(content, str) else content
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         file.write(data)
+
+
+@contextmanager
+def locked(path: str | os.PathLike, busy: str | None = None) -> Iterator[None]:
+    """For `with`: no other process or thread is in such a block for the same `path` at the same time.
+
+    Whoever reads a file to write it changed holds this meanwhile. It is the lock of flock(2) on a hidden file beside
+    `path`, gone when the block ends; the system lets go of it when the process ends in any way. The second comer waits,
+    or, with `busy`, is refused: a DfengineError of that message. On a file system without locks there is none.
+
+    Raises DfengineError, "PATH: cannot be written: REASON", where the hidden file cannot be made.
+    """
+    target = Path(os.path.realpath(path))
+    # No longer than a file name may be; that two long names may share a lock does no harm.
+    name = os.fsdecode(b"." + os.fsencode(target.name)[:240] + b".lock")
+    beside = target.with_name(name)
+    if fcntl is None:
+        yield
+        return
+    descriptor = _lock(beside, Path(path), busy)
+    try:
+        yield
+    finally:
+        _remove(beside)  # before it is let go: `_lock` tells a removed file by its inode
+        os.close(descriptor)
+
+
+def _lock(file: Path, shown: Path, busy: str | None) -> int:
+    """A descriptor of `file`, locked."""
+    while True:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise DfengineError(f"{shown}: cannot be written: {os_reason(error)}") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy is not None else 0))
+            if os.fstat(descriptor).st_nlink:
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise DfengineError(busy) from None
+        except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+                return descriptor
+            os.close(descriptor)
+            raise DfengineError(f"{shown}: cannot be locked: {os_reason(error)}") from error
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # the one before removed it while this one waited
 
 
 def _as_os_error(error: SafetensorError) -> OSError:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dfengine.checkpoint import Checkpoint, Trial, load_checkpoint, save_checkpoint
+from dfengine.checkpoint import Checkpoint, Trial, load_checkpoint, save_checkpoint, update_checkpoint
 from dfengine.errors import CheckpointError, DfengineError
-from dfengine.evaluation.calibration import calibrate
+from dfengine.evaluation.calibration import Calibration, calibrate
 from tests.helpers import tiny_config, tiny_model
 
 
@@ -62,7 +62,7 @@ def test_a_trial_and_what_was_verified_come_back(tmp_path):
     assert metadata_of(path)["version"] == "2"
     save_checkpoint(path, plain)
     assert metadata_of(path)["version"] == "1"
-    rewrite(path, verified=None)  # as an older release wrote it
+    rewrite(path, verified=None)  # as the first release wrote it
     assert load_checkpoint(path).trial is None and load_checkpoint(path).verified == {}
 
 
@@ -117,7 +117,8 @@ def test_half_precision_halves_the_file_and_keeps_vectors_exact(tmp_path):
 
 
 def rewrite(path, tensors=lambda t: t, **metadata):
-    full = metadata_of(path) | metadata
+    """As by a release that writes no checksum."""
+    full = metadata_of(path) | {"sha256": None} | metadata
     save_file(tensors(load_file(path)), path, {k: v for k, v in full.items() if v is not None})
 
 
@@ -201,6 +202,88 @@ def test_a_file_that_cannot_grow_is_refused_and_the_old_one_stays(tmp_path):
     assert done.stdout.startswith(f"{path}: cannot be written: the file is larger than")
     assert done.stdout.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"] and path.read_bytes() == before
+
+
+def test_a_changed_byte_is_noticed(tmp_path):
+    path = tmp_path / "a.safetensors"
+    calibrated = a_checkpoint().with_calibration(Calibration.by_hand(0.5))
+    save_checkpoint(path, replace(calibrated, trial=a_trial()))
+    sound = path.read_bytes()
+    load_checkpoint(path)
+    start = 8 + struct.unpack("<Q", sound[:8])[0]
+    header = json.loads(sound[8:start])
+    place = {name: start + header[name]["data_offsets"][0] for name in header if name != "__metadata__"}
+    changed = {name: bytes([sound[at] ^ 1]) for name, at in place.items()}
+    assert {"trial.images", "trial.anomaly_map", KEY} <= set(changed)
+    for name in ("trial.images", "trial.anomaly_map", KEY, max(place, key=place.get)):
+        path.write_bytes(sound[: place[name]] + changed[name] + sound[place[name] + 1 :])
+        with pytest.raises(CheckpointError, match=r"a\.safetensors: is damaged: .*sha256") as caught:
+            load_checkpoint(path)
+        assert "\n" not in str(caught.value)
+    at = sound.index(b'threshold\\": 0.5') + len('threshold\\": 0.')
+    path.write_bytes(sound[:at] + b"4" + sound[at + 1 :])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_checkpoint(path)
+    # Of an older release, which wrote no checksum, the same file is read.
+    path.write_bytes(sound)
+    rewrite(path)
+    assert "sha256" not in metadata_of(path) and load_checkpoint(path).calibration.threshold == 0.5
+
+
+def test_values_whose_sum_overflows_are_finite(tmp_path):
+    saved = a_checkpoint()
+    state = saved.state | {KEY: torch.full_like(saved.state[KEY], 3e38)}
+    save_checkpoint(tmp_path / "a.safetensors", replace(saved, state=state))
+    assert torch.equal(load_checkpoint(tmp_path / "a.safetensors").state[KEY], state[KEY])
+
+
+def test_an_update_keeps_what_another_process_wrote_meanwhile(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, a_checkpoint())
+    seen = load_checkpoint(path)
+    other, _ = update_checkpoint(path, seen, lambda present: replace(present, verified={"bfloat16": {"auroc": 1}}))
+    assert other.verified == {}
+    threshold = Calibration.by_hand(0.25)
+    update_checkpoint(path, seen, lambda present: present.with_calibration(threshold))
+    assert load_checkpoint(path).verified == {"bfloat16": {"auroc": 1}}
+    assert load_checkpoint(path).calibration == threshold
+    # Other weights: the change would not belong to them.
+    save_checkpoint(path, replace(seen, state=tiny_model(1).state_dict()))
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match="was given other weights meanwhile"):
+        update_checkpoint(path, seen, lambda present: present.with_calibration(None))
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+UPDATE = """
+import sys
+from dataclasses import replace
+from dfengine.checkpoint import load_checkpoint, update_checkpoint
+path, name = sys.argv[1:]
+seen = load_checkpoint(path)
+print("ready", flush=True)
+sys.stdin.readline()
+for turn in range(6):
+    update_checkpoint(path, seen, lambda c: replace(c, verified=c.verified | {f"{name}{turn}": {}}))
+"""
+
+
+def test_updates_of_two_processes_are_all_kept(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, a_checkpoint())
+    command = [sys.executable, "-c", UPDATE, str(path)]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    processes = [subprocess.Popen([*command, name], **pipes) for name in "ab"]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in processes:
+        process.communicate(timeout=100)
+        assert process.returncode == 0
+    assert set(load_checkpoint(path).verified) == {f"{name}{turn}" for name in "ab" for turn in range(6)}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def test_only_a_checkpoint_is_overwritten(tmp_path):

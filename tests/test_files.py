@@ -3,13 +3,16 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
 from dfengine.errors import DfengineError
-from dfengine.files import atomic_path, atomic_write
+from dfengine.files import atomic_path, atomic_write, locked
 
 
 def test_writes_bytes_and_text_and_makes_the_folder(tmp_path):
@@ -128,3 +131,72 @@ def test_a_file_system_without_fsync_is_no_failure(tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", fail)
     atomic_write(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"new"
+
+
+def test_one_block_at_a_time(tmp_path):
+    path, inside, most = tmp_path / "file", [], []
+
+    def work(name):
+        for _ in range(200):
+            with locked(path):
+                inside.append(name)
+                most.append(len(inside))
+                inside.remove(name)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) == 800 and set(most) == {1}
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_second_comer_is_refused_where_it_does_not_wait(tmp_path):
+    path, link = tmp_path / "folder" / ("x" * 255), tmp_path / "link"
+    link.symlink_to(path)
+    with locked(path):
+        for name in (path, link):
+            with pytest.raises(DfengineError, match="^in use$"), locked(name, "in use"):
+                pass
+    with locked(link, "in use"):
+        pass
+    assert os.listdir(path.parent) == []
+
+
+HOLD = """
+import sys
+from dfengine.files import locked
+with locked(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_process_that_dies_lets_go(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "file")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(DfengineError, match="in use"), locked(tmp_path / "file", "in use"):
+            pass
+        process.kill()
+    with locked(tmp_path / "file", "in use"):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_system_without_locks_is_no_failure(tmp_path, monkeypatch):
+    def fail(descriptor, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    with locked(tmp_path / "file"):
+        atomic_write(tmp_path / "file", b"new")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_folder_where_nothing_can_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DfengineError, match="file/a: cannot be written: a part of its path is a file"):
+        with locked(tmp_path / "file" / "a"):
+            pass

@@ -31,7 +31,8 @@ def test_installed_version_is_the_source_version():
 
 def test_console_script_is_installed():
     scripts = importlib.metadata.entry_points(group="console_scripts")
-    assert any(script.name == "dfengine" and script.value == "dfengine.cli:main" for script in scripts)
+    (script,) = (script for script in scripts if script.name == "dfengine")
+    assert script.load()(["--version"]) == 0
 
 
 def test_kernels_import_under_the_package():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from dfengine.checkpoint import TRIAL_IMAGES, load_checkpoint, save_checkpoint
-from dfengine.commands.scoring import Scoring, say
+from dfengine.checkpoint import TRIAL_IMAGES, Checkpoint, load_checkpoint, save_checkpoint, update_checkpoint
+from dfengine.commands.scoring import Scoring, say, warn
 from dfengine.data.folders import Sample, content_digest, open_dataset
 from dfengine.data.inputs import collect_inputs
 from dfengine.detector import Detector
@@ -38,7 +40,7 @@ def run_calibrate(
         raise UsageError("give only one of --false-alarm-rate, --alarms-per-km and --threshold")
     if data is None and threshold is None:
         raise UsageError("give a folder of normal images, or --threshold")
-    loaded = load_checkpoint(checkpoint)
+    loaded = seen = load_checkpoint(checkpoint)
     trial = loaded.trial.images if half and loaded.trial else None  # the images whose maps have to be made again
     if half:
         loaded = loaded.half()
@@ -65,7 +67,18 @@ def run_calibrate(
     if trial is not None:
         loaded = with_trial(loaded, trial, resolve_device(device))
     target = out or checkpoint
-    save_checkpoint(target, loaded.with_calibration(calibration))
+    if os.path.realpath(target) != os.path.realpath(checkpoint):
+        save_checkpoint(target, loaded.with_calibration(calibration))
+    else:
+
+        def change(present: Checkpoint) -> Checkpoint:
+            present = present.half() if half else present
+            present = present if trial is None else replace(present, trial=loaded.trial)
+            return present.with_calibration(calibration)
+
+        before, _ = update_checkpoint(target, seen, change)
+        if before.calibration != seen.calibration:
+            warn(f"{target}: another run set a threshold meanwhile; the one of this run takes its place")
     say(calibration.message)
     say(f"threshold {calibration.threshold:.6g}, written to {target}")
     return status
@@ -84,7 +97,7 @@ def held_out_normals(data: Path, training: dict) -> list[Sample]:
     record = training.get("data")
     trained = record.get("trained") if isinstance(record, dict) else None
     trained = set(map(str, trained)) if isinstance(trained, list) else set()
-    unique = {content_digest(sample.path): sample for sample in reversed(normals)}
+    unique = {_digest(sample.path): sample for sample in reversed(normals)}
     if len(unique) < len(normals):
         say(f"{len(normals) - len(unique)} copies of other images are left out")
     if not dataset.train:
@@ -95,3 +108,11 @@ def held_out_normals(data: Path, training: dict) -> list[Sample]:
     if len(held_out) < len(unique):
         say(f"{len(unique) - len(held_out)} images that the model was trained on are left out")
     return held_out
+
+
+def _digest(path: Path) -> str:
+    """`content_digest`, or for what cannot be read its path: it is then refused as an image, and the others are not."""
+    try:
+        return content_digest(path)
+    except DataError:
+        return str(path)

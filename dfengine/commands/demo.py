@@ -48,7 +48,7 @@ def run_demo(out: Path, seed: int, device: str) -> int:
     rendered = range(BASELINE_IMAGES)
     baseline = MeanStdBaseline(
         resize_unit(render_fastener(TRAINING_SEED, index, "good", split="train")[0], size, f"training fastener {index}")
-        for index in track(rendered, "baseline", console=console, transient=True)
+        for index in track(rendered, "baseline", console=console, transient=True, disable=not console.is_terminal)
     )
     scores, _ = baseline.score([load_unit(sample.path, size) for sample in dataset.test], detector.config.top_k)
     labels = np.array([sample.label for sample in dataset.test], dtype=bool)

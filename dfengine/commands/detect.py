@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from dfengine.commands.scoring import Outputs, Scoring, open_detector, report_items, say, warn
-from dfengine.data.inputs import collect_inputs
+from dfengine.commands.scoring import Outputs, Scoring, open_detector, report_items, say, say_error
+from dfengine.data.inputs import InputImage, collect_inputs
 from dfengine.report.report import ReportItem, write_report
 
 
@@ -25,8 +25,19 @@ def run_detect(
     """Scores `inputs` (files and folders) and returns the exit status: 0, 3 (some refused) or 1 (nothing scored)."""
     detector = open_detector(checkpoint, device, precision, seed, threshold)
     images = collect_inputs(inputs[0] if len(inputs) == 1 else list(inputs))
-    outputs = Outputs(out, images)
-    scoring = Scoring(detector, batch_size, original_size)
+    with Outputs(out, images) as outputs:
+        return _detect(Scoring(detector, batch_size, original_size), images, outputs, heatmaps, checkpoint, inputs)
+
+
+def _detect(
+    scoring: Scoring,
+    images: list[InputImage],
+    outputs: Outputs,
+    heatmaps: bool,
+    checkpoint: Path,
+    inputs: list[Path],
+) -> int:
+    detector, out = scoring.detector, outputs.out
     rows: list[dict] = []
     alarms = 0
 
@@ -52,7 +63,7 @@ def run_detect(
         report = outputs.attempt(report_file)
     except KeyboardInterrupt:
         outputs.rows(rows)
-        warn(f"{len(rows)} of {len(images)} images were scored; they are in {out / 'results.csv'}")
+        say_error(f"{len(rows)} of {len(images)} images were scored; they are in {out / 'results.csv'}")
         raise
     outputs.rows(rows)
     say(f"{scoring.summary()}; {alarms} alarms (threshold {detector.threshold:.4g})")

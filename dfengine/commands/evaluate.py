@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dfengine.commands.scoring import Outputs, Scoring, open_detector, report_items, say, warn
+from dfengine.commands.scoring import Outputs, Scoring, open_detector, report_items, say, say_error, warn
 from dfengine.data.folders import Dataset, Sample, open_dataset
 from dfengine.data.images import read_mask
 from dfengine.data.inputs import InputImage, collect_inputs
@@ -65,11 +65,23 @@ def evaluate_dataset(
     `group_by`: regular expression whose first group, searched in the file name, names the bootstrap unit.
     `robustness`: score the good images under mild changes too; adds robustness.csv and "robustness" to the metrics.
     """
-    samples = {str(sample.path): sample for sample in dataset.test}
-    groups = _groups(samples.values(), group_by)
-    scoring = Scoring(detector, batch_size)
+    groups = _groups(dataset.test, group_by)
     images = collect_inputs([sample.path for sample in dataset.test])
-    outputs = Outputs(out, images)
+    with Outputs(out, images) as outputs:
+        return _evaluate(Scoring(detector, batch_size), dataset, images, groups, outputs, checkpoint, robustness)
+
+
+def _evaluate(
+    scoring: Scoring,
+    dataset: Dataset,
+    images: list[InputImage],
+    groups: dict[str, str] | None,
+    outputs: Outputs,
+    checkpoint: Path,
+    robustness: bool,
+) -> tuple[int, dict[str, Any]]:
+    detector, out = scoring.detector, outputs.out
+    samples = {str(sample.path): sample for sample in dataset.test}
     with_masks = any(sample.mask for sample in dataset.test)
     size = detector.config.image_size
     budget = MAX_PIXELS / len(images)
@@ -261,7 +273,7 @@ def _mask(
         return _resize_mask(read_mask(sample.mask, image_shape), shape)
     except ImageError as error:
         scoring.refused.append((error.name, error.reason))
-        warn(f"{error}; its image is left out of the pixel metrics")
+        say_error(f"{error}; its image is left out of the pixel metrics")
         return None
 
 

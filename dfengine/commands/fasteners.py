@@ -13,11 +13,13 @@ from dfengine.errors import UsageError
 
 def run_fasteners(out: Path, train: int, test_good: int, per_defect: int, size: int, seed: int, variety: float) -> None:
     """Writes the data set with a progress bar. Raises `DfengineError` where `out` cannot be written."""
+    if not train + test_good + per_defect:
+        raise UsageError("--train, --test-good and --per-defect are all 0: there is nothing to render")
     for split in ("train", "test"):
         if (out / split).exists():
             raise UsageError(f"{out}: holds a data set already ({split}/); choose another folder, or remove it first")
     console = Console()
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("rendering fasteners", total=None)
         write_fasteners(
             out, train, test_good, per_defect, seed, size, variety,
@@ -26,5 +28,5 @@ def run_fasteners(out: Path, train: int, test_good: int, per_defect: int, size: 
     console.print(
         f"{train} normal training images, {test_good} normal and {3 * per_defect} defective test images with masks in "
         f"{out} (seed {seed})",
-        soft_wrap=True, highlight=False,
+        soft_wrap=True, highlight=False, markup=False,
     )  # fmt: skip

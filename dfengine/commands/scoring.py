@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from dfengine.detection import Detection, write_rows
 from dfengine.detector import Detector, load
 from dfengine.errors import DfengineError, UsageError
 from dfengine.evaluation.calibration import Calibration
-from dfengine.files import OUTPUT_MARKER, atomic_write, os_reason
+from dfengine.files import OUTPUT_MARKER, atomic_write, locked, os_reason
 from dfengine.report.report import ReportItem
 
 UNCALIBRATED = "the checkpoint is not calibrated: a threshold of 0.5 is used; set one with `dfengine calibrate`"
@@ -30,9 +31,14 @@ def say(text: str) -> None:
     Console(soft_wrap=True, highlight=False, markup=False).print(text)
 
 
-def warn(text: str) -> None:
-    """One line on standard error."""
+def say_error(text: str) -> None:
+    """One line on standard error: what was refused or failed."""
     print(f"dfengine: {text}", file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """One line on standard error: what was done, but may not be what is wanted."""
+    say_error(f"warning: {text}")
 
 
 def make_folder(out: Path) -> None:
@@ -86,11 +92,13 @@ class Scoring:
         """
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         start = time.perf_counter()
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        console = Console(stderr=True)
+        # A bar that is not shown would leave an empty line.
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task("scoring", total=len(images))
             for detection in self._detections(images):
                 for error in detection.errors:
-                    warn(f"{error.name}: {error.reason}")
+                    say_error(f"{error.name}: {error.reason}")
                 self.refused += [(error.name, error.reason) for error in detection.errors]
                 self.inputs_refused += len(detection.errors)
                 self.scored += len(detection)
@@ -103,7 +111,7 @@ class Scoring:
             yield from self.detector.stream(images, self.batch_size, self.original_size)
         except DfengineError as error:
             self.stopped = True
-            warn(str(error))
+            say_error(str(error))
 
     @property
     def status(self) -> int:
@@ -174,24 +182,38 @@ def _refuse_others(out: Path) -> None:
 
 
 class Outputs:
-    """Writes results one by one: a file that cannot be written is reported once, and the rest of the run goes on."""
+    """Writes results one by one: a file that cannot be written is reported once, and the rest of the run goes on.
+
+    For `with`: no other run writes into the folder meanwhile. Raises `DfengineError` where one does.
+    """
 
     def __init__(self, out: Path, images: Sequence[InputImage]):
+        self.out = out
+        self.failed = 0
+        self._images = images
+        self._held = ExitStack()
+
+    def __enter__(self) -> Outputs:
+        out, images = self.out, self._images
         target = out.resolve()
         if any(image.path is not None and target in Path(image.path).resolve().parents for image in images):
             raise UsageError(f"{out}: holds images to score; choose another folder for the results")
-        self.out = out
-        self.failed = 0
         marked = (out / OUTPUT_MARKER).exists()
         if not marked and out.is_dir():
             _refuse_others(out)
         make_folder(out)
+        busy = f"{out}: another run is writing into it; wait for its end, or choose another --out"
+        self._held.enter_context(locked(out / OUTPUT_MARKER, busy))
         if marked:
             # Results of an earlier run must not pass for those of this one.
             for pattern in RESULTS:
                 for leftover in out.glob(pattern):
                     self.attempt(lambda leftover=leftover: _remove(leftover))
         self.attempt(lambda: atomic_write(out / OUTPUT_MARKER, ""))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
 
     def attempt(self, write: Callable[[], Any]) -> Any:
         """The result of `write()`; None where it raised `DfengineError`, which is reported (the first three times)."""
@@ -200,7 +222,7 @@ class Outputs:
         except DfengineError as error:
             self.failed += 1
             if self.failed <= 3:
-                warn(str(error))
+                say_error(str(error))
             return None
 
     def heatmaps(self, detection: Detection, first: int) -> list[Path | None]:
@@ -218,5 +240,5 @@ class Outputs:
     def status(self, scoring: Scoring) -> int:
         """The command's exit status: that of the scoring, or 3 where some output could not be written."""
         if self.failed:
-            warn(f"{self.failed} output files could not be written")
+            say_error(f"{self.failed} output files could not be written")
         return scoring.status or (3 if self.failed else 0)

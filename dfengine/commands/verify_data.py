@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dfengine import __version__
-from dfengine.checkpoint import load_checkpoint, save_checkpoint
+from dfengine.checkpoint import Checkpoint, load_checkpoint, update_checkpoint
 from dfengine.commands.scoring import Scoring, say
 from dfengine.data.folders import fingerprint, open_dataset
 from dfengine.data.inputs import collect_inputs
@@ -52,12 +52,17 @@ def run_verify_data(
     _print(comparison)
     passes = not comparison.failures
     if record:
-        verified = {name: value for name, value in loaded.verified.items() if name != precision}
+        note = {}
         if passes:
             paths = [sample.path for sample in samples]
             facts = {"name": data.resolve().name, "fingerprint": fingerprint(paths), "labelled": labelled}
-            verified[precision] = _record(comparison, facts, where.type, seed)
-        save_checkpoint(checkpoint, dataclasses.replace(loaded, verified=verified))
+            note[precision] = _record(comparison, facts, where.type, seed)
+
+        def change(present: Checkpoint) -> Checkpoint:
+            others = {name: value for name, value in present.verified.items() if name != precision}
+            return dataclasses.replace(present, verified=others | note)
+
+        update_checkpoint(checkpoint, loaded, change)
     if not passes:
         raise DfengineError(f"{precision} is refused: {'; '.join(comparison.failures)}")
     say(f"{precision} passes" + (f"; noted in {checkpoint}" if record else ""))

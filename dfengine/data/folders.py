@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,8 @@ def content_digest(path: str | os.PathLike) -> str:
 
 def _content(file: Path) -> bytes:
     try:
+        if not stat.S_ISREG(file.stat().st_mode):  # reading a pipe or a device may never end
+            raise DataError(f"{file}: not a regular file")
         return hashlib.sha256(file.read_bytes()).digest()
     except OSError as error:
         raise DataError(f"{file}: {os_reason(error)}") from error
@@ -134,10 +137,31 @@ def _folder(root: Path) -> tuple[list[Sample], list[Sample]]:
     labelled = [sub.name for sub in subfolders if sub.name.lower() in GOOD_NAMES | {"train", "test", "ground_truth"}]
     if labelled and len(subfolders) > 1:
         raise DataError(f"{root}: holds folder {labelled[0]} among others; expected train/good and test/<defect>")
+    _refuse_defects(root.resolve(), root)
     images = _images(root, recursive=True)
     if not images:
         raise DataError(f"{root}: no train/good, no Data/Images (VisA), no Train + Test (DAGM), no images ({FORMATS})")
     return [Sample(path, 0, "good") for path in images], []
+
+
+def _refuse_defects(folder: Path, shown: Path) -> None:
+    """Raises `DataError` for a folder of a data set, or inside one, that holds test images, a defect or masks."""
+    if folder.name == "test" and _is_test(folder):
+        raise DataError(f"{shown}: holds the test images of {folder.parent}; give that folder, or test/good in it")
+    for inner in (folder, *folder.parents):
+        outer = inner.parent
+        if inner.name == "ground_truth" and any((outer / name).is_dir() for name in ("train", "test")):
+            raise DataError(f"{shown}: holds masks of the data set {outer}, no normal images")
+        visa = outer.name == "Images" and (outer / "Normal").is_dir()
+        if inner.name.lower() not in GOOD_NAMES and (visa or (outer.name == "test" and _is_test(outer))):
+            raise DataError(f"{shown}: holds images of the defect {inner.name!r} of a data set, no normal ones")
+
+
+def _is_test(folder: Path) -> bool:
+    """Whether a folder "test" is that of a data set in the MVTec layout, by what is in it and beside it."""
+    places = folder, folder.parent / "train"
+    good = any(sub.name.lower() in GOOD_NAMES for place in places for sub in _subfolders(place))
+    return good or (folder.parent / "ground_truth").is_dir()
 
 
 def _looks_like_dataset(folder: Path) -> bool:

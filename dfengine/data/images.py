@@ -12,6 +12,7 @@ Conventions:
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -27,6 +28,8 @@ __all__ = [
     "FORMATS", "IMAGE_SUFFIXES", "MAX_PIXELS", "MIN_SIDE", "list_images", "load_uint8", "load_unit", "natural_key",
     "read_image", "read_mask", "resize_unit", "resize_weights", "to_unit",
 ]
+
+log = logging.getLogger("dfengine")
 
 IMAGE_SUFFIXES = frozenset((".png", ".apng", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".bmp", ".webp", ".gif"))
 # Images too, but refused when read. They are listed, so that the report names them instead of passing over them.
@@ -130,8 +133,8 @@ def load_uint8(path: str | os.PathLike, size: int) -> np.ndarray:
 def list_images(folder: str | os.PathLike, recursive: bool = True) -> list[Path]:
     """The image files of a folder (by suffix), in natural order: frame2 before frame10.
 
-    Hidden names and subfolders that dfengine wrote are passed over, linked folders followed once. Whether a file is
-    readable shows when it is read.
+    Hidden names and subfolders that dfengine wrote are passed over, and so are those of ground-truth masks, with a
+    warning; linked folders are followed once. Whether a file is readable shows when it is read.
     Raises DataError when the folder is missing, unreadable or holds no image.
     """
     folder = Path(folder)
@@ -141,7 +144,7 @@ def list_images(folder: str | os.PathLike, recursive: bool = True) -> list[Path]
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: {os_reason(error)}") from error
 
-    images, seen = [], set()
+    images, masks, seen = [], [], set()
     for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         identity = os.path.realpath(parent)
         folders[:] = sorted(f for f in folders if recursive and _is_input(Path(parent, f)))
@@ -149,15 +152,27 @@ def list_images(folder: str | os.PathLike, recursive: bool = True) -> list[Path]
             folders[:] = []
             continue
         seen.add(identity)
+        masks += [Path(parent, f) for f in folders if _holds_masks(Path(parent, f))]
+        folders[:] = [f for f in folders if Path(parent, f) not in masks]
         suffixes = IMAGE_SUFFIXES | UNREADABLE_SUFFIXES
         images += [Path(parent, f) for f in files if not f.startswith(".") and Path(f).suffix.lower() in suffixes]
     if not images:
         raise DataError(f"{folder}: no image in this folder ({FORMATS})")
+    if masks:
+        named = ", ".join(map(str, masks[:3])) + (", ..." if len(masks) > 3 else "")
+        log.warning("%s: holds ground-truth masks, which are left out", named)
     return sorted(images, key=natural_key)
 
 
 def _is_input(folder: Path) -> bool:
     return not folder.name.startswith(".") and not (folder / OUTPUT_MARKER).exists()
+
+
+def _holds_masks(folder: Path) -> bool:
+    """Whether a folder is where MVTec AD, VisA or DAGM 2007 keep their masks: beside or below images."""
+    if folder.name == "Masks":
+        return (folder.parent / "Images").is_dir()
+    return folder.name == "ground_truth" or (folder.name == "Label" and (folder / "Labels.txt").is_file())
 
 
 def natural_key(path: str | os.PathLike) -> tuple:

@@ -31,7 +31,7 @@ from PIL import Image
 
 from dfengine.data.decode import check_dtype, check_range, check_size, over_black, pil_to_array
 from dfengine.data.images import list_images, read_image, resize_unit, resize_weights
-from dfengine.errors import DataError, ImageError, UsageError
+from dfengine.errors import ArgumentTypeError, DataError, ImageError, UsageError
 
 _EXPECTED = "a path, a PIL image, a NumPy array, a torch tensor, or a list of these"
 _DTYPES = (torch.uint8, torch.uint16, torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -101,8 +101,8 @@ class InputImage:
 def collect_inputs(batch: Any) -> list[InputImage]:
     """The images of a batch, in order; the module's docstring says what a batch can be.
 
-    Raises UsageError for an empty batch or an unknown type, DataError for a folder without images, ImageError for an
-    array that means nothing (dtype, rank, channels, size).
+    Raises UsageError for an empty batch, ArgumentTypeError for an unknown type, DataError for a folder without images,
+    ImageError for an array that means nothing (dtype, rank, channels, size).
     """
     if isinstance(batch, Iterator):
         batch = list(batch)
@@ -147,7 +147,7 @@ def _expand(item: Any, name: str) -> list[InputImage]:
         return _split(_tensor(_adopt(lambda: torch.from_dlpack(item), name), name), name)
     if hasattr(item, "__array__") or hasattr(item, "__array_interface__"):
         return _split(_numpy(_adopt(lambda: np.asarray(item), name), name), name)
-    raise UsageError(f"{name}: is of type {type(item).__name__}; expected {_EXPECTED}")
+    raise ArgumentTypeError(f"{name}: is of type {type(item).__name__}; expected {_EXPECTED}")
 
 
 def _place(name: str) -> str:

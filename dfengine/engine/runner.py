@@ -131,7 +131,7 @@ class ProgramRunner:
                 try:
                     self.tactics.save()
                 except DfengineError as error:
-                    log.warning("dfengine: %s: what was measured holds for this run alone", error)
+                    log.warning("%s: what was measured holds for this run alone", error)
                 executor = bound()
         if self.device.type == "cuda":
             graphs = executor.capture()

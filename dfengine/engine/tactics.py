@@ -14,11 +14,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
 import tempfile
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,11 @@ from dfengine import native
 from dfengine.devices import hardware_name
 from dfengine.engine.program import Constant, Op, Value
 from dfengine.errors import DfengineError, UsageError
-from dfengine.files import atomic_write, os_reason
+from dfengine.files import atomic_write, locked, os_reason
 from dfengine.kernels import OPS, triton_import
 from dfengine.kernels.conv2d import ConvWeight
+
+log = logging.getLogger("dfengine")
 
 FORMAT = 1
 FILE, CACHE = "DFENGINE_TACTICS", "DFENGINE_CACHE"
@@ -139,6 +141,17 @@ def cache_folder() -> Path:
         return Path(tempfile.gettempdir()) / f"dfengine-{os.getuid()}" / "tactics"
 
 
+def _cache_variable() -> str:
+    """What the user set to name the folder, before it in a message; "" where nothing is set."""
+    return f"{CACHE}={os.environ[CACHE]}: " if os.environ.get(CACHE) else ""
+
+
+@functools.cache
+def _say_unread(path: Path, reason: str) -> None:
+    """Once: every program of a detector asks."""
+    log.warning("%s%s: what was measured before is left unread: %s", _cache_variable(), path, reason)
+
+
 def file_name(device: str) -> str:
     """The name of a device's file."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
@@ -168,7 +181,7 @@ class Tactics:
         try:
             of, tactics = _read(self.path) if self.path.is_file() else ({}, {})
         except (OSError, ValueError) as error:
-            warnings.warn(f"{self.path}: measured tactics are left unread: {error}", stacklevel=2)
+            _say_unread(self.path, os_reason(error) if isinstance(error, OSError) else str(error))
             return {}
         return tactics if of == self.environment else {}
 
@@ -190,8 +203,10 @@ class Tactics:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DfengineError(f"{self.path.parent}: cannot make the folder: {os_reason(error)}") from None
-        self.write(self.path, self._remembered() | self._measured)
+            where = f"{_cache_variable()}{self.path.parent}"
+            raise DfengineError(f"{where}: cannot make the folder: {os_reason(error)}") from None
+        with locked(self.path):
+            self.write(self.path, self._remembered() | self._measured)
         return self.path
 
     def write(self, path: Path, tactics: dict[str, Tactic] | None = None) -> None:
@@ -208,7 +223,7 @@ def _named(path: Path) -> dict[str, Tactic]:
     try:
         return _read(path)[1]
     except OSError as error:
-        raise UsageError(f"{FILE}={path}: {error.strerror or error}") from None
+        raise UsageError(f"{FILE}={path}: {os_reason(error)}") from None
     except ValueError as error:
         raise UsageError(f"{FILE}={path}: {error}") from None
 
@@ -227,8 +242,8 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tactic]]:
             for key, row in content["tactics"].items()
         }
         return dict(content["environment"]), tactics
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"damaged: {error!r}") from None
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise ValueError("damaged: an entry without its fields") from None
 
 
 def usable(op: Op, tactic: Tactic, arguments: list, device: str) -> bool:

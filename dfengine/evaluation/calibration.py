@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
-from dfengine.errors import CheckpointError, DataError, UsageError
+from dfengine.arguments import real_number
+from dfengine.errors import ArgumentTypeError, CheckpointError, DataError, UsageError
 
 FASTENERS_PER_KM = 6667
 """Both rails, two fasteners a rail seat, sleepers 0.6 m apart: 4 / 0.6 m."""
@@ -70,7 +71,11 @@ class Calibration:
 
     @classmethod
     def by_hand(cls, threshold: float, scale: float = 1.0) -> Calibration:
-        """A threshold that the user sets. Raises UsageError when it is not in [0, 1]."""
+        """A threshold that the user sets. Raises UsageError when it is not in [0, 1], ArgumentTypeError when it is no
+        number."""
+        threshold, scale = real_number("the threshold", threshold), real_number("the scale", scale)
+        if not 0 <= threshold <= 1:
+            raise UsageError(f"the threshold must lie between 0 and 1, as scores do, not {threshold:g}")
         try:
             return cls(threshold, scale)
         except (TypeError, ValueError) as error:
@@ -136,11 +141,12 @@ def calibrate(
     A rate below 1 / (N + 1) cannot be estimated: the threshold is then the largest score, `estimated` is False, and
     `bound_95` is 3 / N (rule of three). Otherwise `bound_95` is the exact one: the share of normals above the k-th
     smallest of N scores follows Beta(N + 1 - k, k).
-    Raises UsageError for the rate, DataError for no scores, or scores not finite or outside [0, 1].
+    Raises UsageError for the rate, DataError for no scores, or scores not finite or outside [0, 1], ArgumentTypeError
+    where either is no number.
     """
     from scipy.special import betaincinv
 
-    false_alarm_rate = float(false_alarm_rate)
+    false_alarm_rate = real_number("the false-alarm rate", false_alarm_rate)
     if not 0 < false_alarm_rate < 1:
         raise UsageError(f"the false-alarm rate must lie between 0 and 1, not {false_alarm_rate:g}")
     ranked = np.sort(_checked(scores).ravel())
@@ -174,7 +180,10 @@ def _logit(score):
 
 
 def _checked(scores) -> np.ndarray:
-    scores = np.asarray(scores, dtype=np.float64)
+    try:
+        scores = np.asarray(scores, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ArgumentTypeError("scores must be an array of numbers") from None
     inside = (scores >= 0) & (scores <= 1)
     if not inside.all():
         raise DataError(f"a score of {scores[~inside].flat[0]:g}: scores must lie in [0, 1]")

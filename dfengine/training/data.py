@@ -27,6 +27,7 @@ from dfengine.errors import DataError, ImageError
 MIN_IMAGES = 2
 MIN_HELD_OUT = 2
 SIDES_READ, IMAGES_READ = 64, 8  # of a survey
+HELD = (signal.SIGINT, signal.SIGTERM)
 PREFETCH = 4  # batches each worker keeps ready
 
 
@@ -151,7 +152,7 @@ def batches(
         pin_memory=device.type == "cuda",
         **options,
     )
-    with _sigterm_held():
+    with _signals_held():
         return iter(loader)
 
 
@@ -179,12 +180,12 @@ class _Steps:
 
 
 @contextmanager
-def _sigterm_held() -> Iterator[None]:
-    """Keeps SIGTERM from new worker processes until `_quiet_worker` has told them what to do about it."""
+def _signals_held() -> Iterator[None]:
+    """Keeps signals from new worker processes until `_quiet_worker` has told them what to do about them."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
     try:
         yield
     finally:
@@ -198,7 +199,7 @@ def _quiet_worker(worker_id: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
     worker_init(worker_id)
 
 

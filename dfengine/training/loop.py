@@ -10,7 +10,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from dfengine.engine.modules import ModuleRunner
 from dfengine.engine.runner import make_runner
 from dfengine.errors import DfengineError, UsageError
 from dfengine.evaluation.calibration import calibrate
+from dfengine.files import locked
 from dfengine.models import ModelConfig
 from dfengine.precision import with_trial
 from dfengine.training.config import TrainConfig, start_path
@@ -87,7 +88,8 @@ def train(
 
     Raises `DataError` for data that cannot be trained on, `UsageError` for options that do not fit each other or the
     saved state, `DfengineError` for an `out` that cannot be written, `TrainingDiverged` when a loss is not finite,
-    `TrainingInterrupted` (exit code 130) after Ctrl-C, SIGTERM, `stop` or `leg_minutes`, when the state has been saved.
+    `TrainingInterrupted` (exit code 130, or 143 for SIGTERM) after Ctrl-C, SIGTERM, `stop` or `leg_minutes`, when the
+    state has been saved.
     """
     if config.workers is None:
         cpus = os.cpu_count() or 1
@@ -96,8 +98,10 @@ def train(
     threads = torch.get_num_threads()
     if config.threads:
         torch.set_num_threads(config.threads)
+    folder = run_folder_of(Path(out))
+    busy = f"{folder}: another run is writing into it; wait for its end, or choose another --out"
     try:
-        with World(config.device) as world:
+        with World(config.device) as world, locked(folder, busy) if world.is_main else nullcontext():
             return _Run(config, model_config, Path(data), Path(out), world, resume, console).go(stop)
     finally:
         torch.set_num_threads(threads)
@@ -156,7 +160,7 @@ class _Run:
             self.runner.config = model_config.replace(mode="norm-guided")
         self._validated: dict[str, float] = {}
         self._validating = 0.0  # seconds
-        self._signalled = False
+        self._signalled = 0  # the signal that asked to stop
         self.clock = Clock(state.elapsed)
 
     @property
@@ -193,7 +197,7 @@ class _Run:
         while True:
             if config.leg_minutes is not None and self.clock.this_process >= 60 * config.leg_minutes:
                 asked = True
-            interrupted, state.elapsed = self.world.agree(asked or self._signalled, self.clock.elapsed)
+            interrupted, state.elapsed = self.world.agree(asked or bool(self._signalled), self.clock.elapsed)
             progress = self.budget.progress(state.step, state.elapsed)
             due = int(progress * config.validations) > int(before * config.validations)
             if state.step > logged_step and (due or state.step % config.log_every == 0):
@@ -213,10 +217,12 @@ class _Run:
                 if log:
                     self.trainer.save(self.state_path)
                 self.world.barrier()  # nobody may go on, and perhaps resume, before the state is there
-                raise TrainingInterrupted(
+                stopped = TrainingInterrupted(
                     f"training stopped at step {state.step} ({100 * progress:.1f}%); the state is saved in "
                     f"{self.folder}: the same command with --resume goes on"
                 )
+                stopped.exit_code = 128 + (self._signalled or signal.SIGINT)
+                raise stopped
             self.trainer.step(stage_of(config, progress), progress)
             asked = stop is not None and stop(state.step)
             before = progress
@@ -369,7 +375,7 @@ class _Run:
         def ask(number: int, _: Any) -> None:
             if self._signalled and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self._signalled = self.trainer.stopping = True
+            self._signalled, self.trainer.stopping = number, True
 
         if threading.current_thread() is not threading.main_thread():
             yield

@@ -21,13 +21,16 @@ def run_folder_of(out: Path) -> Path:
 def check_outputs(out: Path, *sources: Path, resume: bool = False) -> None:
     """Refuses an `out` that training would fail to write hours later, or that would change what is read from `sources`.
 
-    Missing folders above `out` are made; `out` itself is left as it is. Raises `UsageError` for a name that cannot
-    be, or a checkpoint that is there already (unless the run is to `resume`), and `DfengineError` for another file or a
-    folder in its place, or one that cannot be written.
+    Missing folders above `out` are made; `out` itself is left as it is. Raises `UsageError` for a name that cannot be,
+    or, unless the run is to `resume`, a checkpoint that is there already or has the same run folder, and
+    `DfengineError` for another file or a folder in its place, or one that cannot be written.
     """
     check_target(out)
     if out.is_file() and not resume:
         raise UsageError(f"{out}: is there already; choose another --out, or remove it first")
+    twin = out.with_name(out.name.removesuffix(SUFFIX) if out.suffix == SUFFIX else out.name + SUFFIX)
+    if twin.is_file() and not resume:
+        raise UsageError(f"{out}: would share the run folder {run_folder_of(out)} with {twin}; choose another --out")
     if out.name.lower().endswith(RUN_SUFFIX):
         raise UsageError(f"{out}: is the name of a run folder; name the checkpoint {out.with_suffix(SUFFIX).name}")
     for source in sources:

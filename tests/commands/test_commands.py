@@ -4,6 +4,8 @@ import csv
 import errno
 import json
 import os
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,17 +123,24 @@ def test_a_folder_of_somebody_elses_is_refused_and_left(checkpoint, data, tmp_pa
     assert (out / theirs).read_text() == "my inspection"
 
 
-def test_an_interrupted_run_keeps_what_was_scored(checkpoint, data, tmp_path, monkeypatch, capsys):
-    out, whole = tmp_path / "out", Scoring._detections
+@pytest.mark.parametrize("number, word", [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_an_interrupted_run_keeps_what_was_scored(number, word, checkpoint, data, tmp_path, monkeypatch, capsys):
+    out, whole, before = tmp_path / "out", Scoring._detections, signal.getsignal(number)
 
     def interrupted(self, images):
         yield next(whole(self, images))
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
+        time.sleep(10)
 
     monkeypatch.setattr(Scoring, "_detections", interrupted)
-    assert main(["detect", str(checkpoint), str(data / "test"), "--out", str(out), "--batch-size", "3"]) == 130
+    arguments = ["detect", str(checkpoint), str(data / "test"), "--out", str(out), "--batch-size", "3"]
+    assert main(arguments) == 128 + number
     assert len(rows_of(out / "results.csv")) == 3
-    assert "3 of 10 images were scored" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "3 of 10 images were scored" in printed and printed.endswith(f"dfengine: {word}\n")
+    assert signal.getsignal(number) is before
+    monkeypatch.undo()
+    assert main(arguments) == 0 and len(rows_of(out / "results.csv")) == 10
 
 
 def test_an_uncalibrated_checkpoint_is_used_with_a_warning(checkpoint, data, tmp_path, capsys):

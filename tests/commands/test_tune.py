@@ -61,4 +61,4 @@ def test_a_forced_backend_is_wrong_usage(tiny, capsys, monkeypatch):
 def test_a_named_file_that_is_none_is_wrong_usage(tiny, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("DFENGINE_TACTICS", str(tmp_path / "none.json"))
     assert main(["detect", str(tiny), str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert "none.json: No such file" in capsys.readouterr().err
+    assert "none.json: no such file" in capsys.readouterr().err

@@ -245,3 +245,30 @@ def test_counts_of_the_real_data(name, layout, train, good, defects, masks):
     assert {kind: kinds.count(kind) for kind in data.defects} == ({"good": good} if good else {}) | defects
     if masks:
         assert all(read_mask(sample.mask, (256, 256)).any() for sample in data.test if sample.label)
+
+
+@pytest.mark.parametrize(
+    "files, given, reason",
+    [
+        ("test/good/0-0.png test/bent/0-0.png", "test/bent", "images of the defect 'bent'"),
+        ("test/good/0-0.png test/bent/day/0-0.png", "test/bent/day", "images of the defect 'bent'"),
+        ("train/good/0-0.png test/bent/0-0.png", "test/bent", "images of the defect 'bent'"),
+        ("train/0-0.png test/bent/0-0.png ground_truth/bent/000_mask.png", "test/bent", "images of the defect 'bent'"),
+        ("train/good/0-0.png test/bent/0-0.png", "test", "holds the test images"),
+        ("train/good/0-0.png ground_truth/bent/000_mask.png", "ground_truth/bent", "holds masks"),
+        ("Data/Images/Normal/0-0.png Data/Images/Anomaly/0-0.png", "Data/Images/Anomaly", "the defect 'Anomaly'"),
+    ],
+)
+def test_a_folder_of_defects_is_not_taken_for_normal_images(files, given, reason, tmp_path, monkeypatch):
+    root = grow(tmp_path, *files.split())
+    with pytest.raises(DataError, match=f"{given}: .*{reason}"):
+        open_dataset(root / given)
+    monkeypatch.chdir(root / given)
+    with pytest.raises(DataError, match=reason):
+        open_dataset(".")
+
+
+def test_a_folder_that_only_lies_below_one_called_test_is_taken(tmp_path):
+    for given in ("test/photos", "test/good", "Images/monday"):
+        grow(tmp_path, f"{given}/0-1.png")
+        assert len(open_dataset(tmp_path / given).train) == 2

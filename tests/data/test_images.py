@@ -400,3 +400,19 @@ def test_list_images_refuses_what_is_no_folder_of_images(tmp_path, monkeypatch):
     monkeypatch.setattr("os.scandir", refuse)
     with pytest.raises(DataError, match="empty: permission denied"):
         list_images(tmp_path / "empty")
+
+
+def test_masks_of_a_data_set_are_left_out_and_named(tmp_path, caplog):
+    for name in ("test/bad/0.png", "ground_truth/bad/0_mask.png", "visa/Data/Images/Normal/1.png",
+                 "visa/Data/Masks/Anomaly/2.png", "dagm/Train/3.png", "dagm/Train/Label/3_label.png", "Label/4.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(tmp_path / name)
+    (tmp_path / "dagm/Train/Label/Labels.txt").write_text("1\n")
+    found = [path.name for path in list_images(tmp_path)]
+    assert sorted(found) == ["0.png", "1.png", "3.png", "4.png"]
+    (record,) = caplog.records
+    assert record.getMessage().endswith("holds ground-truth masks, which are left out")
+    for folder in ("ground_truth", "visa/Data/Masks", "dagm/Train/Label"):
+        assert str(tmp_path / folder) in record.getMessage()
+    assert [path.name for path in list_images(tmp_path / "ground_truth")] == ["0_mask.png"]  # asked for by name
+    assert len(caplog.records) == 1

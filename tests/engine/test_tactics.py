@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from dfengine.engine.execute import Executor
 from dfengine.engine.lower import Lowering
 from dfengine.engine.program import Op
 from dfengine.engine.tactics import Tactic, Tactics, signature, usable
-from dfengine.errors import UsageError
+from dfengine.errors import DfengineError, UsageError
 from tests.helpers import tiny_model
 
 
@@ -74,17 +75,47 @@ DAMAGED = ["", "{", "[1]", "[" * 100_000, '{"format": 99}', '{"format": 1, "tact
 
 
 @pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
-def test_a_damaged_file_is_left_alone_and_written_anew(content):
+def test_a_damaged_file_is_left_alone_and_written_anew(content, caplog):
     known = Tactics("cpu")
     known.path.parent.mkdir(parents=True)
     known.path.write_text(content)
-    with pytest.warns(UserWarning, match="measured tactics are left unread"):
-        again = Tactics("cpu")
+    again = Tactics("cpu")
+    (record,) = caplog.records
+    variable = f"{tactics_module.CACHE}={known.path.parent.parent}: {known.path}: "
+    assert record.getMessage().startswith(f"{variable}what was measured before is left unread: ")
     assert len(again) == 0 and known.path.read_text() == content
     again.record(op("down.0"), Tactic("library"))
-    with pytest.warns(UserWarning):
-        again.save()
-    assert len(Tactics("cpu")) == 1
+    again.save()
+    assert len(Tactics("cpu")) == 1 and len(caplog.records) == 1
+
+
+def test_two_that_save_at_once_wait_for_each_other(monkeypatch):
+    one, other = Tactics("cpu"), Tactics("cpu")
+    one.record(op("down.0"), Tactic("library"))
+    other.record(op("out"), Tactic("cpu"))
+    write, waiting = Tactics.write, []
+
+    def slow(self, path, tactics):
+        if self is one:
+            thread = threading.Thread(target=other.save)
+            thread.start()
+            thread.join(0.5)
+            waiting.append(thread)
+            assert thread.is_alive()
+        write(self, path, tactics)
+
+    monkeypatch.setattr(Tactics, "write", slow)
+    one.save()
+    waiting[0].join()
+    assert len(Tactics("cpu")) == 2
+    assert [file.name for file in one.path.parent.iterdir()] == [one.path.name]
+
+
+def test_a_cache_that_cannot_be_made_names_the_variable(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(tactics_module.CACHE, str(tmp_path / "file"))
+    with pytest.raises(DfengineError, match=f"^{tactics_module.CACHE}={tmp_path / 'file'}: .*cannot make the folder"):
+        Tactics("cpu").save()
 
 
 def test_a_named_file_ranks_first_and_a_shipped_one_last(monkeypatch, tmp_path):
@@ -112,7 +143,7 @@ def test_a_named_file_ranks_first_and_a_shipped_one_last(monkeypatch, tmp_path):
 
 def test_a_named_file_that_cannot_be_used_is_wrong_usage(monkeypatch, tmp_path):
     monkeypatch.setenv(tactics_module.FILE, str(tmp_path / "none.json"))
-    with pytest.raises(UsageError, match="none.json: No such file"):
+    with pytest.raises(UsageError, match="none.json: no such file"):
         Tactics("cpu")
     (tmp_path / "none.json").write_text(json.dumps({"format": 2}))
     with pytest.raises(UsageError, match="not a file of tactics of format 1"):

@@ -6,7 +6,7 @@ import pytest
 
 from dfengine.checkpoint import Checkpoint, save_checkpoint
 from dfengine.errors import CheckpointError, DfengineError, UsageError
-from dfengine.training import train
+from dfengine.training import TrainingInterrupted, train
 from dfengine.training.outputs import check_outputs, run_folder_of
 from tests.helpers import tiny_config, tiny_model
 from tests.training.test_train import CONFIG
@@ -62,3 +62,30 @@ def test_panels_cannot_come_among_the_images(tmp_path, normals, monkeypatch):
     with pytest.raises(UsageError, match="lies inside"):
         check_outputs(Path("net.safetensors"), normals)
     check_outputs(normals.with_name(normals.name + "-net"), normals)
+
+
+@pytest.mark.parametrize("out, twin", [("net", "net.safetensors"), ("net.safetensors", "net")])
+def test_two_checkpoints_do_not_share_a_run_folder(tmp_path, out, twin):
+    model = tiny_model()
+    save_checkpoint(tmp_path / twin, Checkpoint(model.config, model.state_dict()))
+    with pytest.raises(UsageError, match=rf"{out}: would share the run folder .*net\.run with .*{twin}; choose"):
+        check_outputs(tmp_path / out)
+    check_outputs(tmp_path / "another", resume=False)
+
+
+def test_a_second_run_into_the_same_folder_is_refused(tmp_path, normals):
+    out = tmp_path / "net.safetensors"
+    refused = []
+
+    def second(step):
+        for name in ("net.safetensors", "net"):
+            with pytest.raises(DfengineError, match=r"net\.run: another run is writing into it") as caught:
+                train(CONFIG, tiny_config(), normals, tmp_path / name, resume=True)
+            refused.append(caught.value)
+        return True
+
+    with pytest.raises(TrainingInterrupted):
+        train(CONFIG, tiny_config(), normals, out, stop=second)
+    assert len(refused) == 2
+    train(CONFIG, tiny_config(), normals, out, resume=True)
+    assert sorted(p.name for p in tmp_path.iterdir() if "net" in p.name) == ["net.run", "net.safetensors"]

@@ -139,8 +139,9 @@ def test_a_signal_finishes_the_step_and_saves(normals, tmp_path, number):
                 os.kill(process.pid, number)
         return False
 
-    with pytest.raises(TrainingInterrupted, match="step 2"):
+    with pytest.raises(TrainingInterrupted, match="step 2") as stopped:
         train(CONFIG.replace(workers=1), tiny_config(), normals, out, stop=interrupt)
+    assert stopped.value.exit_code == 128 + number
     assert not multiprocessing.active_children()
     assert state_of(out)[0].step == 2
     assert signal.getsignal(number) is before
