@@ -1,6 +1,6 @@
 """The full protocol on `rail_eclip`: five folds by photo, scores pooled.
 
-    python bench/rail_folds.py [--out build/rail-folds] [--jobs 2] [--folds 0 1 2 3 4] -- TRAIN OPTIONS ...
+    python bench/rail_folds.py [--out build/rail-folds] [--jobs 2] [--folds 0 1 2 3 4] [--top-k K] -- TRAIN OPTIONS ...
 
 Each fold runs `dfengine train` on the sound crops of the four other folds, with the options after `--`, and scores
 every crop of its own: 167 sound and 92 missing in all. Writes pooled.json: the AUROC of the pooled raw scores, its 95%
@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-import dfengine
+from dfengine.checkpoint import load_checkpoint
+from dfengine.detector import Detector
 from dfengine.evaluation.metrics import auroc, bootstrap_auroc
 
 FOLDS = (0, 1, 2, 3, 4)
@@ -59,6 +60,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("build/rail-folds"))
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--folds", type=int, nargs="*", default=FOLDS)
+    parser.add_argument("--top-k", type=float, help="score with this instead of the checkpoints' own")
     parser.add_argument("options", nargs="*", help="options of `dfengine train`, after --")
     arguments = parser.parse_args()
     if "DFENGINE_DATA" not in os.environ:
@@ -71,7 +73,9 @@ def main() -> int:
     labels, scores, photos, each, lines = [], [], [], {}, []
     for fold, checkpoint in zip(arguments.folds, fold_checkpoints, strict=True):
         own = [row for row in rows if int(row["fold"]) == fold]
-        detection = dfengine.load(checkpoint, precision="float32").detect([row["path"] for row in own])
+        loaded = load_checkpoint(checkpoint)
+        loaded = loaded if arguments.top_k is None else loaded.with_top_k(arguments.top_k)
+        detection = Detector(loaded, precision="float32").detect([row["path"] for row in own])
         values = [image.pred_score for image in detection]
         missing = np.array([row["label"] == "missing" for row in own])
         each[fold] = float(auroc(missing, np.array(values)))

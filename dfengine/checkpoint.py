@@ -93,6 +93,13 @@ class Checkpoint:
             return False
         return all(torch.equal(_raw(value), _raw(other.state[name])) for name, value in self.state.items())
 
+    def with_top_k(self, top_k: float) -> Checkpoint:
+        """A copy whose image score averages `top_k` of 65,536 pixels; no threshold, and nothing verified, holds for it.
+
+        Raises ConfigError where that is no number of pixels.
+        """
+        return replace(self, config=self.config.replace(top_k=top_k), calibration=None, verified={})
+
     def with_calibration(self, calibration: Calibration | None) -> Checkpoint:
         """A copy with another calibration."""
         return replace(self, calibration=calibration)

@@ -134,6 +134,10 @@ def calibrate(
     alarms_per_km: Annotated[float | None, typer.Option(help="The same, as alarms per km of track.")] = None,
     fasteners_per_km: Annotated[float, typer.Option(help="Fasteners per km, for --alarms-per-km.")] = 6667,
     threshold: Annotated[float | None, typer.Option(help="Set the threshold by hand instead.")] = None,
+    top_k: Annotated[
+        float | None,
+        typer.Option(help="Let scores average so many of a map's 65,536 largest pixels: few for small defects."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the result here (default: into CKPT).")] = None,
     half: Annotated[bool, typer.Option("--half", help="Store the weights in half precision: half the size.")] = False,
     batch_size: BatchOption = 16,

@@ -28,6 +28,7 @@ def run_calibrate(
     alarms_per_km: float | None,
     fasteners_per_km: float,
     threshold: float | None,
+    top_k: float | None,
     out: Path | None,
     half: bool,
     batch_size: int,
@@ -42,8 +43,7 @@ def run_calibrate(
         raise UsageError("give a folder of normal images, or --threshold")
     loaded = seen = load_checkpoint(checkpoint)
     trial = loaded.trial.images if half and loaded.trial else None  # the images whose maps have to be made again
-    if half:
-        loaded = loaded.half()
+    loaded = _as_wanted(loaded, half, top_k)
     status = 0
     if threshold is not None:
         calibration = Calibration.by_hand(threshold)
@@ -72,7 +72,7 @@ def run_calibrate(
     else:
 
         def change(present: Checkpoint) -> Checkpoint:
-            present = present.half() if half else present
+            present = _as_wanted(present, half, top_k)
             present = present if trial is None else replace(present, trial=loaded.trial)
             return present.with_calibration(calibration)
 
@@ -82,6 +82,11 @@ def run_calibrate(
     say(calibration.message)
     say(f"threshold {calibration.threshold:.6g}, written to {target}")
     return status
+
+
+def _as_wanted(checkpoint: Checkpoint, half: bool, top_k: float | None) -> Checkpoint:
+    checkpoint = checkpoint.half() if half else checkpoint
+    return checkpoint if top_k is None else checkpoint.with_top_k(top_k)
 
 
 def held_out_normals(data: Path, training: dict) -> list[Sample]:

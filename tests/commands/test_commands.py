@@ -272,6 +272,25 @@ def test_calibrate_by_hand_into_another_file_keeps_the_weights(checkpoint, data,
     assert all((before.state[name] == after.state[name]).all() for name in before.state)
 
 
+def test_calibrate_sets_how_many_pixels_a_score_averages(checkpoint, data, capsys):
+    image = next((data / "test" / "bent").iterdir())
+    verified = {"bfloat16": {"auroc": 1.0}}
+    save_checkpoint(checkpoint, replace(load_checkpoint(checkpoint), verified=verified))
+    assert main(["calibrate", str(checkpoint), str(data), "--top-k", "3200", "--precision", "float32"]) == 0
+    changed = load_checkpoint(checkpoint)
+    assert changed.config.top_k == 3200 and not changed.verified
+    detector = dfengine.load(checkpoint, precision="float32")
+    (found,) = detector.detect([image])
+    largest = np.sort(found.anomaly_map.ravel())[-50:]  # of 32 x 32
+    assert found.pred_score == pytest.approx(largest.mean(), rel=1e-5)
+    normals = [sample.path for sample in open_dataset(data).train]
+    scores = [normal.pred_score for normal in detector.detect(normals)]
+    assert changed.calibration.threshold == pytest.approx(max(scores), abs=1e-6)
+    assert main(["calibrate", str(checkpoint), str(data), "--top-k", "0"]) == 2
+    assert "top_k is a number of pixels of 65536" in capsys.readouterr().err
+    assert load_checkpoint(checkpoint).config.top_k == 3200
+
+
 def test_calibrate_keeps_trial_images_with_the_maps_of_the_weights_beside_them(checkpoint, data):
     def agrees(loaded: Checkpoint) -> bool:
         runner = make_runner(loaded.build(), torch.device("cpu"), "float32", 0)
