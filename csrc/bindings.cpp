@@ -2,6 +2,7 @@
 // launchers in kernels/ check shapes, strides and types; nothing is copied and the interpreter lock is released while a kernel runs.
 #include <map>
 
+#include "bindings/call.h"
 #include "bindings/common.h"
 
 namespace dfe {
@@ -51,6 +52,10 @@ PYBIND11_MODULE(_native, module) {
     dfe::cpu_levels();  // found now: a fork during the first call would leave the child waiting for it
     module.attr("compiler") = DFE_COMPILER;
     module.def("cpu_levels", &dfe::cpu_levels, "Instruction-set levels compiled in, and whether this processor runs them; the last usable one is taken.");
+    py::class_<dfe::Call, std::shared_ptr<dfe::Call>>(module, "Call", "A call of an op over raw pointers, to be run any number of times.")
+        .def("run", &dfe::Call::run, py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+    py::class_<dfe::Calls, dfe::Call, std::shared_ptr<dfe::Calls>>(module, "Calls", "Calls that follow each other.")
+        .def(py::init<std::vector<std::shared_ptr<const dfe::Call>>>(), py::arg("calls"));
 #define DFE_OP(NAME) dfe::bind_##NAME(module);
 #include "ops.inc"
 #undef DFE_OP

@@ -57,6 +57,23 @@ def cpu_levels() -> dict[str, bool]:
     return {name: levels[name] for name in ("base", "avx2", "avx512") if name in levels}
 
 
+class Bound:
+    """A call of the extension with all of its arguments, as a function. It keeps the tensors that it runs on."""
+
+    __slots__ = ("call", "kept")
+
+    def __init__(self, call, kept=None):
+        self.call, self.kept = call, kept
+
+    def __call__(self) -> None:
+        self.call.run(torch.get_num_threads())
+
+    @classmethod
+    def joined(cls, bound: list[Bound]) -> Bound:
+        """One that runs these, one after the other."""
+        return cls(module.Calls([each.call for each in bound]), bound)
+
+
 def address(tensor) -> int:
     """A tensor as the extension takes it, 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

@@ -5,8 +5,6 @@ A product is how it multiplies, as for conv2d (kernels/conv2d_cpu.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -34,14 +32,9 @@ def run_native(qkv: Tensor, heads: int, y: Tensor, level: str = "", product: str
     _call(qkv, heads, y, level, product).run(torch.get_num_threads())
 
 
-def bind(qkv: Tensor, heads: int, y: Tensor, level: str = "", product: str = "") -> Callable[[], None]:
+def bind(qkv: Tensor, heads: int, y: Tensor, level: str = "", product: str = "") -> native.Bound:
     """The op on these very tensors, as a function to call again and again."""
-    call, kept = _call(qkv, heads, y, level, product), (qkv, y)
-
-    def run(kept=kept) -> None:
-        call.run(torch.get_num_threads())
-
-    return run
+    return native.Bound(_call(qkv, heads, y, level, product), (qkv, y))
 
 
 def _can_run(qkv: Tensor, heads: int, y: Tensor) -> None:

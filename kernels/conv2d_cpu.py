@@ -9,7 +9,6 @@ bfloat16 (AVX512_BF16) or tiles of bfloat16 (AMX).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -105,20 +104,15 @@ def run_native(*args, level: str = "", product: str = "") -> None:
     _call(*args, level=level, product=product).run(torch.get_num_threads())
 
 
-def bind(*args, level: str = "", product: str = "") -> Callable[[], None]:
+def bind(*args, level: str = "", product: str = "") -> native.Bound:
     """The op on these very tensors, as a function to call again and again: about 1 us a call beside the kernel.
 
     For buffers that stay where they are; what they hold may change, the weight may not.
     """
-    call, kept = _call(*args, level=level, product=product), args
-
-    def run(kept=kept) -> None:
-        call.run(torch.get_num_threads())
-
-    return run
+    return native.Bound(_call(*args, level=level, product=product), args)
 
 
-def _bind_cpu(x, x2, weight, *rest, **options) -> Callable[[], None]:
+def _bind_cpu(x, x2, weight, *rest, **options) -> native.Bound:
     """As `bind`; a disposable weight is then held in one form only."""
     run = bind(x, x2, weight, *rest, **options)
     if weight.disposable:

@@ -252,22 +252,30 @@ def _run_cuda(
     )  # fmt: skip
 
 
-def _run_cpu(
+def _cpu_call(
     moments, counts, moments2, counts2, weight, bias, shift, groups, eps, scale, offset, mean=None, rstd=None, level=""
-) -> None:
+):
     sources = [
         (0, 0, 0, 0) if tiles is None else (tiles.data_ptr(), count.data_ptr(), tiles.shape[1], tiles.shape[3])
         for tiles, count in ((moments, counts), (moments2, counts2))
     ]
-    native.module.group_norm_merge(
+    return native.module.GroupNormMerge(
         sources, moments.shape[0], groups, weight.data_ptr(), bias.data_ptr(), native.address(shift),
         _shift_stride(shift), eps, scale.data_ptr(), offset.data_ptr(), native.address(mean), native.address(rstd),
-        threads=torch.get_num_threads(), level=level,
+        level,
     )  # fmt: skip
+
+
+def _run_cpu(*args, **options) -> None:
+    _cpu_call(*args, **options).run(torch.get_num_threads())
+
+
+def _bind_cpu(*args, **options) -> native.Bound:
+    return native.Bound(_cpu_call(*args, **options), args)
 
 
 OP = Op("group_norm_merge")
 OP.register("triton", _run_triton, triton_import.available, _can_run_triton, configurations=CONFIGURATIONS)
 OP.register("cuda", _run_cuda, cuda_launch.available, can_run_on_gpu)
-OP.register("cpu", _run_cpu, registry.cpu_available("group_norm_merge"), can_run)
+OP.register("cpu", _run_cpu, registry.cpu_available("GroupNormMerge"), can_run, _bind_cpu)
 OP.register("reference", _run_reference, registry.always, registry.always)

@@ -1,6 +1,7 @@
 // The op `attention` over raw pointers.
 #include "../cpu/attention.h"
 
+#include "call.h"
 #include "common.h"
 #include "product.h"
 
@@ -15,7 +16,7 @@ AttentionItems items_of(Product product, Level level, FloatType type) {
 }
 
 // One call with all of its arguments, to be run any number of times. shape: (batch, pixels, heads, channels of a head); pitches: of qkv, y.
-class Attention {
+class Attention : public Call {
 public:
     Attention(std::array<int64_t, 4> shape, std::array<int64_t, 2> pitches, int type, int product, uintptr_t qkv, uintptr_t y,
               const std::string& level) {
@@ -30,8 +31,7 @@ public:
         items_ = items_of(p.product, level_named(level), p.type);
     }
 
-    void run(int threads) const {
-        py::gil_scoped_release unlocked;
+    void run(int threads) const override {
         const Scratch scratch(arguments_.scratch_floats, pieces_of(count_, threads));
         parallel_for(count_, threads, [&](int piece, int64_t begin, int64_t end) { items_(arguments_, begin, end, scratch.of(piece)); });
     }
@@ -45,10 +45,9 @@ private:
 }  // namespace
 
 void bind_attention(py::module_& module) {
-    py::class_<Attention>(module, "Attention", "A call of the op `attention` over raw pointers; see kernels/attention_cpu.py.")
+    py::class_<Attention, Call, std::shared_ptr<Attention>>(module, "Attention", "A call of the op `attention` over raw pointers; see kernels/attention_cpu.py.")
         .def(py::init<std::array<int64_t, 4>, std::array<int64_t, 2>, int, int, uintptr_t, uintptr_t, const std::string&>(), py::arg("shape"),
-             py::arg("pitches"), py::arg("type"), py::arg("product"), py::arg("qkv"), py::arg("y"), py::arg("level") = "")
-        .def("run", &Attention::run, py::arg("threads"));
+             py::arg("pitches"), py::arg("type"), py::arg("product"), py::arg("qkv"), py::arg("y"), py::arg("level") = "");
 }
 
 }  // namespace dfe

@@ -7,6 +7,7 @@
 #include <unistd.h>
 #endif
 
+#include "call.h"
 #include "common.h"
 #include "product.h"
 
@@ -40,7 +41,7 @@ Conv2dPasses passes_of(const Conv2dArguments& p, Level level) {
 // One call with all of its arguments, to be run any number of times. shape: (batch, height, width, outputs) of y, channels of x and of x2;
 // pitches: of x, x2, residual, y; codes: type, resample, residual_resample, prologue, activation, product; tensors: x, x2, residual, y, scale,
 // offset, bias, moments, weights, 0 for those that are absent.
-class Conv2d {
+class Conv2d : public Call {
 public:
     Conv2d(std::array<int64_t, 6> shape, std::array<int64_t, 4> pitches, std::array<int, 6> codes, int64_t kernel, int64_t dilation,
            std::array<uintptr_t, 9> tensors, int64_t bias_pitch, int64_t tile_pixels, int64_t padded, int64_t block_outputs, const std::string& level)
@@ -64,10 +65,9 @@ public:
         passes_ = passes_of(p, level_);
     }
 
-    void run(int threads) const {
+    void run(int threads) const override {
         Conv2dArguments p = arguments_;
         const int64_t items = plan_conv2d(p, threads);
-        py::gil_scoped_release unlocked;
         const Scratch scratch(p.scratch_floats, pieces_of(items, threads));
         parallel_for(items, threads, [&](int piece, int64_t begin, int64_t end) { passes_.items(p, begin, end, scratch.of(piece)); });
         if (p.moments != nullptr && !p.fused_moments) {
@@ -141,12 +141,11 @@ void bind_conv2d(py::module_& module) {
                "The product (csrc/cpu/product.h) taken here for a type.");
     module.def("product_supported", [](int product) { return product_supported(static_cast<Product>(product)); }, py::arg("product"),
                "Whether this processor has the instructions of a product.");
-    py::class_<Conv2d>(module, "Conv2d", "A call of the op `conv2d` over raw pointers; see kernels/conv2d_cpu.py.")
+    py::class_<Conv2d, Call, std::shared_ptr<Conv2d>>(module, "Conv2d", "A call of the op `conv2d` over raw pointers; see kernels/conv2d_cpu.py.")
         .def(py::init<std::array<int64_t, 6>, std::array<int64_t, 4>, std::array<int, 6>, int64_t, int64_t, std::array<uintptr_t, 9>, int64_t, int64_t,
                       int64_t, int64_t, const std::string&>(),
              py::arg("shape"), py::arg("pitches"), py::arg("codes"), py::arg("kernel"), py::arg("dilation"), py::arg("tensors"), py::arg("bias_pitch"),
-             py::arg("tile_pixels"), py::arg("padded"), py::arg("block_outputs"), py::arg("level") = "")
-        .def("run", &Conv2d::run, py::arg("threads"));
+             py::arg("tile_pixels"), py::arg("padded"), py::arg("block_outputs"), py::arg("level") = "");
 }
 
 }  // namespace dfe

@@ -3,6 +3,7 @@
 
 #include <numeric>
 
+#include "call.h"
 #include "common.h"
 
 namespace dfe {
@@ -26,28 +27,37 @@ void group_norm_moments(uintptr_t x, int type, std::array<int64_t, 3> shape, int
     parallel_for(items, threads, [&](int piece, int64_t begin, int64_t end) { run(p, begin, end, scratch.of(piece)); });
 }
 
-void group_norm_merge(std::array<Source, 2> sources, int64_t batch, int64_t groups, uintptr_t weight, uintptr_t bias, uintptr_t shift,
-                      int64_t shift_stride, float eps, uintptr_t scale, uintptr_t offset, uintptr_t mean, uintptr_t rstd, int threads,
-                      const std::string& level) {
-    MergeArguments p{};
-    for (int s = 0; s < 2; ++s) {
-        const auto& [moments, counts, tiles, channels] = sources[s];
-        p.sources[s] = {pointer<const float>(moments), pointer<const int32_t>(counts), static_cast<int64_t>(tiles), static_cast<int64_t>(channels)};
-        p.channels += p.sources[s].channels;
+// sources: two of (moments, counts, tiles, channels); absent tensors are 0.
+class GroupNormMerge : public Call {
+public:
+    GroupNormMerge(std::array<Source, 2> sources, int64_t batch, int64_t groups, uintptr_t weight, uintptr_t bias, uintptr_t shift,
+                   int64_t shift_stride, float eps, uintptr_t scale, uintptr_t offset, uintptr_t mean, uintptr_t rstd, const std::string& level)
+        : parts_(DFE_AT_LEVEL(level_named(level), merge_parts)) {
+        MergeArguments& p = arguments_;
+        for (int s = 0; s < 2; ++s) {
+            const auto& [moments, counts, tiles, channels] = sources[s];
+            p.sources[s] = {pointer<const float>(moments), pointer<const int32_t>(counts), static_cast<int64_t>(tiles), static_cast<int64_t>(channels)};
+            p.channels += p.sources[s].channels;
+        }
+        p.batch = batch, p.groups = groups;
+        p.weight = pointer<const float>(weight), p.bias = pointer<const float>(bias);
+        p.shift = pointer<const float>(shift), p.shift_stride = shift_stride;
+        p.eps = eps;
+        p.scale = pointer<float>(scale), p.offset = pointer<float>(offset);
+        p.mean = pointer<float>(mean), p.rstd = pointer<float>(rstd);
+        plan_merge(p);
     }
-    p.batch = batch, p.groups = groups;
-    p.weight = pointer<const float>(weight), p.bias = pointer<const float>(bias);
-    p.shift = pointer<const float>(shift), p.shift_stride = shift_stride;
-    p.eps = eps;
-    p.scale = pointer<float>(scale), p.offset = pointer<float>(offset);
-    p.mean = pointer<float>(mean), p.rstd = pointer<float>(rstd);
-    plan_merge(p);
-    const int64_t items = p.batch * p.parts;
-    const auto run = DFE_AT_LEVEL(level_named(level), merge_parts);
-    py::gil_scoped_release unlocked;
-    const Scratch scratch(p.scratch_floats, pieces_of(items, threads));
-    parallel_for(items, threads, [&](int piece, int64_t begin, int64_t end) { run(p, begin, end, scratch.of(piece)); });
-}
+
+    void run(int threads) const override {
+        const int64_t items = arguments_.batch * arguments_.parts;
+        const Scratch scratch(arguments_.scratch_floats, pieces_of(items, threads));
+        parallel_for(items, threads, [&](int piece, int64_t begin, int64_t end) { parts_(arguments_, begin, end, scratch.of(piece)); });
+    }
+
+private:
+    MergeArguments arguments_{};
+    decltype(&base::merge_parts) parts_;
+};
 
 void group_norm_apply(std::array<std::array<uintptr_t, 3>, 2> sources, int type, int activation, int resample, std::array<int64_t, 3> shape,
                       uintptr_t scale, uintptr_t offset, uintptr_t y, int64_t y_stride, bool stream, int threads, const std::string& level) {
@@ -102,10 +112,12 @@ void bind_group_norm_stages(py::module_& module) {
     module.def("group_norm_moments", &group_norm_moments, py::arg("x"), py::arg("type"), py::arg("shape"), py::arg("pixel_stride"),
                py::arg("tile_pixels"), py::arg("moments"), py::arg("threads"), py::arg("level") = "",
                "The op `group_norm_moments` over raw pointers; see kernels/group_norm_moments.py. shape: (batch, pixels, channels).");
-    module.def("group_norm_merge", &group_norm_merge, py::arg("sources"), py::arg("batch"), py::arg("groups"), py::arg("weight"),
-               py::arg("bias"), py::arg("shift"), py::arg("shift_stride"), py::arg("eps"), py::arg("scale"), py::arg("offset"), py::arg("mean"),
-               py::arg("rstd"), py::arg("threads"), py::arg("level") = "",
-               "The op `group_norm_merge` over raw pointers; sources: two of (moments, counts, tiles, channels); absent tensors are 0.");
+    py::class_<GroupNormMerge, Call, std::shared_ptr<GroupNormMerge>>(
+        module, "GroupNormMerge", "A call of the op `group_norm_merge` over raw pointers; see kernels/group_norm_merge.py.")
+        .def(py::init<std::array<Source, 2>, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, int64_t, float, uintptr_t, uintptr_t, uintptr_t,
+                      uintptr_t, const std::string&>(),
+             py::arg("sources"), py::arg("batch"), py::arg("groups"), py::arg("weight"), py::arg("bias"), py::arg("shift"), py::arg("shift_stride"),
+             py::arg("eps"), py::arg("scale"), py::arg("offset"), py::arg("mean"), py::arg("rstd"), py::arg("level") = "");
     module.def("group_norm_apply", &group_norm_apply, py::arg("sources"), py::arg("type"), py::arg("activation"), py::arg("resample"),
                py::arg("shape"), py::arg("scale"), py::arg("offset"), py::arg("y"), py::arg("y_stride"), py::arg("stream"), py::arg("threads"),
                py::arg("level") = "",
