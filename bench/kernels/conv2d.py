@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from bench import sass
 from bench.kernels import TRITON_TYPES, Case
 from dfengine.kernels import conv2d, conv2d_cuda, group_norm_apply
 from dfengine.kernels.conv2d_triton import (
@@ -163,6 +164,39 @@ def cuda_launches() -> dict[str, tuple[int, int]]:
 
 CUDA_LOOP = {"LDSM", "HMMA", "LDGSTS", "LDS", "BAR"}
 """What the innermost loop with products of every kernel of csrc/cuda/conv2d.cu is made of."""
+MOST_OF_A_TURN = {
+    "128x128": 88, "128x128w4": 106, "256x128": 118, "128x64": 56, "128x64x16": 36, "64x64": 58, "128x16": 34,
+}  # fmt: skip
+"""Instructions of one turn of that loop, of one tap, where no chunk begins; by tile."""
+MOST_OF_A_TURN_IN_HALVES = 122
+"""The same where products are summed in float16."""
+MOST_OF_GELU = 150
+"""Instructions for 8 values: 104 FFMA, 16 FMNMX, 12 to unpack and to pack, and what fetches and puts them back."""
+
+
+def read_sass(kernel: str, lines: list[sass.Instruction]) -> dict:
+    """What bench/kernels_check.py adds to the row of a kernel of csrc/cuda/conv2d.cu.
+
+    loop: instructions by opcode of the loop of products; turn: instructions of a turn; gelu: of the loop that activates
+    8 values; wrong: what is not as it should be. Nothing from global memory may be under way when the products begin:
+    the scoreboards of such loads are those of the loop's own reads, which would wait for them.
+    """
+    loop = sass.loop_of(lines, "HMMA")
+    turn, counts = sass.shortest_turn(loop), sass.mix(loop)
+    kind, tile = kernel.removeprefix("conv2d_").rsplit("_", 1)
+    most = MOST_OF_A_TURN_IN_HALVES if kind == "half_sums" else MOST_OF_A_TURN[tile]
+    activation = (
+        len(each)
+        for each, mix in ((each, sass.mix(each)) for each in sass.loops(lines))
+        if mix.get("FMNMX") == 16 and mix["FFMA"] >= 104 and not {"HMMA", "LDG"} & set(mix)
+    )
+    gelu = min(activation, default=0)
+    wrong = [f"the loop lacks {name}" for name in sorted(CUDA_LOOP - set(counts))]
+    wrong += [f"the loop has {name}" for name in ("LDG", "LDL", "STL") if name in counts]
+    wrong += [f"a load on scoreboard {board} is under way" for board in sass.loads_under_way(lines, loop[0].address)]
+    wrong += [f"{len(turn)} instructions a turn"] if len(turn) > most else []
+    wrong += [f"GELU takes {gelu} instructions"] if not 0 < gelu <= MOST_OF_GELU else []
+    return {"loop": counts, "turn": len(turn), "gelu": gelu, "wrong": wrong}
 
 
 def compilations():
