@@ -200,6 +200,13 @@ def moment_tile(
     return next((run for run in runs if any(place.moment_run(shape[1:3], run) for place in places)), 0)
 
 
+def moment_tile_on(device: torch.device, shape, channels: tuple[int, ...], reach: int) -> int:
+    """`moment_tile` without a placement, on a device."""
+    if reach == 0:
+        shape = (shape[0], 1, shape[1] * shape[2], shape[3])
+    return moment_tile(shape, channels, reach, None, capability_of(device), multiprocessors_of(device))
+
+
 def pack(packed: Tensor, channels: Sequence[int], chunk: int) -> Tensor:
     """The weight (K, K, C, O) in the order of the fragments of mma.m16n8k16, zeros where there is no channel or output.
 

@@ -269,6 +269,19 @@ def test_moments_decide_the_tile():
         cuda.placement_for(shape, (128,), 1, 128)
 
 
+def test_the_op_asks_the_backend_that_serves_for_its_moments(monkeypatch):
+    shape = (2, 256, 256, 128)
+    assert conv2d.moment_tile(shape, torch.float16) == conv2d.configuration_for(shape, torch.float16)["BLOCK_M"]
+    monkeypatch.setattr(conv2d.OP, "default", lambda device: "cuda" if device == "cuda" else "reference")
+    monkeypatch.setattr(cuda, "capability_of", lambda device: ADA)
+    monkeypatch.setattr(cuda, "multiprocessors_of", lambda device: 128)
+    assert conv2d.moment_tile(shape, torch.float16, device="cuda") == 16
+    assert conv2d.moment_tile(shape, torch.float16, (128,), 0, "cuda") == 128
+    assert conv2d.moment_tile((2, 8, 8, 512), torch.bfloat16, device="cuda") == 64
+    triton = conv2d.configuration_for(shape, torch.float32)["BLOCK_M"]
+    assert conv2d.moment_tile(shape, torch.float32, device="cuda") == triton
+
+
 @pytest.mark.parametrize(
     "case, dtype, message",
     [
