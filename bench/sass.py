@@ -76,6 +76,18 @@ def shortest_turn(loop: list[Instruction]) -> list[Instruction]:
     return taken
 
 
+def loads_together(lines: list[Instruction], opcode: str) -> int:
+    """The most loads of a kind that straight code starts before it waits for one of them."""
+    most, count, boards = 0, 0, 0
+    for line in lines:
+        if line.waits & boards or line.target is not None:
+            count, boards = 0, 0
+        if line.opcode.startswith(opcode):
+            count, boards = count + 1, boards | 1 << line.writes
+            most = max(most, count)
+    return most
+
+
 def loads_under_way(lines: list[Instruction], address: int) -> set[int]:
     """Scoreboards of loads from global memory (LDG) that may not have been waited for when control reaches `address`,
     over every path there is."""

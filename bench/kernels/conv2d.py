@@ -303,8 +303,8 @@ def read_sass(kernel: str, lines: list[sass.Instruction]) -> dict:
     wrong = [f"the loop lacks {name}" for name in sorted(CUDA_LOOP - set(counts))]
     wrong += [f"the loop has {name}" for name in ("LDG", "LDL", "STL") if name in counts]
     wrong += [f"a load on scoreboard {board} is under way" for board in sass.loads_under_way(lines, loop[0].address)]
-    if not any(len({line.opcode for line in lines[i : i + 4]} | {"LDG.E.128.CONSTANT"}) == 1 for i in range(len(lines))):
-        wrong.append("the four loads of a 2 x 2 mean do not follow each other")
+    together = sass.loads_together(lines, "LDG.E.128")
+    wrong += [f"{together} of the four loads of a 2 x 2 mean are under way together"] if together < 4 else []
     wrong += [f"{len(turn)} instructions a turn"] if len(turn) > most else []
     wrong += [f"GELU takes {gelu} instructions"] if not 0 < gelu <= MOST_OF_GELU else []
     return {"loop": counts, "turn": len(turn), "gelu": gelu, "wrong": wrong}

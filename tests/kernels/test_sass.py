@@ -44,3 +44,11 @@ def test_the_loop_of_an_opcode_and_what_a_turn_can_skip():
     assert sass.mix(loop) == {"LDSM": 1, "BRA": 2, "LDGSTS": 1, "HMMA": 1}
     assert sass.loop_of(code(), "HGMMA") == []
     assert len(code()) == 10, "less the instruction that does nothing"
+
+
+def test_loads_that_are_under_way_together():
+    load = code()[1]
+    use = code()[3]
+    assert sass.loads_together([load, load, use, load], "LDG.E.128") == 2
+    assert sass.loads_together([load, code()[4], load, load], "LDG.E.128") == 3
+    assert sass.loads_together([load, load], "LDG.E.64") == 0
