@@ -5,7 +5,7 @@
 #
 # tests: facts about the machine, the tests of kernels, engine and everything marked gpu. kernels: every op timed. tactics: the quickest kernels
 # for the full model (dfengine tune). throughput: detection and one evaluation beside the rivals. profile: every op with its time, and Nsight
-# Compute on the five longest. sanitize: conv2d's CUDA tiles under compute-sanitizer. check: offline compilation for sm_89 and sm_90.
+# Compute on the five longest. sanitize: conv2d's CUDA tiles under compute-sanitizer. check: offline compilation for sm_80, 86, 89 and 90.
 # Each stage ends within ${STAGE_SECONDS:-530} seconds. What a stage wrote into DIR (default build/gpu-round) is kept: run again, it goes on with
 # the files that are missing; --again begins anew. Nothing is timed before the tests have passed. The Python is ${PYTHON:-python3} (3.11 or later) with torch, triton
 # and pytest in it; dfengine runs from this checkout without being installed, with its extension where pybind11, cmake and a compiler are there.
@@ -103,7 +103,13 @@ case "$stage" in
 esac
 if wants kernels && missing kernels.json; then
     begin
-    run kernels "$PYTHON" bench/kernels.py --device cuda --seconds 0.5 --json "$out/kernels.json"
+    mapfile -t ops < <(cd bench/kernels && ls [!_]*.py | sed 's/\.py$//' | grep -vx conv2d)
+    run kernels "$PYTHON" bench/kernels.py "${ops[@]}" --device cuda --seconds 0.5 --json "$out/kernels.json"
+fi
+# Three batches of every layer: the file holds what was timed when time ran out.
+if wants kernels && missing kernels-conv2d.json; then
+    begin
+    run kernels-conv2d "$PYTHON" bench/kernels.py conv2d --device cuda --seconds 0.3 --json "$out/kernels-conv2d.json"
 fi
 if wants tactics && missing tactics.json; then
     begin

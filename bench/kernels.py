@@ -35,8 +35,10 @@ MOST_SETS = {"cpu": 4096, "cuda": 256}
 def bench_case(op: str, case: Case, device: str, seconds: float, clock: str, compiled: bool) -> dict:
     count = min(MOST_SETS[device], max(2, ROTATED_BYTES[device] // case.moved))
     rivals = dict(case.rivals)
-    if compiled:
-        rivals["compile"] = torch.compile(rivals["torch"], mode="max-autotune-no-cudagraphs", dynamic=False)
+    for name in ("torch", "chain") if compiled else ():
+        if name in rivals:
+            label = "compile" if name == "torch" else f"compile {name}"
+            rivals[label] = torch.compile(rivals[name], mode="max-autotune-no-cudagraphs", dynamic=False)
     rivals["copy"] = copy_function(case.moved, count, device)
     times = interleaved(rivals, [case.make() for _ in range(count)], device, seconds, clock)
     medians = {name: statistics.median(values) for name, values in times.items()}
@@ -101,6 +103,8 @@ def main() -> None:
         for case in importlib.import_module(f"bench.kernels.{op}").cases(arguments.device):
             rows.append(bench_case(op, case, arguments.device, arguments.seconds, clock, compiled))
             show(rows[-1])
+            if arguments.json is not None:  # after each case, so that what was timed is kept where time runs out
+                write(arguments.json, head | {"rows": collected + rows}, tell=False)
         collected += rows
         if arguments.json is None and rows:
             write(results_path(head, op, arguments.out), head | {"rows": rows})

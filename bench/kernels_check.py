@@ -1,10 +1,11 @@
-"""Compile every Triton kernel and .cu file for sm_89 and sm_90, without a GPU; report registers and spills.
+"""Compile every Triton kernel (for sm_89 and sm_90) and .cu file (for sm_80 and sm_86 too), without a GPU; report
+registers and spills.
 
     python bench/kernels_check.py [--json OUT] [--quick] [--only OP ...] [--backend triton|cuda]
 
-Prints a table; exits with 1 when a kernel spills or does not compile, or when the loop of a tensor-core kernel lacks an
-instruction that its bench/kernels/<op>.py names (CUDA_LOOP) or uses local memory. Where that file gives `cuda_launches`
-(threads and dynamic shared memory of a block), the thread blocks that share a multiprocessor are printed.
+Prints a table; exits with 1 when a kernel spills or does not compile, or when bench/kernels/<op>.py finds fault with
+its machine code (`read_sass`). Where that file gives `cuda_launches` (threads and dynamic shared memory of a block),
+the thread blocks that share a multiprocessor are printed.
 
 Triton compiles in every shipped configuration and type (`compilations` of bench/kernels/<op>.py, whose options may name
 the arguments that are "divisible" by 16); CUDA files compile by nvcc and by NVRTC, where these are found.
@@ -28,11 +29,12 @@ from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
+from bench import sass  # noqa: E402
 from dfengine import native  # noqa: E402
 from dfengine.kernels import cuda_launch  # noqa: E402
 
 OPS = sorted(path.stem for path in (Path(__file__).parent / "kernels").glob("[!_]*.py"))
-ARCHITECTURES = (89, 90)
+ARCHITECTURES = {"triton": (89, 90), "cuda": (80, 86, 89, 90)}
 ONES = "sizes 1,"
 FIELDS = ("registers", "shared", "stack", "local")
 
@@ -105,24 +107,6 @@ def occupancy(registers: int, threads: int, shared: int, architecture: int) -> i
     return min(by_registers, kibibytes * 1024 // (shared + 1024), most_threads // threads, most_blocks)
 
 
-def loop_of_products(sass: str) -> tuple[dict[str, int], int]:
-    """Instructions by opcode of the smallest loop with HMMA in a kernel's SASS, and how many use local memory."""
-    known = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);", sass)
-    lines = [(address, *rest) for address, predicate, *rest in known if predicate != "@!PT "]  # which does nothing
-    found: list[tuple[str, ...]] = []
-    for address, opcode, rest in lines:
-        target = re.fullmatch(r"\s*0x([0-9a-f]+)\s*", rest) if opcode == "BRA" else None
-        if target is None or int(target[1], 16) >= int(address, 16):
-            continue
-        inside = [line for line in lines if int(target[1], 16) <= int(line[0], 16) <= int(address, 16)]
-        if any(line[1].startswith("HMMA") for line in inside) and (not found or len(inside) < len(found)):
-            found = inside
-    counts: dict[str, int] = {}
-    for _, opcode, _ in found:
-        counts[opcode.split(".")[0]] = counts.get(opcode.split(".")[0], 0) + 1
-    return counts, sum(counts.get(name, 0) for name in ("LDL", "STL"))
-
-
 def disassembled(cubin: Path) -> dict[str, str]:
     """Kernel name -> SASS."""
     text = subprocess.run([triton_tool("cuobjdump"), "-sass", cubin], text=True, check=True, capture_output=True).stdout
@@ -133,7 +117,7 @@ def disassembled(cubin: Path) -> dict[str, str]:
 def check_cuda(source: Path, architecture: int, nvcc: str) -> list[dict]:
     name = f"bench.kernels.{source.stem}"
     module = importlib.import_module(name) if importlib.util.find_spec(name) else None
-    wanted = getattr(module, "CUDA_LOOP", set())
+    read = getattr(module, "read_sass", None)
     launches = module.cuda_launches() if hasattr(module, "cuda_launches") else {}
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
@@ -141,7 +125,7 @@ def check_cuda(source: Path, architecture: int, nvcc: str) -> list[dict]:
             [nvcc, f"-arch=sm_{architecture}", "-cubin", "-std=c++17", "-O3", "-o", cubin, source], check=True
         )
         used = resources(cubin.read_bytes(), triton_tool("cuobjdump"))
-        sass = disassembled(cubin) if wanted else {}
+        text = disassembled(cubin) if read else {}
     rows = []
     for kernel, row in used.items():
         rows.append({"op": source.stem, "backend": "cuda", "architecture": architecture, "kernel": kernel, **row})
@@ -149,9 +133,8 @@ def check_cuda(source: Path, architecture: int, nvcc: str) -> list[dict]:
             threads, shared = launches[kernel]
             blocks = occupancy(row["registers"], threads, row["shared"] + shared, architecture)
             rows[-1] |= {"shared": shared, "threads": threads, "blocks": blocks}
-        if wanted:
-            counts, local = loop_of_products(sass[kernel])
-            rows[-1] |= {"loop": counts, "lacks": sorted(wanted - set(counts)), "local_in_loop": local}
+        if read:
+            rows[-1] |= read(kernel, sass.instructions(text[kernel]))
     return rows
 
 
@@ -202,12 +185,14 @@ def main() -> int:
     sources = [source for source in sources if not arguments.only or source.stem in arguments.only]
     ops = [op for op in OPS if not arguments.only or op in arguments.only] if arguments.backend != "cuda" else []
     refused = []
-    for architecture in ARCHITECTURES:
-        for op in ops:
+    for architecture in sorted({*ARCHITECTURES["triton"], *ARCHITECTURES["cuda"]}):
+        for op in ops if architecture in ARCHITECTURES["triton"] else []:
             rows += check_triton(op, architecture, arguments.quick)
+        if architecture not in ARCHITECTURES["cuda"]:
+            continue
         for source in sources if nvcc else []:
             rows += check_cuda(source, architecture, nvcc)
-        for source in sources if nvrtc and not (arguments.quick and architecture != ARCHITECTURES[0]) else []:
+        for source in sources if nvrtc and not (arguments.quick and architecture != ARCHITECTURES["cuda"][0]) else []:
             message = check_nvrtc(nvrtc, source, architecture)
             refused += [f"NVRTC refuses {source.name} for sm_{architecture}: {message}"] if message else []
     print(f"{'op':14} {'backend':8} {'kernel':44} {'sm':>3} {'registers':>9} {'shared':>7} {'stack':>6} {'spills':>6}")
@@ -220,17 +205,16 @@ def main() -> int:
     for row in (row for row in rows if "loop" in row):
         counts = sorted(row["loop"].items(), key=lambda item: -item[1])
         mix = ", ".join(f"{count} {opcode}" for opcode, count in counts)
-        print(f"loop of {row['kernel']} sm_{row['architecture']}: {mix}")
+        print(f"loop of {row['kernel']} sm_{row['architecture']}: {row['turn']} a turn, of {mix}")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     spilled = [row for row in rows if row["local"] or row["stack"]]
     for row in spilled:
         print(f"spills: {row['op']} {row['kernel']} sm_{row['architecture']}", file=sys.stderr)
-    wrong = [row for row in rows if row.get("lacks") or row.get("local_in_loop")]
+    wrong = [row for row in rows if row.get("wrong")]
     for row in wrong:
-        what = f"lacks {', '.join(row['lacks'])}" if row["lacks"] else "uses local memory"
-        print(f"the loop of {row['kernel']} sm_{row['architecture']} {what}", file=sys.stderr)
+        print(f"{row['kernel']} sm_{row['architecture']}: {', '.join(row['wrong'])}", file=sys.stderr)
     for message in refused:
         print(message, file=sys.stderr)
     if nvrtc and sources and not refused:

@@ -63,7 +63,8 @@ def results_path(head: dict, name: str, folder: Path = ROOT / "bench" / "results
     return folder / re.sub(r"[^A-Za-z0-9.]+", "-", head["device"]).strip("-").lower() / f"{name}.json"
 
 
-def write(path: Path, result: dict) -> None:
+def write(path: Path, result: dict, tell: bool = True) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"wrote {path}")
+    if tell:
+        print(f"wrote {path}")

@@ -191,8 +191,24 @@ def output_shape(x: Tensor, weight: ConvWeight, resample: str) -> tuple[int, int
     return (x.shape[0], *resampled(x.shape[1:3], resample), weight.outputs)
 
 
-def moment_tile(shape: tuple[int, int, int, int], dtype: torch.dtype) -> int:
-    """The tile_pixels to allocate moments for, from the shape (N, H, W, O) of y: the BLOCK_M of `configuration_for`."""
+def moment_tile(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    channels: tuple[int, ...] = (),
+    reach: int = 1,
+    device: str | torch.device = "cpu",
+) -> int:
+    """The tile_pixels to allocate moments for, from the shape (N, H, W, O) of y, for the backend that serves on
+    `device`.
+
+    Where that is the CUDA kernel: the longest run of pixels that its best tile leaves, 0 where it leaves none
+    (kernels/conv2d_cuda.py; channels: of each source, by default one of O; reach: dilation times (K - 1) / 2). Else the
+    BLOCK_M of `configuration_for`.
+    """
+    if torch.device(device).type == "cuda" and dtype != torch.float32 and OP.default("cuda") == "cuda":
+        from dfengine.kernels import conv2d_cuda  # which registers with this op
+
+        return conv2d_cuda.moment_tile_on(torch.device(device), shape, channels or shape[3:], reach)
     return configuration_for(shape, dtype)["BLOCK_M"]
 
 

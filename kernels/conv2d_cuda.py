@@ -25,8 +25,8 @@ from dfengine.kernels.slices import pixel_stride
 NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 SHARED_BYTES = {(8, 0): 163 * 1024, (8, 6): 99 * 1024, (8, 9): 99 * 1024, (9, 0): 227 * 1024}
 """Shared memory that one thread block may have, by compute capability; others are taken to have the least."""
-ENOUGH_BLOCKS = 132
-"""A block for each multiprocessor of an H100: below it, a smaller tile is taken."""
+MOST_OF_FEW_OUTPUTS = 32
+"""Beyond it, tiles of 16 outputs are not taken by rule: each of many blocks would activate the whole input again."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Tile:
     """One compiled tile (csrc/common/conv2d_tile.h: Conv2dTile).
 
     pixels, outputs: of a thread block; channels: of a chunk; warps: along pixels and outputs; stages: of the ring of
-    weights; buffers: of input; vectors: runs of 8 channels that a thread loads for a chunk, at most; blocks: that are
-    meant to share a multiprocessor.
+    weights; vectors: runs of 8 channels that a thread loads for a chunk, at most; blocks: that are meant to share a
+    multiprocessor.
     """
 
     name: str
@@ -44,7 +44,6 @@ class Tile:
     channels: int
     warps: tuple[int, int]
     stages: int
-    buffers: int
     vectors: int
     blocks: int
 
@@ -63,21 +62,22 @@ class Tile:
         return sum(-(-count // self.channels) * self.channels for count in channels)
 
     def shared_bytes(self, halo_pixels: int) -> int:
-        """Dynamic shared memory of a block: weights and input, or what the epilogue needs in their place."""
+        """Dynamic shared memory of a block: weights, two buffers of input, a chunk's scale and offset, and where each
+        pixel is read; or what the epilogue needs in their place."""
         weights = self.stages * 2 * self.channels * self.outputs
         staging = 16 * (4 * self.outputs // self.warps[1] + 32) * self.threads // 32
         epilogue = staging + self.pixels // 16 * self.outputs * 8
-        return max(weights + self.buffers * halo_pixels * (2 * self.channels + 16), epilogue)
+        return max(weights + halo_pixels * (2 * (2 * self.channels + 16) + 4) + 8 * self.channels, epilogue)
 
 
 TILES = (
-    Tile("128x128", 128, 128, 32, (2, 4), 3, 1, 3, 2),
-    Tile("128x128w4", 128, 128, 32, (2, 2), 3, 1, 6, 2),
-    Tile("256x128", 256, 128, 32, (4, 2), 3, 2, 7, 1),
-    Tile("128x64", 128, 64, 32, (4, 2), 4, 1, 4, 2),
-    Tile("128x64x16", 128, 64, 16, (4, 2), 4, 1, 2, 2),
-    Tile("64x64", 64, 64, 32, (2, 2), 4, 2, 5, 2),
-    Tile("128x16", 128, 16, 32, (8, 1), 4, 1, 4, 2),
+    Tile("128x128", 128, 128, 32, (2, 4), 2, 3, 2),
+    Tile("128x128w4", 128, 128, 32, (2, 2), 3, 6, 2),
+    Tile("256x128", 256, 128, 32, (4, 2), 3, 7, 1),
+    Tile("128x64", 128, 64, 32, (4, 2), 4, 4, 2),
+    Tile("128x64x16", 128, 64, 16, (4, 2), 4, 2, 2),
+    Tile("64x64", 64, 64, 32, (2, 2), 4, 5, 4),
+    Tile("128x16", 128, 16, 32, (8, 1), 4, 4, 2),
 )
 """In order of preference, not yet timed on a device: 256x128 stands behind the others of 128 outputs, as its epilogue
 has no second block on the multiprocessor to hide behind."""
@@ -158,9 +158,10 @@ def placement_for(
     reach: int,
     tile_pixels: int = 0,
     capability: tuple[int, int] = (8, 9),
+    multiprocessors: int = 128,
 ) -> Placement:
     """The tile for a y of `shape` (N, H, W, O), by rule: of those that compute less than twice what the best of them
-    does, the first that makes enough blocks, else the one that makes most.
+    does, the first that makes a block for each multiprocessor, else the one that makes most.
 
     channels: of each source; reach: of the taps. Raises CannotRunError where none is legal.
     """
@@ -168,6 +169,8 @@ def placement_for(
     if not legal:
         what = f"tiles of {tile_pixels} pixels for the moments" if tile_pixels else f"taps {reach} pixels away"
         raise CannotRunError(f"no tile of the kernel serves {shape[1]} x {shape[2]} pixels with {what}")
+    if shape[3] > MOST_OF_FEW_OUTPUTS:
+        legal = [place for place in legal if place.tile.outputs > 16] or legal
 
     def computed(place: Placement) -> int:
         """Products of the tensor cores, with what fills tiles and chunks."""
@@ -175,7 +178,7 @@ def placement_for(
 
     least = min(map(computed, legal))
     fitting = [p for p in legal if computed(p) < 2 * least]
-    enough = (p for p in fitting if p.blocks(shape) >= ENOUGH_BLOCKS)
+    enough = (p for p in fitting if p.blocks(shape) >= multiprocessors)
     return next(enough, max(fitting, key=lambda p: p.blocks(shape)))
 
 
@@ -185,14 +188,23 @@ def moment_tile(
     reach: int,
     placement: Placement | None = None,
     capability: tuple[int, int] = (8, 9),
+    multiprocessors: int = 128,
 ) -> int:
     """The largest tile_pixels of the moments that `placement` can leave, or else the tile that is best without moments,
     in whatever shape; 0 for none. Where one tile holds the whole image that is the number of its pixels."""
     places = [placement]
     if placement is None:
-        places = shapes_of(placement_for(shape, channels, reach, 0, capability).tile, reach, capability)
+        best = placement_for(shape, channels, reach, 0, capability, multiprocessors)
+        places = shapes_of(best.tile, reach, capability)
     runs = [shape[1] * shape[2], *(places[0].tile.pixels >> shift for shift in range(5))]
     return next((run for run in runs if any(place.moment_run(shape[1:3], run) for place in places)), 0)
+
+
+def moment_tile_on(device: torch.device, shape, channels: tuple[int, ...], reach: int) -> int:
+    """`moment_tile` without a placement, on a device."""
+    if reach == 0:
+        shape = (shape[0], 1, shape[1] * shape[2], shape[3])
+    return moment_tile(shape, channels, reach, None, capability_of(device), multiprocessors_of(device))
 
 
 def pack(packed: Tensor, channels: Sequence[int], chunk: int) -> Tensor:
@@ -224,6 +236,16 @@ def capability_of(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 9)
 
 
+@functools.cache
+def multiprocessors_of(device: torch.device) -> int:
+    """Of the device, as `capability_of`."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
+
+
+def _chosen(device, shape, channels, reach, tile_pixels) -> Placement:
+    return placement_for(shape, channels, reach, tile_pixels, capability_of(device), multiprocessors_of(device))
+
+
 def geometry(weight, resample, residual, residual_resample, y) -> tuple[int, tuple[int, int, int, int]]:
     """(reach of the taps, shape of y as the kernel sees it: without taps beside a pixel, an image is one row)."""
     batch, height, width, outputs = y.shape
@@ -245,7 +267,7 @@ def _run_cuda(
     wanted = tile_pixels if moments is not None else 0
     if tile:
         placement = Placement(next(known for known in TILES if known.name == tile), width)
-    place = placement or placement_for(shape, channels, reach, wanted, capability_of(x.device))
+    place = placement or _chosen(x.device, shape, channels, reach, wanted)
     if not place.fits(reach, capability_of(x.device)) or place.width & (place.width - 1) or place.width < 8:
         raise CannotRunError(f"the tile {place.tile.name} in rows of {place.width} does not fit this device")
     if max(place.grid(shape)[1:]) > 65535:
@@ -294,7 +316,7 @@ def _can_run_cuda(
     reach, shape = geometry(weight, resample, residual, residual_resample, y)
     if max(t.shape[1] * t.shape[2] for t in (x, residual, y) if t is not None) >= 2**31 - 2**20:
         raise CannotRunError("an image of more than 2^31 - 2^20 pixels")
-    place = placement_for(shape, channels, reach, tile_pixels if moments is not None else 0, capability)
+    place = _chosen(x.device, shape, channels, reach, tile_pixels if moments is not None else 0)
     if max(place.grid(shape)) > 65535:
         raise CannotRunError("more than 65535 samples, or tiles of a sample")
 

@@ -51,9 +51,10 @@ def launch(
             return
         import cupy
 
-        function = _compiled(op, device.index).get_function(kernel)
-        if shared > 48 * 1024:
-            function.max_dynamic_shared_size_bytes = shared
+        function = _function(op, kernel, device.index)
+        key = op, kernel, device.index
+        if shared > _allowed.get(key, 48 * 1024):  # the driver is asked only for more than before
+            function.max_dynamic_shared_size_bytes = _allowed[key] = shared
         values = tuple(_address(argument) if _is_pointer(argument) else argument for argument in arguments)
         with cupy.cuda.ExternalStream(stream):
             function(grid, block, values, shared_mem=shared)
@@ -97,6 +98,15 @@ def compile_options() -> tuple[str, ...]:
         f"-I{folder / 'common'}",
         f"-DDFENGINE_HEADERS=0x{headers.hexdigest()[:8]}u",
     )
+
+
+_allowed: dict[tuple[str, str, int], int] = {}
+"""By op, kernel and device: dynamic shared memory that was asked for, where that is more than any kernel may have."""
+
+
+@functools.cache
+def _function(op: str, kernel: str, device: int):
+    return _compiled(op, device).get_function(kernel)
 
 
 @functools.cache

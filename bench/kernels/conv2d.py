@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from bench import sass
 from bench.kernels import TRITON_TYPES, Case
-from dfengine.kernels import conv2d, conv2d_cuda, group_norm_apply
+from dfengine.kernels import conv2d, conv2d_cuda, group_norm_apply, group_norm_moments
 from dfengine.kernels.conv2d_triton import (
     HALF_CONFIGURATIONS,
     SINGLE_CONFIGURATIONS,
@@ -29,6 +31,10 @@ SHAPES = [
     ((1, 256, 256), (64,), 1, 3, 1),
 ]
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float16, torch.bfloat16)}
+BATCHES = (1, 8, 32)
+"""On a GPU, instead of those above; bfloat16 with the middle one only."""
+HALF_BLOCKS = SHAPES[:4]
+"""Timed on a GPU with everything that stands around a convolution of a residual block."""
 
 
 def cases(device: str):
@@ -37,35 +43,76 @@ def cases(device: str):
     make() returns fresh tensors; rivals: "torch" is channels-last F.conv2d with its bias, then GELU; "chain" has a
     normalisation and GELU before both, "kernel chain" the same as a prologue; "applied chain" is the op
     group_norm_apply, then "torch". On a GPU "cuda 128x128", and so on, is "kernel" in the CUDA kernel's tiles, "cuda
-    128x128 chain" likewise, and "cuda 128x64 half sums" sums in float16.
+    128x128 chain" likewise, and "cuda 128x64 half sums" sums in float16; cuDNN chooses its algorithm by timing.
+
+    Half blocks, on a GPU: prologue, convolution, a bias for each sample, a residual and moments. "torch" is all of it
+    in torch, "applied" group_norm_apply, torch's convolution and sum, and group_norm_moments; "cuda ..." as above, in
+    the tiles that leave moments.
     """
-    if device == "cpu" and conv2d.OP.status("cpu").get("cpu"):
+    if device == "cpu":
+        if not conv2d.OP.status("cpu").get("cpu"):
+            yield from (convolution(device, *shape, dtype) for shape in SHAPES for dtype in DTYPES[device])
         return
-    for size, sources, outputs, kernel_size, dilation in SHAPES:
-        for dtype in DTYPES[device]:
-            generator = torch.Generator().manual_seed(0)
+    torch.backends.cudnn.benchmark = True
+    for (_, height, width), *layer in SHAPES:
+        for batch in BATCHES:
+            for dtype in DTYPES[device] if batch == BATCHES[1] else DTYPES[device][:1]:
+                yield convolution(device, (batch, height, width), *layer, dtype)
+                if ((2, height, width), *layer) in HALF_BLOCKS:
+                    yield half_block(device, (batch, height, width), *layer, dtype)
 
-            def make(size=size, sources=sources, outputs=outputs, k=kernel_size, d=dilation, dtype=dtype, g=generator):
-                def normal(*shape, dtype=dtype):
-                    return torch.randn(shape, generator=g).to(device, dtype)
 
-                xs = [normal(*size, c) for c in sources]
-                full = normal(outputs, sum(sources), k, k) * (k * k * sum(sources)) ** -0.5
-                scale, offset = (normal(size[0], sum(sources), dtype=torch.float32) for _ in range(2))
-                joined = torch.cat(xs, dim=3).permute(0, 3, 1, 2)
-                return Tensors(xs, joined, full, d, normal(outputs, dtype=torch.float32), scale, offset)
+def _maker(device, size, sources, outputs, k, d, dtype, generator):
+    def normal(*shape, dtype=dtype):
+        return torch.randn(shape, generator=generator).to(device, dtype)
 
-            y_bytes = size[0] * size[1] * size[2] * outputs * dtype.itemsize
-            x_bytes = size[0] * size[1] * size[2] * sum(sources) * dtype.itemsize
-            weight_bytes = outputs * sum(sources) * kernel_size**2 * dtype.itemsize
-            rivals = {"kernel": kernel, "torch": torch_conv, "kernel chain": kernel_chain, "chain": torch_chain}
-            rivals["applied chain"] = applied_chain
-            if device == "cuda":
-                rivals |= cuda_rivals((*size, outputs), dtype, kernel_size, dilation)
-            moved = x_bytes + y_bytes + weight_bytes
-            flops = 2 * size[0] * size[1] * size[2] * outputs * sum(sources) * kernel_size**2
-            label = f"{'+'.join(map(str, sources))} to {outputs}, {kernel_size}x{kernel_size}, dilation {dilation}"
-            yield Case((*size, outputs), dtype, moved, lambda make=make: (make(),), rivals, label, flops)
+    def make() -> Tensors:
+        xs = [normal(*size, c) for c in sources]
+        full = normal(outputs, sum(sources), k, k) * (k * k * sum(sources)) ** -0.5
+        scale, offset = (normal(size[0], sum(sources), dtype=torch.float32) for _ in range(2))
+        joined = torch.cat(xs, dim=3).permute(0, 3, 1, 2)
+        return Tensors(xs, joined, full, d, normal(outputs, dtype=torch.float32), scale, offset)
+
+    return make, normal
+
+
+def _numbers(size, sources, outputs, kernel_size, dilation, dtype) -> tuple[int, int, str]:
+    """(bytes that must move, FLOP, label)."""
+    pixels, channels = size[0] * size[1] * size[2], sum(sources)
+    moved = (pixels * (outputs + channels) + outputs * channels * kernel_size**2) * dtype.itemsize
+    label = f"{'+'.join(map(str, sources))} to {outputs}, {kernel_size}x{kernel_size}, dilation {dilation}"
+    return moved, 2 * pixels * outputs * channels * kernel_size**2, label
+
+
+def convolution(device: str, size, sources, outputs: int, kernel_size: int, dilation: int, dtype) -> Case:
+    generator = torch.Generator().manual_seed(0)
+    make, _ = _maker(device, size, sources, outputs, kernel_size, dilation, dtype, generator)
+    rivals = {"kernel": kernel, "torch": torch_conv, "kernel chain": kernel_chain, "chain": torch_chain}
+    rivals["applied chain"] = applied_chain
+    if device == "cuda":
+        rivals |= cuda_rivals((*size, outputs), dtype, kernel_size, dilation)
+    moved, flops, label = _numbers(size, sources, outputs, kernel_size, dilation, dtype)
+    return Case((*size, outputs), dtype, moved, lambda: (make(),), rivals, label, flops)
+
+
+def half_block(device: str, size, sources, outputs: int, kernel_size: int, dilation: int, dtype) -> Case:
+    generator = torch.Generator().manual_seed(0)
+    make, normal = _maker(device, size, sources, outputs, kernel_size, dilation, dtype, generator)
+    shape, reach = (*size, outputs), dilation * (kernel_size // 2)
+    pixels = conv2d.moment_tile(shape, dtype, sources, reach, device) or 16
+
+    def make_all() -> tuple[Tensors]:
+        case = make()
+        case.bias = normal(size[0], outputs, dtype=torch.float32)
+        case.residual, case.tile_pixels = normal(*shape), pixels
+        return (case,)
+
+    rivals = {"kernel": kernel_block, "torch": torch_block, "applied": applied_block}
+    if device == "cuda":
+        rivals |= cuda_block_rivals(shape, kernel_size, dilation)
+    moved, flops, label = _numbers(size, sources, outputs, kernel_size, dilation, dtype)
+    residual_bytes = size[0] * size[1] * size[2] * outputs * dtype.itemsize
+    return Case(shape, dtype, moved + residual_bytes, make_all, rivals, f"{label}, half block", flops)
 
 
 class Tensors:
@@ -74,6 +121,7 @@ class Tensors:
     def __init__(self, xs, joined, full, dilation, bias, scale, offset) -> None:
         self.x, self.x2 = xs[0], xs[1] if len(xs) == 2 else None
         self.joined, self.bias, self.scale, self.offset = joined, bias, scale, offset
+        self.residual, self.tile_pixels, self.moments_of = None, 0, {}  # of half blocks
         self.weight = conv2d.ConvWeight.pack(full, dilation)
         self.full, self.half_bias = full.to(memory_format=torch.channels_last), bias.to(full.dtype)
         self.applied = torch.zeros_like(joined, memory_format=torch.channels_last)
@@ -83,6 +131,15 @@ class Tensors:
         else:  # before the calls are captured in a graph
             for chunk in sorted({tile.channels for tile in conv2d_cuda.TILES}):
                 conv2d_cuda.prepacked(self.weight, tuple(x.shape[3] for x in xs), chunk)
+
+
+    def moments(self, pixels: int) -> Tensor:
+        """Of tiles of so many pixels, the same in every call: those that were captured in a graph keep their place."""
+        if pixels not in self.moments_of:
+            batch, height, width, outputs = self.y.shape
+            tiles = -(-height * width // pixels)
+            self.moments_of[pixels] = torch.zeros((batch, tiles, 2, outputs), device=self.y.device)
+        return self.moments_of[pixels]
 
 
 def kernel(case: Tensors) -> None:
@@ -122,6 +179,59 @@ def applied_chain(case: Tensors) -> None:
     F.gelu(F.conv2d(case.applied, case.full, case.half_bias, padding=padding, dilation=d))
 
 
+def kernel_block(case: Tensors) -> None:
+    conv2d.OP(
+        case.x, case.x2, case.weight, case.bias, case.scale, case.offset, "gelu", "none", case.residual, "none", "none",
+        case.y, case.moments(case.tile_pixels), case.tile_pixels,
+    )  # fmt: skip
+
+
+def _plain(case: Tensors, activated: Tensor) -> Tensor:
+    """Convolution, bias and residual, channels-last."""
+    d = case.weight.dilation
+    y = F.conv2d(activated, case.full, None, padding=d * (case.weight.kernel[0] // 2), dilation=d)
+    return y + case.bias.to(y.dtype)[:, :, None, None] + case.residual.permute(0, 3, 1, 2)
+
+
+def torch_block(case: Tensors) -> None:
+    scale, offset = (t[:, :, None, None].to(case.joined.dtype) for t in (case.scale, case.offset))
+    y = _plain(case, F.gelu(torch.addcmul(offset, case.joined, scale)))
+    torch.var_mean(y.float(), dim=(2, 3))
+
+
+def applied_block(case: Tensors) -> None:
+    group_norm_apply.OP(case.x, case.x2, case.scale, case.offset, "gelu", "none", case.applied.permute(0, 2, 3, 1))
+    y = _plain(case, case.applied).permute(0, 2, 3, 1).contiguous()
+    group_norm_moments.OP(y, case.tile_pixels, case.moments(case.tile_pixels))
+
+
+def cuda_block_rivals(shape, kernel_size: int, dilation: int) -> dict:
+    """The half block in each of the CUDA kernel's tiles that leaves moments, in the shape with the longest run of
+    them; {} where it is not available."""
+    if conv2d.OP.status("cuda")["cuda"]:
+        return {}
+    reach = dilation * (kernel_size // 2)
+    if reach == 0:
+        shape = (shape[0], 1, shape[1] * shape[2], shape[3])
+    run = conv2d.OP.implementations["cuda"].run
+    rivals = {}
+    for tile in conv2d_cuda.TILES:
+        places = conv2d_cuda.shapes_of(tile, reach, conv2d_cuda.capability_of(torch.device("cuda")))
+        runs = {place: conv2d_cuda.moment_tile(shape, (), reach, place) for place in places}
+        if not any(runs.values()):
+            continue
+        place = max(runs, key=runs.get)
+
+        def call(case: Tensors, place=place, pixels=runs[place]) -> None:
+            run(
+                case.x, case.x2, case.weight, case.bias, case.scale, case.offset, "gelu", "none", case.residual, "none",
+                "none", case.y, case.moments(pixels), pixels, placement=place,
+            )  # fmt: skip
+
+        rivals[f"cuda {tile.name} {place.width} wide, moments of {runs[place]}"] = call
+    return rivals
+
+
 def cuda_rivals(shape, dtype, kernel_size: int, dilation: int) -> dict:
     """The CUDA kernel in each tile that is legal here, without and with a prologue; {} where it is not available."""
     if conv2d.OP.status("cuda")["cuda"]:
@@ -129,7 +239,7 @@ def cuda_rivals(shape, dtype, kernel_size: int, dilation: int) -> dict:
     reach = dilation * (kernel_size // 2)
     if reach == 0:
         shape = (shape[0], 1, shape[1] * shape[2], shape[3])
-    capability = torch.cuda.get_device_capability()
+    capability = conv2d_cuda.capability_of(torch.device("cuda"))
     run = conv2d.OP.implementations["cuda"].run
 
     def rival(place, chain: bool, half_sums: bool = False):
@@ -163,6 +273,41 @@ def cuda_launches() -> dict[str, tuple[int, int]]:
 
 CUDA_LOOP = {"LDSM", "HMMA", "LDGSTS", "LDS", "BAR"}
 """What the innermost loop with products of every kernel of csrc/cuda/conv2d.cu is made of."""
+MOST_OF_A_TURN = {
+    "128x128": 88, "128x128w4": 106, "256x128": 118, "128x64": 56, "128x64x16": 36, "64x64": 58, "128x16": 34,
+}  # fmt: skip
+"""Instructions of one turn of that loop, of one tap, where no chunk begins; by tile."""
+MOST_OF_A_TURN_IN_HALVES = 122
+"""The same where products are summed in float16."""
+MOST_OF_GELU = 150
+"""Instructions for 8 values: 104 FFMA, 16 FMNMX, 12 to unpack and to pack, and what fetches and puts them back."""
+
+
+def read_sass(kernel: str, lines: list[sass.Instruction]) -> dict:
+    """What bench/kernels_check.py adds to the row of a kernel of csrc/cuda/conv2d.cu.
+
+    loop: instructions by opcode of the loop of products; turn: instructions of a turn; gelu: of the loop that activates
+    8 values; wrong: what is not as it should be. Nothing from global memory may be under way when the products begin:
+    the scoreboards of such loads are those of the loop's own reads, which would wait for them.
+    """
+    loop = sass.loop_of(lines, "HMMA")
+    turn, counts = sass.shortest_turn(loop), sass.mix(loop)
+    kind, tile = kernel.removeprefix("conv2d_").rsplit("_", 1)
+    most = MOST_OF_A_TURN_IN_HALVES if kind == "half_sums" else MOST_OF_A_TURN[tile]
+    activation = (
+        len(each)
+        for each, mix in ((each, sass.mix(each)) for each in sass.loops(lines))
+        if mix.get("FMNMX") == 16 and mix["FFMA"] >= 104 and not {"HMMA", "LDG"} & set(mix)
+    )
+    gelu = min(activation, default=0)
+    wrong = [f"the loop lacks {name}" for name in sorted(CUDA_LOOP - set(counts))]
+    wrong += [f"the loop has {name}" for name in ("LDG", "LDL", "STL") if name in counts]
+    wrong += [f"a load on scoreboard {board} is under way" for board in sass.loads_under_way(lines, loop[0].address)]
+    together = sass.loads_together(lines, "LDG.E.128")
+    wrong += [f"{together} of the four loads of a 2 x 2 mean are under way together"] if together < 4 else []
+    wrong += [f"{len(turn)} instructions a turn"] if len(turn) > most else []
+    wrong += [f"GELU takes {gelu} instructions"] if not 0 < gelu <= MOST_OF_GELU else []
+    return {"loop": counts, "turn": len(turn), "gelu": gelu, "wrong": wrong}
 
 
 def compilations():

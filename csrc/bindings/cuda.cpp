@@ -31,10 +31,22 @@ bool cuda_kernel_runs(const std::string& name) {
     return runs;
 }
 
+// Lets a kernel have that much dynamic shared memory on the current device; the driver is asked only for more than before.
+void allow_shared(const void* function, unsigned shared) {
+    if (shared <= 48 * 1024) return;
+    static std::map<std::pair<const void*, int>, unsigned> allowed;  // the interpreter's lock is held
+    int device = 0;
+    check(cudaGetDevice(&device));
+    unsigned& most = allowed[{function, device}];
+    if (shared <= most) return;
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+    most = shared;
+}
+
 void cuda_launch(const std::string& name, std::array<unsigned, 3> grid, std::array<unsigned, 3> block, unsigned shared, uintptr_t stream,
                  const std::string& arguments) {
     const void* const function = kernel_named(name);
-    if (shared > 48 * 1024) check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+    allow_shared(function, shared);
     std::vector<uint64_t> slots((arguments.size() + 7) / 8);
     memcpy(slots.data(), arguments.data(), arguments.size());
     std::vector<void*> pointers;

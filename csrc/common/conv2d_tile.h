@@ -9,18 +9,19 @@
 
 namespace dfe {
 
-// PIXELS x OUTPUTS of a block, CHANNELS of a chunk, warps along both; STAGES of the ring of weights; BUFFERS for the input: with two, the next chunk
-// is written beside the present one; VECTORS: runs of 8 channels that a thread loads, at most; BLOCKS: thread blocks meant to share a multiprocessor.
-template <int PIXELS_, int OUTPUTS_, int CHANNELS_, int WARPS_M_, int WARPS_N_, int STAGES_, int BUFFERS_, int VECTORS_, int BLOCKS_>
+// PIXELS x OUTPUTS of a block, CHANNELS of a chunk, warps along both; STAGES of the ring of weights; VECTORS: runs of 8 channels that a thread loads,
+// at most; BLOCKS: thread blocks meant to share a multiprocessor. The input has two buffers: the next chunk arrives beside the present one.
+template <int PIXELS_, int OUTPUTS_, int CHANNELS_, int WARPS_M_, int WARPS_N_, int STAGES_, int VECTORS_, int BLOCKS_>
 struct Conv2dTile {
     static constexpr int PIXELS = PIXELS_, OUTPUTS = OUTPUTS_, CHANNELS = CHANNELS_, WARPS_M = WARPS_M_, WARPS_N = WARPS_N_, STAGES = STAGES_;
-    static constexpr int BUFFERS = BUFFERS_, VECTORS = VECTORS_, BLOCKS = BLOCKS_;
+    static constexpr int VECTORS = VECTORS_, BLOCKS = BLOCKS_;
     static constexpr int THREADS = 32 * WARPS_M * WARPS_N;
     // Of a warp: fragments of 16 pixels, and pairs of fragments of 8 outputs.
     static constexpr int FRAGMENTS = PIXELS / WARPS_M / 16, PAIRS = OUTPUTS / WARPS_N / 16, WARP_OUTPUTS = 16 * PAIRS;
     static constexpr int STEPS = CHANNELS / 16;    // of 16 channels, in a chunk
     static constexpr int GROUPS = CHANNELS / 8;    // of 8 channels, in a chunk
     static constexpr int PITCH = 2 * CHANNELS + 16;  // bytes of a pixel
+    static constexpr int FACTORS = 2 * CHANNELS;     // of the prologue, for a chunk
     static constexpr int STAGE_BYTES = 2 * CHANNELS * OUTPUTS;
     static constexpr int STAGE_RUNS = STAGE_BYTES / 16;
     // The epilogue passes fragments through shared memory: 16 rows of float32 for each warp, 32 bytes longer than their outputs.
@@ -28,18 +29,18 @@ struct Conv2dTile {
     static constexpr int OUTPUT_GROUPS = WARP_OUTPUTS / 8, STAGING_ROWS = 32 / OUTPUT_GROUPS, PASSES = 16 / STAGING_ROWS;
     static constexpr int EPILOGUE_BYTES = WARPS_M * WARPS_N * STAGING_BYTES + PIXELS / 16 * OUTPUTS * 8;
     static_assert(PIXELS % (16 * WARPS_M) == 0 && OUTPUTS % (16 * WARPS_N) == 0 && CHANNELS % 16 == 0 && STAGES >= 2, "not a tile");
-    static_assert((PITCH / 16) % 2 == 1 && THREADS % (8 * GROUPS) == 0 && (BUFFERS == 1 || BUFFERS == 2), "not a tile");
+    static_assert((PITCH / 16) % 2 == 1 && THREADS % (8 * GROUPS) == 0, "not a tile");
 };
 
 // Name, then the parameters of Conv2dTile; kernels/conv2d_cuda.py holds the same table.
-#define DFE_CONV2D_TILES(F)                      \
-    F(128x128, 128, 128, 32, 2, 4, 3, 1, 3, 2)   \
-    F(128x128w4, 128, 128, 32, 2, 2, 3, 1, 6, 2) \
-    F(256x128, 256, 128, 32, 4, 2, 3, 2, 7, 1)   \
-    F(128x64, 128, 64, 32, 4, 2, 4, 1, 4, 2)     \
-    F(128x64x16, 128, 64, 16, 4, 2, 4, 1, 2, 2)  \
-    F(64x64, 64, 64, 32, 2, 2, 4, 2, 5, 2)       \
-    F(128x16, 128, 16, 32, 8, 1, 4, 1, 4, 2)
+#define DFE_CONV2D_TILES(F)                   \
+    F(128x128, 128, 128, 32, 2, 4, 2, 3, 2)   \
+    F(128x128w4, 128, 128, 32, 2, 2, 3, 6, 2) \
+    F(256x128, 256, 128, 32, 4, 2, 3, 7, 1)   \
+    F(128x64, 128, 64, 32, 4, 2, 4, 4, 2)     \
+    F(128x64x16, 128, 64, 16, 4, 2, 4, 2, 2)  \
+    F(64x64, 64, 64, 32, 2, 2, 4, 5, 4)       \
+    F(128x16, 128, 16, 32, 8, 1, 4, 4, 2)
 
 // The loader's run v = thread + i * threads: a pixel of the halo and a group of 8 channels. Eight neighbouring threads take two groups of four pixels
 // two apart: whole sectors of 32 bytes to load, eight different groups of banks to store.

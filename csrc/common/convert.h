@@ -1,5 +1,6 @@
-// float to the two half precisions, rounding to nearest even, and back, without hardware support: branch-free, so that loops over it
-// vectorise. The types below are storage only.
+// float to the two half precisions, rounding to nearest even, and back. On the host without hardware support: branch-free, so that loops over it
+// vectorise. On a GPU float16 is converted by its instructions, which round the same way and keep what is subnormal in float16 even where float32 is
+// flushed to zero; the multiplication of the host's way back would lose it there. The types below are storage only.
 #pragma once
 
 #include "portable.h"
@@ -16,6 +17,11 @@ struct bfloat16 {
 };
 
 DFE_HD uint16_t half_bits(float value) {
+#if defined(__CUDA_ARCH__)
+    uint16_t result;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result) : "f"(value));
+    return result;
+#else
     const uint32_t bits = bits_of(value);
     const uint32_t sign = (bits >> 16) & 0x8000u;
     const uint32_t magnitude = bits & 0x7fffffffu;
@@ -26,6 +32,7 @@ DFE_HD uint16_t half_bits(float value) {
     result = magnitude >= 0x477ff000u ? 0x7c00u : result;
     result = magnitude > 0x7f800000u ? 0x7e00u : result;
     return static_cast<uint16_t>(sign | result);
+#endif
 }
 
 DFE_HD uint16_t bfloat16_bits(float value) {
@@ -37,11 +44,17 @@ DFE_HD uint16_t bfloat16_bits(float value) {
 DFE_HD float load(const float* in) { return *in; }
 DFE_HD float load(const bfloat16* in) { return float_of(static_cast<uint32_t>(in->bits) << 16); }
 DFE_HD float load(const half* in) {
+#if defined(__CUDA_ARCH__)
+    float value;  // exact, whatever the compiler flushes to zero
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(in->bits));
+    return value;
+#else
     const uint32_t magnitude = in->bits & 0x7fffu;
     // The exponent is rebiased by a multiplication, which is exact for subnormals too.
     const float finite = float_of(magnitude << 13) * 0x1p112f;
     const uint32_t bits = magnitude < 0x7c00u ? bits_of(finite) : (magnitude << 13) | 0x7f800000u;
     return float_of(bits | (static_cast<uint32_t>(in->bits & 0x8000u) << 16));
+#endif
 }
 
 DFE_HD void store(float* out, float value) { *out = value; }

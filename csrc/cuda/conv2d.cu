@@ -1,8 +1,8 @@
 // The op `conv2d` on tensor cores (formula: kernels/conv2d.py; launcher and packing: kernels/conv2d_cuda.py; index arithmetic: common/conv2d_tile.h).
 //
 // An implicit GEMM. A block makes a tile of pixels of one sample times a block of outputs. Chunk by chunk of the input channels, the input with its
-// halo is normalised and activated once on its way into shared memory, with zeros outside the image, and then read once for each tap of the kernel,
-// shifted. The weights of one chunk and one tap are a stage of a ring that copies run ahead in.
+// halo is copied to shared memory, with zeros outside the image, while the chunk before it is multiplied; there it is normalised and activated once,
+// and then read once for each tap of the kernel, shifted. The weights of one chunk and one tap are a stage of a ring that copies run ahead in.
 #include "conv2d_epilogue.h"
 #include "conv2d_load.h"
 #include "kernel.h"
@@ -64,17 +64,22 @@ __device__ __forceinline__ void multiply_stage(float (&sums)[Tile::FRAGMENTS][2 
     }
 }
 
+// The place of tile number `tile` of a sample.
+template <typename T, typename Tile>
+__device__ __forceinline__ Conv2dPlace place_of(const Conv2dCall<T>& call, int tile) {
+    const int width = 1 << call.tile_shift, height = Tile::PIXELS >> call.tile_shift, across = (call.width + width - 1) >> call.tile_shift;
+    const int halo_width = width + 2 * call.dilation * (call.kernel / 2);
+    return {call.tile_shift, halo_width, tile / across * height, tile % across * width, call.height, call.width};
+}
+
 template <typename T, typename Tile, bool HalfSums>
 __device__ __forceinline__ void conv2d_block(const Conv2dCall<T>& call, unsigned char* shared) {
     const int lane = this_thread<Tile>() % 32, warp = this_thread<Tile>() / 32;
     const int warp_m = warp / Tile::WARPS_N, warp_n = warp % Tile::WARPS_N;
-    const int tile_width = 1 << call.tile_shift, tile_height = Tile::PIXELS >> call.tile_shift, reach = call.dilation * (call.kernel / 2);
     // Blocks that share their input follow each other.
-    const int first = static_cast<int>(blockIdx.x) * Tile::OUTPUTS, tile = static_cast<int>(blockIdx.y), sample = static_cast<int>(blockIdx.z);
-    const int across = (call.width + tile_width - 1) / tile_width;
-    const int top = tile / across * tile_height, left_edge = tile % across * tile_width;
-    const Conv2dPlace place{call.tile_shift, tile_width + 2 * reach, top, left_edge, call.height, call.width};
-    const int halo_pixels = place.halo_width * (tile_height + 2 * reach);
+    const int first = static_cast<int>(blockIdx.x) * Tile::OUTPUTS, sample = static_cast<int>(blockIdx.z);
+    const Conv2dPlace place = place_of<T, Tile>(call, static_cast<int>(blockIdx.y));
+    const int halo_pixels = place.halo_width * ((Tile::PIXELS >> call.tile_shift) + 2 * call.dilation * (call.kernel / 2));
 
     unsigned char* const inputs = shared + Tile::STAGES * Tile::STAGE_BYTES;
     const int buffer_bytes = halo_pixels * Tile::PITCH;
@@ -86,10 +91,11 @@ __device__ __forceinline__ void conv2d_block(const Conv2dCall<T>& call, unsigned
     }
     const unsigned char* const weights = shared + weight_offset<Tile>(0, warp_n * Tile::PAIRS, lane);
 
-    InputLoader<T, Tile> loader(call, place, sample, halo_pixels);
+    InputLoader<T, Tile> loader(call, place, sample, halo_pixels, inputs + 2 * buffer_bytes);
     WeightCopier<T, Tile> copier(call, first, shared_address(shared));
     const int taps = call.kernel * call.kernel, chunks = loader.chunks();
     int stages_to_copy = chunks * taps, ring = 0;
+    loader.copy(0, inputs);
 #pragma unroll 1
     for (int stage = 0; stage < Tile::STAGES - 1; ++stage) {
         if (stages_to_copy-- > 0) copier.copy(call, stage);
@@ -98,21 +104,22 @@ __device__ __forceinline__ void conv2d_block(const Conv2dCall<T>& call, unsigned
 
     float sums[Tile::FRAGMENTS][2 * Tile::PAIRS][4] = {};
 #pragma unroll 1
-    for (int chunk = -1; chunk < chunks; ++chunk) {
-        const uint32_t buffer = Tile::BUFFERS == 2 && chunk % 2 != 0 ? buffer_bytes : 0;
-        if (chunk >= 0) {
-            // A second buffer has been read by none since the last chunk but one.
-            if (Tile::BUFFERS == 1 && chunk > 0) __syncthreads();
-            loader.store(chunk, inputs + buffer);
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+        const int buffer = chunk % 2 * buffer_bytes;
+        // The chunk was copied beside the last chunk's first tap: long ago, where there are more taps than stages.
+        if (taps == 1 || chunk == 0) {
+            copy_async_wait<0>();
+            __syncthreads();
         }
-        if (chunk + 1 < chunks) loader.load(chunk + 1);
+        loader.finish(chunk, inputs + buffer);
         int column = 0;
         uint32_t tap = buffer;
 #pragma unroll 1
-        for (int left = chunk < 0 ? 0 : taps; left > 0; --left) {
-            // The stage has arrived for all threads, and so has the input; the one before it is read by none, and its place in the ring is free.
+        for (int left = taps; left > 0; --left) {
+            // The stage has arrived for all threads, and so has the input; the stage and the chunk before are read by none, and their places are free.
             copy_async_wait<Tile::STAGES - 2>();
             __syncthreads();
+            if (left == taps && chunk + 1 < chunks) loader.copy(chunk + 1, inputs + buffer_bytes - buffer);
             if (stages_to_copy-- > 0) copier.copy(call, ring == 0 ? Tile::STAGES - 1 : ring - 1);
             copy_async_commit();
             multiply_stage<T, Tile, HalfSums>(sums, input, tap, weights + ring * Tile::STAGE_BYTES);
@@ -127,10 +134,11 @@ __device__ __forceinline__ void conv2d_block(const Conv2dCall<T>& call, unsigned
 
     copy_async_wait<0>();
     __syncthreads();
-    write_outputs<T, Tile>(call, place, sample, first, sums, shared);
+    const Conv2dPlace written = place_of<T, Tile>(call, block_y_anew());
+    write_outputs<T, Tile>(call, written, sample, first, sums, shared);
     if (call.moments == nullptr) return;
     __syncthreads();
-    write_moments<T, Tile>(call, place, sample, first, shared);
+    write_moments<T, Tile>(call, written, sample, first, shared);
 }
 
 }  // namespace dfe

@@ -10,15 +10,22 @@ __device__ __forceinline__ int residual_size(int size, int residual_resample) {
     return residual_resample == RESAMPLE_UP ? size >> 1 : residual_resample == RESAMPLE_DOWN ? size << 1 : size;
 }
 
-// z += the mean of 2 x 2 values, for 8 outputs.
+// The mean of 2 x 2 values, for 8 outputs; two loads under way at a time, for want of registers.
 template <typename T>
-__device__ __forceinline__ void add_mean_of_four(const T* from, int width, int pitch, int count, bool aligned, float (&z)[8]) {
-#pragma unroll 1
-    for (int part = 0; part < 4; ++part) {
-        float values[8];
-        unpack<T>(load_group(from + int64_t{part % 2 + part / 2 * width} * pitch, count, aligned), values);
+__device__ __forceinline__ void mean_of_four(const T* from, int width, int pitch, int count, bool aligned, float (&mean)[8]) {
 #pragma unroll
-        for (int k = 0; k < 8; ++k) z[k] += 0.25f * values[k];
+    for (int k = 0; k < 8; ++k) mean[k] = 0.0f;
+#pragma unroll 1
+    for (int row = 0; row < 2; ++row) {
+        uint4 words[2];
+        load_neighbours(from + int64_t{row * width} * pitch, pitch, count, aligned, words);
+#pragma unroll
+        for (int column = 0; column < 2; ++column) {
+            float values[8];
+            unpack<T>(words[column], values);
+#pragma unroll
+            for (int k = 0; k < 8; ++k) mean[k] += 0.25f * values[k];
+        }
     }
 }
 
@@ -80,10 +87,8 @@ __device__ __forceinline__ void write_outputs(const Conv2dCall<T>& call, const C
     const int column = warp_n * Tile::WARP_OUTPUTS + lane % Tile::OUTPUT_GROUPS * 8, output = first + column, count = call.outputs - output;
     unsigned char* const staging = shared + warp * Tile::STAGING_BYTES;
     const int swapped = staging_swapped<Tile>(lane);
-    const float* const bias_from = call.bias + int64_t{sample} * call.bias_pitch + output;
     float bias[8];
-#pragma unroll
-    for (int k = 0; k < 8; ++k) bias[k] = call.bias != nullptr && k < count ? __ldg(bias_from + k) : 0.0f;
+    load_numbers(call.bias, int64_t{sample} * call.bias_pitch + output, count, 0.0f, bias);
     T* const y = call.y + int64_t{sample} * call.height * call.width * call.pitch_y + output;
     const int rest_height = residual_size(call.height, call.residual_resample), rest_width = residual_size(call.width, call.residual_resample);
     const int64_t rest_before = int64_t{sample} * rest_height * rest_width * call.pitch_residual + output;
@@ -120,20 +125,21 @@ __device__ __forceinline__ void write_outputs(const Conv2dCall<T>& call, const C
         for (int pass = 0; pass < Tile::PASSES; ++pass) {
             const int pixel = 16 * fragment + staging_row<Tile>(lane, pass), h = place.top + place.row(pixel), w = place.left + place.column(pixel);
             const bool inside = place.inside(pixel);
+            float rest[8];
+            unpack<T>(words[pass], rest);
+            if (residual != nullptr && down && inside) {
+                const T* const first_of_four = residual + int64_t{2 * (h * rest_width + w)} * call.pitch_residual;
+                mean_of_four(first_of_four, rest_width, call.pitch_residual, count, rest_aligned, rest);
+            }
             const float4 one = *reinterpret_cast<const float4*>(staging + staging_read<Tile>(lane, pass, 0));
             const float4 two = *reinterpret_cast<const float4*>(staging + staging_read<Tile>(lane, pass, 1));
             const float4 low = swapped != 0 ? two : one, high = swapped != 0 ? one : two;
-            float z[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}, rest[8];
+            float z[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
             for (int k = 0; k < 8; ++k) z[k] += bias[k];
             activate(z, call.act);
-            unpack<T>(words[pass], rest);
 #pragma unroll
             for (int k = 0; k < 8; ++k) z[k] += rest[k];
-            if (residual != nullptr && down && inside) {
-                const T* const first_of_four = residual + int64_t{2 * (h * rest_width + w)} * call.pitch_residual;
-                add_mean_of_four(first_of_four, rest_width, call.pitch_residual, count, rest_aligned, z);
-            }
             words[pass] = pack<T>(z);
             if (!inside) continue;
             T* const to = y + int64_t{h * call.width + w} * call.pitch_y;
@@ -170,7 +176,7 @@ __device__ __forceinline__ void write_moments(const Conv2dCall<T>& call, const C
             const float more = static_cast<float>(place.fragment_pixels(f));
             if (more == 0.0f) continue;
             const float* const of = partial + 2 * (f * Tile::OUTPUTS + column);
-            const float apart = of[0] - mean, share = more / (count + more);
+            const float apart = of[0] - mean, share = more * fast_reciprocal(count + more);
             squares += of[1] + apart * apart * count * share;
             mean += apart * share;
             count += more;

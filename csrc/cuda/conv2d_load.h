@@ -1,4 +1,4 @@
-// The two loaders of conv2d.cu: input, normalised and activated once on its way into shared memory, and packed weights, copied in the background.
+// The two loaders of conv2d.cu, both by copies in the background: input, normalised and activated once where it arrives, and packed weights.
 #pragma once
 
 #include "../common/activation.h"
@@ -30,21 +30,22 @@ __device__ __forceinline__ int this_thread() {
     return static_cast<int>(threadIdx.x % Tile::THREADS);
 }
 
+template <int Act, int Count>
+__device__ __forceinline__ void activate(float (&z)[Count]) {
+#pragma unroll
+    for (int k = 0; k < Count; ++k) {
+        if constexpr (Act == ACT_GELU) z[k] = gelu_to_16_bits(z[k]);
+        if constexpr (Act == ACT_SILU) z[k] *= fast_reciprocal(1.0f + fast_exp2(-1.44269504f * z[k]));
+        if constexpr (Act == ACT_RELU) z[k] = activated<Activation::relu>(z[k]);
+        if constexpr (Act == ACT_SIGMOID) z[k] = fast_reciprocal(1.0f + fast_exp2(-1.44269504f * z[k]));
+    }
+}
 template <int Count>
 __device__ __forceinline__ void activate(float (&z)[Count], int act) {
-    if (act == ACT_GELU) {
-#pragma unroll
-        for (int k = 0; k < Count; ++k) z[k] = gelu_to_16_bits(z[k]);
-    } else if (act == ACT_SILU) {
-#pragma unroll
-        for (int k = 0; k < Count; ++k) z[k] *= fast_reciprocal(1.0f + fast_exp2(-1.44269504f * z[k]));
-    } else if (act == ACT_RELU) {
-#pragma unroll
-        for (int k = 0; k < Count; ++k) z[k] = activated<Activation::relu>(z[k]);
-    } else if (act == ACT_SIGMOID) {
-#pragma unroll
-        for (int k = 0; k < Count; ++k) z[k] = fast_reciprocal(1.0f + fast_exp2(-1.44269504f * z[k]));
-    }
+    if (act == ACT_GELU) activate<ACT_GELU>(z);
+    else if (act == ACT_SILU) activate<ACT_SILU>(z);
+    else if (act == ACT_RELU) activate<ACT_RELU>(z);
+    else if (act == ACT_SIGMOID) activate<ACT_SIGMOID>(z);
 }
 
 template <typename T>
@@ -70,109 +71,230 @@ __device__ __forceinline__ uint4 load_group(const T* from, int count, bool align
     return vector.words;
 }
 
-// A thread's share of the input of a tile. What can be computed again for every chunk is: registers are short beside the sums.
+// Neighbouring numbers of a table, `otherwise` where there is none and 0 past its `count` ones.
+template <int Count>
+__device__ __forceinline__ void load_numbers(const float* from, int64_t index, int count, float otherwise, float (&to)[Count]) {
+    if (from == nullptr) {
+#pragma unroll
+        for (int k = 0; k < Count; ++k) to[k] = otherwise;
+    } else if (reinterpret_cast<size_t>(from + index) % 16 == 0 && count >= Count) {
+#pragma unroll
+        for (int k = 0; k < Count; k += 4) {
+            const float4 four = __ldg(reinterpret_cast<const float4*>(from + index + k));
+            to[k] = four.x, to[k + 1] = four.y, to[k + 2] = four.z, to[k + 3] = four.w;
+        }
+    } else {
+#pragma unroll
+        for (int k = 0; k < Count; ++k) to[k] = k < count ? __ldg(from + index + k) : 0.0f;
+    }
+}
+
+// The same group of neighbouring pixels, both loads under way at a time.
+template <typename T>
+__device__ __forceinline__ void load_neighbours(const T* from, int pitch, int count, bool aligned, uint4 (&to)[2]) {
+    if (aligned && count >= 8) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) to[i] = __ldg(reinterpret_cast<const uint4*>(from + i * pitch));
+    } else {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) to[i] = load_group(from + i * pitch, count, false);
+    }
+}
+
+// That of 2 x 2 pixels: four loads under way.
+template <typename T>
+__device__ __forceinline__ void load_four(const T* from, int width, int pitch, int count, bool aligned, uint4 (&to)[4]) {
+    if (aligned && count >= 8) {
+#pragma unroll
+        for (int part = 0; part < 4; ++part) {
+            to[part] = __ldg(reinterpret_cast<const uint4*>(from + int64_t{part % 2 + part / 2 * width} * pitch));
+        }
+    } else {
+#pragma unroll
+        for (int part = 0; part < 4; ++part) to[part] = load_group(from + int64_t{part % 2 + part / 2 * width} * pitch, count, false);
+    }
+}
+
+// A thread's share of the input of a tile: runs of 8 channels of a pixel, for each chunk. They are copied to shared memory in the background while
+// the chunk before is multiplied, and normalised and activated there, each by the thread that copied it: no barrier stands between, and no register
+// waits for memory during the products.
 template <typename T, typename Tile>
 struct InputLoader {
-    static constexpr int OUTSIDE = -1, BEYOND = -2;  // outside the image: zeros; beyond the halo: nothing is stored
+    static constexpr int OUTSIDE = -1;                           // of the image: zeros
+    static constexpr int STRIDE = Tile::THREADS / Tile::GROUPS;  // pixels of the halo from one run to the thread's next
 
     const Conv2dCall<T>& call;
     const int sample;
-    int pixels[Tile::VECTORS];  // of the input: where each of the thread's runs is read
-    uint4 raw[Tile::VECTORS];   // of the chunk to be stored next
+    float* const factors;      // in shared memory: scale of the chunk's channels, then offset
+    const int* const sources;  // in shared memory: what `source` says of each pixel of the halo
+    unsigned runs = 0;         // bit i: run i is in the halo; bit 16 + i: in the image too
 
-    __device__ __forceinline__ InputLoader(const Conv2dCall<T>& given, const Conv2dPlace& place, int n, int halo_pixels) : call(given), sample(n) {
-        const int margin = call.dilation * (call.kernel / 2);
+    // numbers: in shared memory, Tile::FACTORS and one for each pixel of the halo.
+    __device__ __forceinline__ InputLoader(const Conv2dCall<T>& given, const Conv2dPlace& place, int n, int halo_pixels, void* numbers)
+        : call(given), sample(n), factors(static_cast<float*>(numbers)),
+          sources(static_cast<const int*>(numbers) + Tile::FACTORS) {
+        int* const table = static_cast<int*>(numbers) + Tile::FACTORS;
+        for (int pixel = this_thread<Tile>(); pixel < halo_pixels; pixel += Tile::THREADS) table[pixel] = source(place, pixel);
+        __syncthreads();
 #pragma unroll
         for (int i = 0; i < Tile::VECTORS; ++i) {
-            const int pixel = loader_pixel<Tile>(this_thread<Tile>() + i * Tile::THREADS), row = pixel / place.halo_width;
-            const int h = place.top + row - margin, w = place.left + pixel - row * place.halo_width - margin;
-            if (pixel >= halo_pixels) pixels[i] = BEYOND;
-            else if (h < 0 || h >= place.height || w < 0 || w >= place.width) pixels[i] = OUTSIDE;
-            else if (call.resample == RESAMPLE_UP) pixels[i] = (h >> 1) * call.width_in + (w >> 1);
-            else if (call.resample == RESAMPLE_DOWN) pixels[i] = 2 * (h * call.width_in + w);
-            else pixels[i] = h * call.width_in + w;
+            const int pixel = loader_pixel<Tile>(this_thread<Tile>()) + i * STRIDE;
+            if (pixel < halo_pixels) runs |= (table[pixel] == OUTSIDE ? 1u : 0x10001u) << i;
         }
     }
 
     __device__ __forceinline__ int chunks_of_x() const { return (call.channels + Tile::CHANNELS - 1) / Tile::CHANNELS; }
     __device__ __forceinline__ int chunks() const { return chunks_of_x() + (call.channels2 + Tile::CHANNELS - 1) / Tile::CHANNELS; }
 
-    // Of the thread's 8 channels in a chunk: where they lie, how many of them there are (more than 8 where others follow), and their place in scale.
-    struct Channels {
-        const T* from;
-        int pitch, count, index;
-        bool aligned;
-    };
-    __device__ __forceinline__ Channels channels_of(int chunk) const {
-        const bool second = chunk >= chunks_of_x();
-        const int channel = (chunk - (second ? chunks_of_x() : 0)) * Tile::CHANNELS + 8 * loader_group<Tile>(this_thread<Tile>());
-        const int pitch = second ? call.pitch2 : call.pitch;
-        const int64_t before = int64_t{sample} * call.height_in * call.width_in * pitch;
-        return {(second ? call.x2 : call.x) + before + channel, pitch, (second ? call.channels2 : call.channels) - channel,
-                channel + (second ? call.channels : 0), (call.aligned & (second ? ALIGNED_X2 : ALIGNED_X)) != 0};
-    }
-
-    // Starts the loads of a chunk; what makes means of 2 x 2 is loaded in `store`: there are no registers for four times as many values.
-    __device__ __forceinline__ void load(int chunk) {
-        const Channels at = channels_of(chunk);
+    // Starts the copies of a chunk to `to`, and of its factors; means of 2 x 2, and runs that are not whole and aligned, are left to `finish`.
+    __device__ __forceinline__ void copy(int chunk, unsigned char* to) const {
+        const int thread = computed_anew(this_thread<Tile>());
+        const Channels at = channels_of(computed_anew(chunk), thread);
+        if (call.scale != nullptr && thread < Tile::FACTORS) {
+            const int channel = thread % Tile::CHANNELS;
+            const int64_t place = int64_t{computed_anew(sample)} * (call.channels + call.channels2) + (at.second ? call.channels : 0) + at.first + channel;
+            copy_async_4(shared_address(factors + thread), (thread < Tile::CHANNELS ? call.scale : call.offset) + place, channel < at.left);
+        }
+        if (!at.copied) return;
+        const uint32_t mine = shared_address(to) + first_run(thread);
+        const bool there = at.group < at.left;
+        const T* const start = from(at);
+        const int* const pixels = sources + loader_pixel<Tile>(thread);
 #pragma unroll
         for (int i = 0; i < Tile::VECTORS; ++i) {
-            raw[i] = uint4{0, 0, 0, 0};
-            if (pixels[i] < 0 || call.resample == RESAMPLE_DOWN) continue;
-            raw[i] = load_group(at.from + int64_t{pixels[i]} * at.pitch, at.count, at.aligned);
+            if (!in_halo(i)) continue;
+            const int pixel = pixels[i * STRIDE];
+            copy_async_16(mine + i * STRIDE * Tile::PITCH, start + int64_t{pixel} * at.pitch, there && pixel != OUTSIDE);
         }
     }
 
-    // The chunk to shared memory.
-    __device__ __forceinline__ void store(int chunk, unsigned char* to) {
-        if (call.scale != nullptr || call.prologue != 0 || call.resample == RESAMPLE_DOWN) apply(channels_of(chunk));
-        const int thread = this_thread<Tile>();
-        unsigned char* const mine = to + input_offset<Tile>(loader_pixel<Tile>(thread), loader_group<Tile>(thread));
-#pragma unroll
-        for (int i = 0; i < Tile::VECTORS; ++i) {
-            if (pixels[i] != BEYOND) *reinterpret_cast<uint4*>(mine + i * (Tile::THREADS / Tile::GROUPS) * Tile::PITCH) = raw[i];
-        }
+    // The copies of the chunk to `to` have arrived, the factors for all threads: it becomes what the product reads.
+    __device__ __forceinline__ void finish(int chunk, unsigned char* to) const {
+        const int thread = computed_anew(this_thread<Tile>());
+        const Channels at = channels_of(computed_anew(chunk), thread);
+        unsigned char* const mine = to + first_run(thread);
+        const bool down = call.resample == RESAMPLE_DOWN;
+        const int* const pixels = sources + loader_pixel<Tile>(thread);
+        if (!at.copied && !down) gather(at, pixels, mine);
+        if (call.scale == nullptr && call.prologue == 0 && !down) return;
+        if (call.prologue == ACT_GELU) apply<ACT_GELU>(at, pixels, mine, down);
+        else if (call.prologue == ACT_SILU) apply<ACT_SILU>(at, pixels, mine, down);
+        else if (call.prologue == ACT_RELU) apply<ACT_RELU>(at, pixels, mine, down);
+        else apply<0>(at, pixels, mine, down);
     }
 
   private:
-    // raw becomes what the product reads, half of the 8 channels at a time. Channels past the last are 0, as are their scale and offset here, and
-    // every activation of 0. Pixels outside of the image stay 0.
-    __device__ __forceinline__ void apply(const Channels& at) {
-        const int64_t index = int64_t{sample} * (call.channels + call.channels2) + at.index;
-        const int parts = call.resample == RESAMPLE_DOWN ? 4 : 1;
-        const float share = parts == 4 ? 0.25f : 1.0f;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float gain[4], shift[4];
-#pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                const bool there = 4 * half + k < at.count;
-                gain[k] = call.scale == nullptr ? 1.0f : there ? __ldg(call.scale + index + 4 * half + k) : 0.0f;
-                shift[k] = call.scale == nullptr || !there ? 0.0f : __ldg(call.offset + index + 4 * half + k);
-            }
-#pragma unroll
-            for (int i = 0; i < Tile::VECTORS; ++i) {
-                if (pixels[i] < 0) continue;
-                float mean[4] = {};
+    __device__ __forceinline__ bool in_halo(int i) const { return (runs >> i & 1) != 0; }
+    __device__ __forceinline__ bool in_image(int i) const { return (runs >> (16 + i) & 1) != 0; }
+
+    // Of a chunk: which source it is of, from which channel on; where the thread's 8 channels lie in it, how many channels the source has from the
+    // chunk's first on; aligned: the runs are 16 aligned bytes, or nothing; copied: so, and as they are.
+    struct Channels {
+        bool second;
+        int first, group, left, pitch;
+        bool aligned, copied;
+    };
+    __device__ __forceinline__ Channels channels_of(int chunk, int thread) const {
+        const bool second = chunk >= chunks_of_x();
+        const int first = (chunk - (second ? chunks_of_x() : 0)) * Tile::CHANNELS, all = second ? call.channels2 : call.channels;
+        const bool aligned = (call.aligned & (second ? ALIGNED_X2 : ALIGNED_X)) != 0 && all % 8 == 0;
+        return {second, first, 8 * loader_group<Tile>(thread), all - first, second ? call.pitch2 : call.pitch, aligned,
+                aligned && call.resample != RESAMPLE_DOWN};
+    }
+    // The thread's channels of the sample's pixel 0.
+    __device__ __forceinline__ const T* from(const Channels& at) const {
+        const int64_t before = int64_t{computed_anew(sample)} * call.height_in * call.width_in * at.pitch;
+        return computed_anew((at.second ? call.x2 : call.x) + before + at.first + at.group);
+    }
+
+    __device__ __forceinline__ static int first_run(int thread) { return input_offset<Tile>(loader_pixel<Tile>(thread), loader_group<Tile>(thread)); }
+
+    // The pixel of the input where a pixel of the halo is read, the first of four for a mean; or OUTSIDE.
+    __device__ __forceinline__ int source(const Conv2dPlace& place, int pixel) const {
+        const int margin = call.dilation * (call.kernel / 2), row = pixel / place.halo_width;
+        const int h = place.top + row - margin, w = place.left + pixel - row * place.halo_width - margin;
+        if (h < 0 || h >= place.height || w < 0 || w >= place.width) return OUTSIDE;
+        if (call.resample == RESAMPLE_UP) return (h >> 1) * call.width_in + (w >> 1);
+        if (call.resample == RESAMPLE_DOWN) return 2 * (h * call.width_in + w);
+        return h * call.width_in + w;
+    }
+
+    // What `copy` does, without haste.
+    __device__ __forceinline__ void gather(const Channels& at, const int* pixels, unsigned char* mine) const {
+        const T* const start = from(at);
 #pragma unroll 1
-                for (int part = 0; part < parts; ++part) {
-                    uint4 words = raw[i];
-                    if (parts != 1) {
-                        const int64_t there = pixels[i] + part % 2 + part / 2 * call.width_in;
-                        words = load_group(at.from + there * at.pitch, at.count, at.aligned);
-                    }
-                    float v[4];
-                    unpack(half == 0 ? words.x : words.z, v[0], v[1], T{});
-                    unpack(half == 0 ? words.y : words.w, v[2], v[3], T{});
+        for (int i = 0; i < Tile::VECTORS; ++i) {
+            if (!in_halo(i)) continue;
+            uint4 words{0, 0, 0, 0};
+            if (in_image(i)) words = load_group(start + int64_t{pixels[i * STRIDE]} * at.pitch, at.left - at.group, false);
+            *reinterpret_cast<uint4*>(mine + i * STRIDE * Tile::PITCH) = words;
+        }
+    }
+
+    // Of the thread's channels from number `begin` on.
+    template <int Count>
+    __device__ __forceinline__ void load_factors(const Channels& at, int begin, float (&gain)[Count], float (&shift)[Count]) const {
 #pragma unroll
-                    for (int k = 0; k < 4; ++k) v[k] = v[k] * gain[k] + shift[k];
-                    activate(v, call.prologue);
-#pragma unroll
-                    for (int k = 0; k < 4; ++k) mean[k] += v[k] * share;
-                }
-                (half == 0 ? raw[i].x : raw[i].z) = pack(mean[0], mean[1], T{});
-                (half == 0 ? raw[i].y : raw[i].w) = pack(mean[2], mean[3], T{});
+        for (int k = 0; k < Count; k += 4) {
+            float4 four{1.0f, 1.0f, 1.0f, 1.0f}, more{0.0f, 0.0f, 0.0f, 0.0f};
+            if (call.scale != nullptr) {
+                four = *reinterpret_cast<const float4*>(factors + at.group + begin + k);
+                more = *reinterpret_cast<const float4*>(factors + Tile::CHANNELS + at.group + begin + k);
             }
+            gain[k] = four.x, gain[k + 1] = four.y, gain[k + 2] = four.z, gain[k + 3] = four.w;
+            shift[k] = more.x, shift[k + 1] = more.y, shift[k + 2] = more.z, shift[k + 3] = more.w;
+        }
+    }
+
+    // Channels past the last are 0, as are their gain and shift, and every activation of 0. Pixels outside of the image stay 0.
+    template <int Act>
+    __device__ __forceinline__ void apply(const Channels& at, const int* pixels, unsigned char* mine, bool down) const {
+        if (down) return apply_to_means<Act>(at, pixels, mine);
+        float gain[8], shift[8];
+        load_factors(at, 0, gain, shift);
+#pragma unroll 1
+        for (int i = 0; i < Tile::VECTORS; ++i) {
+            if (!in_image(i)) continue;
+            uint4* const run = reinterpret_cast<uint4*>(mine + i * STRIDE * Tile::PITCH);
+            float v[8];
+            unpack<T>(*run, v);
+#pragma unroll
+            for (int k = 0; k < 8; ++k) v[k] = v[k] * gain[k] + shift[k];
+            activate<Act>(v);
+            *run = pack<T>(v);
+        }
+    }
+    // Four runs take as many registers as there are left: gain and shift come anew for each of them, half of the channels at a time.
+    template <int Act>
+    __device__ __forceinline__ void apply_to_means(const Channels& at, const int* pixels, unsigned char* mine) const {
+        const T* const start = from(at);
+#pragma unroll 1
+        for (int i = 0; i < Tile::VECTORS; ++i) {
+            if (!in_halo(i)) continue;
+            uint32_t halves[2][2] = {};
+            if (in_image(i)) {
+                uint4 words[4];
+                load_four(start + int64_t{pixels[i * STRIDE]} * at.pitch, call.width_in, at.pitch, at.left - at.group, at.aligned, words);
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    float gain[4], shift[4], mean[4] = {};
+                    load_factors(at, 4 * half, gain, shift);
+#pragma unroll
+                    for (int part = 0; part < 4; ++part) {
+                        float v[4];
+                        unpack(half == 0 ? words[part].x : words[part].z, v[0], v[1], T{});
+                        unpack(half == 0 ? words[part].y : words[part].w, v[2], v[3], T{});
+#pragma unroll
+                        for (int k = 0; k < 4; ++k) v[k] = v[k] * gain[k] + shift[k];
+                        activate<Act>(v);
+#pragma unroll
+                        for (int k = 0; k < 4; ++k) mean[k] += 0.25f * v[k];
+                    }
+                    halves[half][0] = pack(mean[0], mean[1], T{});
+                    halves[half][1] = pack(mean[2], mean[3], T{});
+                }
+            }
+            *reinterpret_cast<uint4*>(mine + i * STRIDE * Tile::PITCH) = uint4{halves[0][0], halves[0][1], halves[1][0], halves[1][1]};
         }
     }
 };

@@ -33,6 +33,10 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&to)[4], uint32_t address)
 __device__ __forceinline__ void copy_async_16(uint32_t address, const void* from, bool there) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(__cvta_generic_to_global(from)), "r"(there ? 16 : 0) : "memory");
 }
+// The same for 4 bytes.
+__device__ __forceinline__ void copy_async_4(uint32_t address, const void* from, bool there) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(__cvta_generic_to_global(from)), "r"(there ? 4 : 0) : "memory");
+}
 __device__ __forceinline__ void copy_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -88,6 +92,23 @@ __device__ __forceinline__ uint32_t pack(float first, float second, bfloat16) {
     uint32_t word;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
     return word;
+}
+
+// The value, of which the compiler knows nothing: what depends on it is not kept in registers around a loop, but computed where it is used.
+__device__ __forceinline__ int computed_anew(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+template <typename T>
+__device__ __forceinline__ T* computed_anew(T* value) {
+    asm volatile("" : "+l"(value));
+    return value;
+}
+// blockIdx.y, read from the hardware where it is used.
+__device__ __forceinline__ int block_y_anew() {
+    int value;
+    asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(value));
+    return value;
 }
 
 // To about 2^-22 of the result.

@@ -114,8 +114,8 @@ int loader_covers(int halo_pixels) {
 
 template <typename Tile>
 void describe(int* to) {
-    const int numbers[] = {Tile::PIXELS, Tile::OUTPUTS, Tile::CHANNELS, Tile::WARPS_M, Tile::WARPS_N, Tile::STAGES, Tile::BUFFERS, Tile::VECTORS,
-                           Tile::BLOCKS, Tile::THREADS, Tile::STAGES * Tile::STAGE_BYTES, Tile::BUFFERS * Tile::PITCH, Tile::EPILOGUE_BYTES};
+    const int numbers[] = {Tile::PIXELS, Tile::OUTPUTS, Tile::CHANNELS, Tile::WARPS_M, Tile::WARPS_N, Tile::STAGES, Tile::VECTORS, Tile::BLOCKS,
+                           Tile::THREADS, Tile::STAGES * Tile::STAGE_BYTES + 4 * Tile::FACTORS, 2 * Tile::PITCH + 4, Tile::EPILOGUE_BYTES};
     std::copy(std::begin(numbers), std::end(numbers), to);
 }
 

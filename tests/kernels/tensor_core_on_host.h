@@ -13,6 +13,7 @@ namespace on_host {
 struct Copy {
     unsigned char* to;
     const void* from;  // null: zeros
+    int bytes;
 };
 struct Copies {
     std::vector<Copy> open;               // not committed yet
@@ -34,8 +35,8 @@ inline void start_tensor_core_block() {
     for (Shown& one : shown) one.turn = 0;
 }
 
-inline unsigned char* in_shared(uint32_t address) {
-    if (address % 16 != 0 || address + 16 > shared_bytes) {
+inline unsigned char* in_shared(uint32_t address, int bytes = 16) {
+    if (address % bytes != 0 || address + bytes > shared_bytes) {
         std::fprintf(stderr, "cuda_on_host: address %u in %u bytes of shared memory\n", address, shared_bytes);
         std::abort();
     }
@@ -59,13 +60,18 @@ inline void ldmatrix_x4(uint32_t (&to)[4], uint32_t address) {
     for (int i = 0; i < 4; ++i) memcpy(&to[i], in_shared(shown[warp + 8 * i + lane / 4].address[turn]) + lane % 4 * 4, 4);
 }
 
-inline void copy_async_16(uint32_t address, const void* from, bool there) {
+inline void copy_async(uint32_t address, const void* from, int bytes, bool there) {
     using namespace on_host;
-    unsigned char* const to = in_shared(address);
-    if (reinterpret_cast<uintptr_t>(from) % 16 != 0) std::fprintf(stderr, "cuda_on_host: copy from an address that is not aligned\n"), std::abort();
-    memset(to, 0xff, 16);
-    copies[number(*running)].open.push_back({to, there ? from : nullptr});
+    unsigned char* const to = in_shared(address, bytes);
+    if (there && reinterpret_cast<uintptr_t>(from) % bytes != 0) {
+        std::fprintf(stderr, "cuda_on_host: copy from an address that is not aligned\n");
+        std::abort();
+    }
+    memset(to, 0xff, bytes);
+    copies[number(*running)].open.push_back({to, there ? from : nullptr, bytes});
 }
+inline void copy_async_16(uint32_t address, const void* from, bool there) { copy_async(address, from, 16, there); }
+inline void copy_async_4(uint32_t address, const void* from, bool there) { copy_async(address, from, 4, there); }
 inline void copy_async_commit() {
     on_host::Copies& mine = on_host::copies[on_host::number(*on_host::running)];
     mine.groups.push_back(std::move(mine.open));
@@ -76,8 +82,8 @@ void copy_async_wait() {
     on_host::Copies& mine = on_host::copies[on_host::number(*on_host::running)];
     while (mine.groups.size() > Left) {
         for (const on_host::Copy& copy : mine.groups.front()) {
-            if (copy.from == nullptr) memset(copy.to, 0, 16);
-            else memcpy(copy.to, copy.from, 16);
+            if (copy.from == nullptr) memset(copy.to, 0, copy.bytes);
+            else memcpy(copy.to, copy.from, copy.bytes);
         }
         mine.groups.pop_front();
     }
@@ -153,6 +159,12 @@ void multiply_add_half(uint32_t (&sums)[N][2], const uint32_t (&a)[4], const uin
         for (int i = 0; i < 2; ++i) sums[n][i] = pack(totals[n][2 * i], totals[n][2 * i + 1], half{});
     }
 }
+
+template <typename T>
+T computed_anew(T value) {
+    return value;
+}
+inline int block_y_anew() { return static_cast<int>(blockIdx.y); }
 
 inline float fast_exp2(float x) { return std::exp2(x); }
 inline float fast_reciprocal(float x) { return 1.0f / x; }

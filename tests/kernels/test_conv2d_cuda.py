@@ -18,7 +18,8 @@ from tests.kernels.test_conv2d import Case, check_contract, check_moments, make,
 HALVES = tuple(cuda.NAMES)
 ADA = (8, 9)
 EDIT_WAIT = ("copy_async_wait<Tile::STAGES - 2>();", "copy_async_wait<Tile::STAGES - 1>();")
-EDIT_BARRIER = ("if (Tile::BUFFERS == 1 && chunk > 0) __syncthreads();", "")
+EDIT_BARRIER = (f"{EDIT_WAIT[0]}\n            __syncthreads();", EDIT_WAIT[0])
+EDIT_CHUNK = ("if (taps == 1 || chunk == 0) {", "if (chunk == 0) {")
 
 
 def launcher_of(monkeypatch, place: cuda.Placement | None = None, backwards: bool = False, edit=None, **options):
@@ -144,6 +145,12 @@ def test_the_host_finds_a_missing_wait_and_a_missing_barrier(monkeypatch):
     assert late.isnan().any()
     both = [run_into_nan(launcher_of(monkeypatch, place, order, EDIT_BARRIER), arguments)[0] for order in (False, True)]
     assert not all(torch.equal(y, right) for y in both)
+    # With a single tap the next chunk, and its scale and offset, are the newest copies.
+    arguments = make(Case((1, 3, 67), (72,), 16, 1, 1, True, "gelu", aligned=True), torch.float16)
+    place = placement(tile, (1, 201), 0)
+    right, _ = run_into_nan(launcher_of(monkeypatch, place), arguments)
+    late, _ = run_into_nan(launcher_of(monkeypatch, place, edit=EDIT_CHUNK), arguments)
+    assert right.isfinite().all() and late.isnan().any()
 
 
 @pytest.fixture(scope="module")
@@ -156,13 +163,13 @@ def test_the_table_is_that_of_the_kernel(addresses):
     names = [addresses.tile_name(i).decode() for i in range(addresses.tile_count())]
     assert sorted(names) == sorted(tile.name for tile in cuda.TILES)
     for tile in cuda.TILES:
-        numbers = (ctypes.c_int * 13)()
+        numbers = (ctypes.c_int * 12)()
         addresses.tile_numbers(names.index(tile.name), numbers)
-        *table, threads, weights, a_pixel, epilogue = numbers
-        mine = [tile.pixels, tile.outputs, tile.channels, *tile.warps, tile.stages, tile.buffers, tile.vectors]
+        *table, threads, fixed, a_pixel, epilogue = numbers
+        mine = [tile.pixels, tile.outputs, tile.channels, *tile.warps, tile.stages, tile.vectors]
         assert table == [*mine, tile.blocks] and threads == tile.threads
         for halo in (1, tile.pixels, 2 * tile.pixels):
-            assert tile.shared_bytes(halo) == max(weights + halo * a_pixel, epilogue)
+            assert tile.shared_bytes(halo) == max(fixed + halo * a_pixel, epilogue)
 
 
 def test_no_bank_conflicts(addresses):
@@ -204,7 +211,8 @@ def test_packing_is_in_the_order_of_the_fragments():
     "shape, channels, reach, name, width",
     [
         ((2, 256, 256, 128), (128,), 1, "128x128", 16),
-        ((2, 64, 64, 256), (256,), 1, "128x64", 16),
+        ((2, 64, 64, 256), (256,), 1, "128x128", 16),
+        ((2, 32, 32, 512), (512,), 1, "128x64", 16),
         ((2, 8, 8, 512), (512,), 2, "64x64", 8),
         ((2, 256, 256, 128), (3,), 1, "128x64x16", 16),
         ((2, 256, 256, 3), (128,), 1, "128x16", 16),
@@ -215,6 +223,16 @@ def test_packing_is_in_the_order_of_the_fragments():
 def test_the_chosen_tile(shape, channels, reach, name, width):
     place = cuda.placement_for(shape, channels, reach)
     assert (place.tile.name, place.width) == (name, width)
+
+
+def test_tiles_of_few_outputs_are_for_few_outputs():
+    """And the number of multiprocessors decides how small a tile must be."""
+    for shape, reach in (((2, 8, 8, 512), 1), ((1, 16, 16, 512), 1), ((1, 1, 64, 512), 0), ((1, 8, 8, 48), 1)):
+        assert cuda.placement_for(shape, (512,), reach).tile.outputs > 16
+    assert cuda.placement_for((1, 64, 64, 32), (64,), 1).tile.name == "128x16"
+    shape = (2, 64, 64, 128)
+    names = {count: cuda.placement_for(shape, (128,), 1, multiprocessors=count).tile.name for count in (16, 64, 128)}
+    assert names == {16: "128x128", 64: "128x128", 128: "128x64"}
 
 
 def test_fast_tensor_cores_take_the_tile_that_reads_less():
@@ -244,10 +262,24 @@ def test_moments_decide_the_tile():
     assert cuda.placement_for(shape, (128,), 1, 32).width >= 32
     assert cuda.moment_tile((2, 1, 65536, 128), (128,), 0) == 128, "without taps an image is one row"
     assert cuda.moment_tile((2, 8, 8, 512), (512,), 1) == 64
-    assert cuda.moment_tile((2, 32, 32, 512), (512,), 1) == 64, "as 2x32, though 8x8 reads less"
-    assert cuda.placement_for((2, 32, 32, 512), (512,), 1, 64).width == 32
+    assert cuda.moment_tile((2, 32, 32, 512), (512,), 1) == 128, "as 4x32, though 8x16 reads less"
+    assert cuda.placement_for((2, 32, 32, 512), (512,), 1, 128).width == 32
+    assert cuda.moment_tile((2, 32, 32, 512), (512,), 1, multiprocessors=132) == 64, "with a tile of 64 pixels"
     with pytest.raises(CannotRunError, match="128 pixels for the moments"):
         cuda.placement_for(shape, (128,), 1, 128)
+
+
+def test_the_op_asks_the_backend_that_serves_for_its_moments(monkeypatch):
+    shape = (2, 256, 256, 128)
+    assert conv2d.moment_tile(shape, torch.float16) == conv2d.configuration_for(shape, torch.float16)["BLOCK_M"]
+    monkeypatch.setattr(conv2d.OP, "default", lambda device: "cuda" if device == "cuda" else "reference")
+    monkeypatch.setattr(cuda, "capability_of", lambda device: ADA)
+    monkeypatch.setattr(cuda, "multiprocessors_of", lambda device: 128)
+    assert conv2d.moment_tile(shape, torch.float16, device="cuda") == 16
+    assert conv2d.moment_tile(shape, torch.float16, (128,), 0, "cuda") == 128
+    assert conv2d.moment_tile((2, 8, 8, 512), torch.bfloat16, device="cuda") == 64
+    triton = conv2d.configuration_for(shape, torch.float32)["BLOCK_M"]
+    assert conv2d.moment_tile(shape, torch.float32, device="cuda") == triton
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Kernels compile for sm_89 and sm_90 without a GPU and do not spill."""
+"""Kernels compile for sm_89 and sm_90, CUDA C++ for sm_80 and sm_86 too, without a GPU, and do not spill."""
 
 from __future__ import annotations
 
@@ -50,15 +50,16 @@ def test_kernels_compile_and_do_not_spill(tmp_path):
             if not file.is_file() or (backend == "cuda" and not shutil.which("nvcc")):
                 continue
             mine = [row for row in rows if (row["op"], row["backend"]) == (op, backend)]
-            assert {row["architecture"] for row in mine} == {89, 90}
+            assert {row["architecture"] for row in mine} == ({89, 90} if backend == "triton" else {80, 86, 89, 90})
             assert max(row["registers"] for row in mine) <= bound
             assert all(row["local"] == row["stack"] == 0 for row in mine)
     if not shutil.which("nvcc"):
         return
     for tile in conv2d_cuda.TILES:
         mine = [row for row in rows if re.fullmatch(f"conv2d_(b?float16|half_sums)_{tile.name}", row["kernel"])]
-        assert len(mine) >= 4, "two types, two architectures"
+        assert len(mine) >= 8, "two types, four architectures"
         for row in mine:
-            assert row["blocks"] >= tile.blocks
-            assert row["loop"]["HMMA"] >= row["loop"]["LDSM"] > 0 and row["loop"]["LDGSTS"] > 0
-            assert row["local_in_loop"] == 0
+            # Shared memory of 100 KB holds fewer of two tiles.
+            small = row["architecture"] in (86, 89)
+            assert row["blocks"] >= ({"64x64": 3, "128x128w4": 1}.get(tile.name, tile.blocks) if small else tile.blocks)
+            assert row["loop"]["HMMA"] >= row["loop"]["LDSM"] > 0 and row["wrong"] == []
