@@ -116,7 +116,7 @@ __device__ __forceinline__ void conv2d_block(const Conv2dCall<T>& call, unsigned
         uint32_t tap = buffer;
 #pragma unroll 1
         for (int left = taps; left > 0; --left) {
-            // The stage has arrived for all threads, and so has the input; the stage and the chunk before are read by none, and their places are free.
+            // The stage has arrived for all threads, and so has the input; those before are read by none, and their places are free.
             copy_async_wait<Tile::STAGES - 2>();
             __syncthreads();
             if (left == taps && chunk + 1 < chunks) loader.copy(chunk + 1, inputs + buffer_bytes - buffer);

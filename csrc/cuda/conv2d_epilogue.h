@@ -10,6 +10,32 @@ __device__ __forceinline__ int residual_size(int size, int residual_resample) {
     return residual_resample == RESAMPLE_UP ? size >> 1 : residual_resample == RESAMPLE_DOWN ? size << 1 : size;
 }
 
+// 8 neighbouring numbers of a table, 0 where there is none and past its `count` ones.
+__device__ __forceinline__ void load_bias(const float* from, int64_t index, int count, float (&to)[8]) {
+    if (from != nullptr && reinterpret_cast<size_t>(from + index) % 16 == 0 && count >= 8) {
+#pragma unroll
+        for (int k = 0; k < 8; k += 4) {
+            const float4 four = __ldg(reinterpret_cast<const float4*>(from + index + k));
+            to[k] = four.x, to[k + 1] = four.y, to[k + 2] = four.z, to[k + 3] = four.w;
+        }
+    } else {
+#pragma unroll
+        for (int k = 0; k < 8; ++k) to[k] = from != nullptr && k < count ? __ldg(from + index + k) : 0.0f;
+    }
+}
+
+// The same 8 outputs of neighbouring pixels, both loads under way together.
+template <typename T>
+__device__ __forceinline__ void load_neighbours(const T* from, int pitch, int count, bool aligned, uint4 (&to)[2]) {
+    if (aligned && count >= 8) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) to[i] = __ldg(reinterpret_cast<const uint4*>(from + i * pitch));
+    } else {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) to[i] = load_group(from + i * pitch, count, false);
+    }
+}
+
 // The mean of 2 x 2 values, for 8 outputs; two loads under way at a time, for want of registers.
 template <typename T>
 __device__ __forceinline__ void mean_of_four(const T* from, int width, int pitch, int count, bool aligned, float (&mean)[8]) {
@@ -88,7 +114,7 @@ __device__ __forceinline__ void write_outputs(const Conv2dCall<T>& call, const C
     unsigned char* const staging = shared + warp * Tile::STAGING_BYTES;
     const int swapped = staging_swapped<Tile>(lane);
     float bias[8];
-    load_numbers(call.bias, int64_t{sample} * call.bias_pitch + output, count, 0.0f, bias);
+    load_bias(call.bias, int64_t{sample} * call.bias_pitch + output, count, bias);
     T* const y = call.y + int64_t{sample} * call.height * call.width * call.pitch_y + output;
     const int rest_height = residual_size(call.height, call.residual_resample), rest_width = residual_size(call.width, call.residual_resample);
     const int64_t rest_before = int64_t{sample} * rest_height * rest_width * call.pitch_residual + output;

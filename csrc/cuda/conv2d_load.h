@@ -71,37 +71,7 @@ __device__ __forceinline__ uint4 load_group(const T* from, int count, bool align
     return vector.words;
 }
 
-// Neighbouring numbers of a table, `otherwise` where there is none and 0 past its `count` ones.
-template <int Count>
-__device__ __forceinline__ void load_numbers(const float* from, int64_t index, int count, float otherwise, float (&to)[Count]) {
-    if (from == nullptr) {
-#pragma unroll
-        for (int k = 0; k < Count; ++k) to[k] = otherwise;
-    } else if (reinterpret_cast<size_t>(from + index) % 16 == 0 && count >= Count) {
-#pragma unroll
-        for (int k = 0; k < Count; k += 4) {
-            const float4 four = __ldg(reinterpret_cast<const float4*>(from + index + k));
-            to[k] = four.x, to[k + 1] = four.y, to[k + 2] = four.z, to[k + 3] = four.w;
-        }
-    } else {
-#pragma unroll
-        for (int k = 0; k < Count; ++k) to[k] = k < count ? __ldg(from + index + k) : 0.0f;
-    }
-}
-
-// The same group of neighbouring pixels, both loads under way at a time.
-template <typename T>
-__device__ __forceinline__ void load_neighbours(const T* from, int pitch, int count, bool aligned, uint4 (&to)[2]) {
-    if (aligned && count >= 8) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) to[i] = __ldg(reinterpret_cast<const uint4*>(from + i * pitch));
-    } else {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) to[i] = load_group(from + i * pitch, count, false);
-    }
-}
-
-// That of 2 x 2 pixels: four loads under way.
+// The same group of 2 x 2 pixels: four loads under way together.
 template <typename T>
 __device__ __forceinline__ void load_four(const T* from, int width, int pitch, int count, bool aligned, uint4 (&to)[4]) {
     if (aligned && count >= 8) {
@@ -131,8 +101,7 @@ struct InputLoader {
 
     // numbers: in shared memory, Tile::FACTORS and one for each pixel of the halo.
     __device__ __forceinline__ InputLoader(const Conv2dCall<T>& given, const Conv2dPlace& place, int n, int halo_pixels, void* numbers)
-        : call(given), sample(n), factors(static_cast<float*>(numbers)),
-          sources(static_cast<const int*>(numbers) + Tile::FACTORS) {
+        : call(given), sample(n), factors(static_cast<float*>(numbers)), sources(static_cast<const int*>(numbers) + Tile::FACTORS) {
         int* const table = static_cast<int*>(numbers) + Tile::FACTORS;
         for (int pixel = this_thread<Tile>(); pixel < halo_pixels; pixel += Tile::THREADS) table[pixel] = source(place, pixel);
         __syncthreads();
@@ -152,8 +121,9 @@ struct InputLoader {
         const Channels at = channels_of(computed_anew(chunk), thread);
         if (call.scale != nullptr && thread < Tile::FACTORS) {
             const int channel = thread % Tile::CHANNELS;
-            const int64_t place = int64_t{computed_anew(sample)} * (call.channels + call.channels2) + (at.second ? call.channels : 0) + at.first + channel;
-            copy_async_4(shared_address(factors + thread), (thread < Tile::CHANNELS ? call.scale : call.offset) + place, channel < at.left);
+            const int64_t before = int64_t{computed_anew(sample)} * (call.channels + call.channels2) + (at.second ? call.channels : 0);
+            const float* const of = (thread < Tile::CHANNELS ? call.scale : call.offset) + before + at.first + channel;
+            copy_async_4(shared_address(factors + thread), of, channel < at.left);
         }
         if (!at.copied) return;
         const uint32_t mine = shared_address(to) + first_run(thread);
