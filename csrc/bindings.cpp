@@ -1,5 +1,6 @@
 // The Python module dfengine._native: CPU kernels over raw pointers, and the CUDA kernels where nvcc was found (csrc/cuda/launch.h). The
 // launchers in kernels/ check shapes, strides and types; nothing is copied and the interpreter lock is released while a kernel runs.
+#include <exception>
 #include <map>
 
 #include "bindings/call.h"
@@ -34,6 +35,23 @@ const std::map<std::string, bool>& cpu_levels() {
     return found;
 }
 
+// `work` runs with the interpreter lock; what it raises is raised when the helpers are gone.
+void run_with_helpers(int threads, const py::function& work) {
+    std::exception_ptr raised;
+    {
+        py::gil_scoped_release unlocked;
+        with_helpers(threads, [&] {
+            py::gil_scoped_acquire locked;
+            try {
+                work();
+            } catch (...) {
+                raised = std::current_exception();
+            }
+        });
+    }
+    if (raised) std::rethrow_exception(raised);
+}
+
 }  // namespace
 
 Level level_named(const std::string& name) {
@@ -56,6 +74,8 @@ PYBIND11_MODULE(_native, module) {
         .def("run", &dfe::Call::run, py::arg("threads"), py::call_guard<py::gil_scoped_release>());
     py::class_<dfe::Calls, dfe::Call, std::shared_ptr<dfe::Calls>>(module, "Calls", "Calls that follow each other.")
         .def(py::init<std::vector<std::shared_ptr<const dfe::Call>>>(), py::arg("calls"));
+    module.def("with_helpers", &dfe::run_with_helpers, py::arg("threads"), py::arg("work"),
+               "Calls work() with threads standing by for the ops that it runs; torch's own operations have this thread alone meanwhile.");
 #define DFE_OP(NAME) dfe::bind_##NAME(module);
 #include "ops.inc"
 #undef DFE_OP

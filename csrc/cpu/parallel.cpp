@@ -1,11 +1,10 @@
 #include "parallel.h"
 
-#include <algorithm>
-#include <atomic>
-#include <condition_variable>
-#include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
+
+#include "team.h"
 
 #if !defined(_WIN32)
 #include <dlfcn.h>
@@ -15,50 +14,63 @@
 namespace dfe {
 namespace {
 
+// Threads of this file's own, where there is no OpenMP runtime. They serve one team at a time.
 class Pool {
 public:
-    void run(int64_t items, int pieces, const std::function<void(int, int64_t, int64_t)>& body) {
-        std::lock_guard<std::mutex> turn(turn_);
+    void help(Team& team, const std::function<void()>& work) {
+        const std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
+        if (!turn.owns_lock()) {  // they serve another: that one keeps the processors busy
+            work();
+            return;
+        }
         {
-            std::lock_guard<std::mutex> lock(mutex_);
-            while (static_cast<int>(workers_.size()) < pieces - 1) {
-                const int index = static_cast<int>(workers_.size()) + 1;
-                workers_.emplace_back([this, index, seen = generation_] { work(index, seen); });
-            }
-            body_ = &body;
-            items_ = items;
-            pieces_ = pieces;
-            pending_ = pieces - 1;
+            const std::lock_guard<std::mutex> lock(mutex_);
+            grow(team.capacity() - 1);
+            team_ = &team;
             ++generation_;
         }
         start_.notify_all();
-        body(0, 0, items / pieces);
+        work();
         std::unique_lock<std::mutex> lock(mutex_);
-        done_.wait(lock, [this] { return pending_ == 0; });
+        team_ = nullptr;
+        const int came = came_;
+        lock.unlock();
+        team.end(came);
+        lock.lock();
+        left_.wait(lock, [this] { return came_ == 0; });
     }
 
 private:
+    void grow(int helpers) {
+        try {
+            while (static_cast<int>(workers_.size()) < helpers) {
+                const int index = static_cast<int>(workers_.size()) + 1;
+                workers_.emplace_back([this, index, seen = generation_] { work(index, seen); });
+            }
+        } catch (const std::system_error&) {  // no more threads: those that there are will do
+        }
+    }
+
     void work(int index, uint64_t seen) {
         std::unique_lock<std::mutex> lock(mutex_);
         for (;;) {
             start_.wait(lock, [&] { return generation_ != seen; });
             seen = generation_;
-            if (index >= pieces_) continue;
-            const auto* body = body_;
-            const int64_t begin = items_ * index / pieces_, end = items_ * (index + 1) / pieces_;
+            Team* const team = team_;
+            if (team == nullptr || index >= team->capacity()) continue;
+            ++came_;
             lock.unlock();
-            (*body)(index, begin, end);
+            team->help(index);
             lock.lock();
-            if (--pending_ == 0) done_.notify_one();
+            if (--came_ == 0) left_.notify_one();
         }
     }
 
     std::mutex turn_, mutex_;
-    std::condition_variable start_, done_;
+    std::condition_variable start_, left_;
     std::vector<std::thread> workers_;
-    const std::function<void(int, int64_t, int64_t)>* body_ = nullptr;
-    int64_t items_ = 0;
-    int pieces_ = 0, pending_ = 0;
+    Team* team_ = nullptr;
+    int came_ = 0;
     uint64_t generation_ = 0;
 };
 
@@ -87,26 +99,32 @@ OpenMp find_open_mp() {
 // Found when the module is loaded, after torch.
 OpenMp open_mp = find_open_mp();
 
+// The team whose leader this thread is.
+thread_local Team* leading = nullptr;
+
 #if !defined(_WIN32)
 // A forked child has none of the threads, and another thread may have held the locks: it leaves the pool alone and gets its own, and it
 // leaves the OpenMP runtime alone, which does not survive a fork. There is no lock around `current` itself that a fork could find taken.
 [[maybe_unused]] const int forget_in_child = pthread_atfork(nullptr, nullptr, [] {
     current.store(nullptr);
     open_mp.parallel = nullptr;
+    leading = nullptr;
 });
 #endif
 
-struct Shared {
-    int64_t items;
-    int pieces;
-    const std::function<void(int, int64_t, int64_t)>* body;
+struct Region {
+    Team* team;
+    const std::function<void()>* work;
 };
 
-// What a thread of the team does: the team may be smaller than was asked for.
-void share(void* data) {
-    const Shared& shared = *static_cast<const Shared*>(data);
-    for (int piece = open_mp.thread(); piece < shared.pieces; piece += open_mp.threads()) {
-        (*shared.body)(piece, shared.items * piece / shared.pieces, shared.items * (piece + 1) / shared.pieces);
+// What a thread of the OpenMP team does: they may be fewer than were asked for.
+void enter(void* data) {
+    const Region& region = *static_cast<const Region*>(data);
+    if (const int index = open_mp.thread()) {
+        region.team->help(index);
+    } else {
+        (*region.work)();
+        region.team->end(open_mp.threads() - 1);
     }
 }
 
@@ -124,15 +142,31 @@ Pool& pool() {
 
 int pieces_of(int64_t items, int threads) { return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(items, threads))); }
 
-void parallel_for(int64_t items, int threads, const std::function<void(int, int64_t, int64_t)>& body) {
+void with_helpers(int threads, const std::function<void()>& work) {
+    if (threads <= 1 || leading != nullptr) {
+        work();
+        return;
+    }
+    Team team(threads);
+    const std::function<void()> lead = [&] {
+        leading = &team;
+        work();
+        leading = nullptr;
+    };
+    if (open_mp.parallel != nullptr) {
+        Region region{&team, &lead};
+        open_mp.parallel(enter, &region, static_cast<unsigned>(team.capacity()), 0);
+    } else {
+        pool().help(team, lead);
+    }
+}
+
+void parallel_for(int64_t items, int threads, const LoopBody& body) {
     const int pieces = pieces_of(items, threads);
     if (pieces == 1) {
         body(0, 0, items);
-    } else if (open_mp.parallel != nullptr) {
-        Shared shared{items, pieces, &body};
-        open_mp.parallel(share, &shared, static_cast<unsigned>(pieces), 0);
     } else {
-        pool().run(items, pieces, body);
+        with_helpers(pieces, [&] { leading->run(items, pieces, body); });
     }
 }
 

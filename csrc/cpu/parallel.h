@@ -1,4 +1,4 @@
-// A loop over work items on a small persistent set of threads: those of the OpenMP runtime that torch uses, where it is loaded.
+// Loops over work items on several threads: those of the OpenMP runtime that torch uses, where it is loaded.
 #pragma once
 
 #include <cstdint>
@@ -6,12 +6,19 @@
 
 namespace dfe {
 
-// The number of pieces into which parallel_for divides its items, one a thread.
+// The number of pieces into which parallel_for divides its items at first, one a thread.
 int pieces_of(int64_t items, int threads);
 
-// Call body(piece, begin, end) on contiguous pieces of [0, items) from up to `threads` threads, the caller among them; return when all are
-// done. Pieces depend only on `items` and `threads`. `body` must not throw, so it must not allocate: scratch for pieces_of(items, threads)
-// pieces is made before. Threads may call it at once. Safe after fork(), which leaves the child this file's own threads.
+// Call body(piece, begin, end) on contiguous parts of [0, items) that together are all of them, from up to `threads` threads, the caller among
+// them; return when all are done. 0 <= piece < pieces_of(items, threads); a piece has any number of parts, one after the other, and which
+// parts differs from run to run: what an item gives must not depend on it. `body` must not throw, so it must not allocate (scratch for
+// pieces_of(items, threads) pieces is made before), nor run loops. Threads may call this at once. Safe after fork(), which leaves the child
+// this file's own threads. The caller waits for no part that nobody has begun.
 void parallel_for(int64_t items, int threads, const std::function<void(int, int64_t, int64_t)>& body);
+
+// Call `work` on this thread, with the other threads standing by for its loops until it returns: between two loops that follow within some
+// 50 us they do not sleep. Within `work` torch's own operations run on this thread alone. It must not throw. Within `work` of another call
+// this is a plain call.
+void with_helpers(int threads, const std::function<void()>& work);
 
 }  // namespace dfe

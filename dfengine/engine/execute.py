@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 
+from dfengine import native
 from dfengine.engine.arena import ALIGNMENT, Arena, plan
 from dfengine.engine.program import Buffer, Constant, Op, Program, Value
 from dfengine.engine.ranges import named_range, ranges_wanted
@@ -59,7 +60,7 @@ class Executor:
         self._block = allocate(self.arena.nbytes, self.device) if block is None else block
         self._tensors = {buffer: self._tensor(buffer) for buffer in program.buffers}
         self._calls = [self._bound(op, backend, tactics) for op in program.ops]
-        self._rounds = self._arranged()
+        self._rounds = self._grouped()
         self._inputs = {b.name: t for b, t in self._tensors.items() if b.role == "input"}
         self._outputs = {b.name: t for b, t in self._tensors.items() if b.role == "output"}
         self.backends = {op.name: chosen for op, (chosen, _) in zip(program.ops, self._calls, strict=True)}
@@ -103,7 +104,8 @@ class Executor:
             with torch.cuda.stream(warm):
                 self.launch()  # kernels are compiled and libraries make their plans before the capture
             torch.cuda.current_stream(self.device).wait_stream(warm)
-            self._rounds, graphs = [], 0
+            rounds: list[list[Callable[[], None]]] = []
+            graphs = 0
             for section in self.program.sections():
                 units: list[list[Callable[[], None]]] = []
                 ops = list(zip(self.program.ops, self._calls, strict=True))[section.first : section.last]
@@ -114,7 +116,8 @@ class Executor:
                         graphs += 1
                     else:
                         units += calls
-                self._rounds += [[unit[step % len(unit)] for unit in units] for step in range(section.steps)]
+                rounds += [[unit[step % len(unit)] for unit in units] for step in range(section.steps)]
+        self._rounds = [(False, [replay for calls in rounds for replay in calls])]
         return graphs
 
     def _graph(self, calls: list[Callable[[], None]]) -> Callable[[], None]:
@@ -132,6 +135,13 @@ class Executor:
             for section in self.program.sections()
             for step in range(section.steps)
         ]
+
+    def _grouped(self) -> list[tuple[bool, list[Callable[[], None]]]]:
+        """All calls in order, those of the extension's kernels (True) apart from others: torch's operations would not
+        get the threads that stand by for these kernels."""
+        native_ops = [chosen.split()[0] == "cpu" for chosen, _ in self._calls]
+        groups = itertools.groupby(self.steps(), key=lambda step: native_ops[step[0]])
+        return [(of_extension, [call for _, call in group]) for of_extension, group in groups]
 
     def _argument(self, argument: Any) -> torch.Tensor | ConvWeight | Any:
         if isinstance(argument, Value):
@@ -156,7 +166,7 @@ class Executor:
             (chosen, [around(op, call) for call in calls])
             for op, (chosen, calls) in zip(self.program.ops, self._calls, strict=True)
         ]
-        self._rounds = self._arranged()
+        self._rounds = self._grouped()
 
     def annotate(self) -> None:
         """From now on each op runs in an NVTX range "kernel op". Raises DfengineError where there is no NVTX."""
@@ -176,8 +186,19 @@ class Executor:
         self.launch()
         return {name: tensor.clone() for name, tensor in self._outputs.items()}
 
-    def launch(self) -> None:
-        """Run every op on the inputs that are in place."""
-        for calls in self._rounds:
-            for call in calls:
-                call()
+    def launch(self, turn: Callable[[Callable[[], None]], None] | None = None) -> None:
+        """Run every op on the inputs that are in place. turn: called with each call in its place, and makes it."""
+        for of_extension, calls in self._rounds:
+            run = partial(_run, calls, turn)
+            if of_extension:
+                native.module.with_helpers(torch.get_num_threads(), run)
+            else:
+                run()
+
+
+def _run(calls: list[Callable[[], None]], turn: Callable[[Callable[[], None]], None] | None) -> None:
+    for call in calls:
+        if turn is None:
+            call()
+        else:
+            turn(call)
