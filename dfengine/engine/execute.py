@@ -60,7 +60,7 @@ class Executor:
         self._block = allocate(self.arena.nbytes, self.device) if block is None else block
         self._tensors = {buffer: self._tensor(buffer) for buffer in program.buffers}
         self._calls = [self._bound(op, backend, tactics) for op in program.ops]
-        self._rounds = self._grouped()
+        self._follow(self._grouped())
         self._inputs = {b.name: t for b, t in self._tensors.items() if b.role == "input"}
         self._outputs = {b.name: t for b, t in self._tensors.items() if b.role == "output"}
         self.backends = {op.name: chosen for op, (chosen, _) in zip(program.ops, self._calls, strict=True)}
@@ -117,7 +117,7 @@ class Executor:
                     else:
                         units += calls
                 rounds += [[unit[step % len(unit)] for unit in units] for step in range(section.steps)]
-        self._rounds = [(False, [replay for calls in rounds for replay in calls])]
+        self._follow([(False, [replay for calls in rounds for replay in calls])])
         return graphs
 
     def _graph(self, calls: list[Callable[[], None]]) -> Callable[[], None]:
@@ -139,9 +139,15 @@ class Executor:
     def _grouped(self) -> list[tuple[bool, list[Callable[[], None]]]]:
         """All calls in order, those of the extension's kernels (True) apart from others: torch's operations would not
         get the threads that stand by for these kernels."""
-        native_ops = [chosen.split()[0] == "cpu" for chosen, _ in self._calls]
+        native_ops = [chosen.partition(" ")[0] == "cpu" for chosen, _ in self._calls]
         groups = itertools.groupby(self.steps(), key=lambda step: native_ops[step[0]])
         return [(of_extension, [call for _, call in group]) for of_extension, group in groups]
+
+    def _follow(self, rounds: list[tuple[bool, list[Callable[[], None]]]]) -> None:
+        """From now on these calls run, as `_grouped` gives them."""
+        self._rounds = rounds
+        self._joined = [(of_extension, _joined(calls)) for of_extension, calls in rounds]
+        """The same, with neighbours among the extension's calls made one."""
 
     def _argument(self, argument: Any) -> torch.Tensor | ConvWeight | Any:
         if isinstance(argument, Value):
@@ -166,7 +172,7 @@ class Executor:
             (chosen, [around(op, call) for call in calls])
             for op, (chosen, calls) in zip(self.program.ops, self._calls, strict=True)
         ]
-        self._rounds = self._grouped()
+        self._follow(self._grouped())
 
     def annotate(self) -> None:
         """From now on each op runs in an NVTX range "kernel op". Raises DfengineError where there is no NVTX."""
@@ -188,12 +194,19 @@ class Executor:
 
     def launch(self, turn: Callable[[Callable[[], None]], None] | None = None) -> None:
         """Run every op on the inputs that are in place. turn: called with each call in its place, and makes it."""
-        for of_extension, calls in self._rounds:
+        for of_extension, calls in self._rounds if turn else self._joined:
             run = partial(_run, calls, turn)
             if of_extension:
                 native.module.with_helpers(torch.get_num_threads(), run)
             else:
                 run()
+
+
+def _joined(calls: list[Callable[[], None]]) -> list[Callable[[], None]]:
+    joined: list[Callable[[], None]] = []
+    for bound, group in itertools.groupby(calls, key=lambda call: isinstance(call, native.Bound)):
+        joined += [native.Bound.joined(list(group))] if bound else group
+    return joined
 
 
 def _run(calls: list[Callable[[], None]], turn: Callable[[Callable[[], None]], None] | None) -> None:

@@ -166,7 +166,7 @@ def test_every_op_matters(mode):
                 tensor.fill_(1)
 
         executor._calls = [*calls[:index], ("", [spoilt]), *calls[index + 1 :]]
-        executor._rounds = executor._grouped()
+        executor._follow(executor._grouped())
         wrong = executor.run(**inputs)
         assert any(not torch.equal(right[key], wrong[key]) for key in right), names[index]
 
