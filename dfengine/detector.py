@@ -128,6 +128,25 @@ class Detector:
         with self._lock, float32_arithmetic(self.device, self.precision):
             yield runner
 
+    def warmup(self, batch_sizes: Iterable[int] = (1, 16)) -> None:
+        """Run a blank batch of each size, the largest first, so that no later call of `detect` or `stream` with such a
+        batch has to build its program or, on a GPU, compile kernels, capture a graph or ask for memory.
+
+        On a GPU sizes are filled up to 1, 2, 4, 8, 16, 32 or 64, so that `(1, 2, 4, 8, 16)` covers all up to 16.
+        Raises `UsageError` for sizes that are no positive whole numbers, or of more than eight programs.
+        """
+        sizes = list(batch_sizes)
+        for size in sizes:
+            if type(size) is not int or size < 1:
+                raise UsageError(f"batch_sizes must be positive whole numbers, not {size!r}")
+        with self.program_runner() as runner:
+            if runner is not None:
+                runner.warm_up(sizes)
+        transfer = transfer_of(self.device)
+        blank = torch.zeros((self.config.image_size, self.config.image_size, self.config.channels))
+        for size in sorted(set(sizes), reverse=True):
+            self._run([blank] * size, transfer)()
+
     def detect(self, batch: Any, batch_size: int = 16, original_size: bool = False) -> Detection:
         """Score images; `dfengine.data.inputs` says what `batch` can be. All results are held in memory.
 

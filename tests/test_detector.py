@@ -324,3 +324,18 @@ def test_a_forked_child_detects(detector, images):
         assert done[0] == child and done[1] == 0
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_warm_detector_makes_no_program_later(path, images):
+    warm, cold = load(path, device="cpu", precision="float32"), load(path, device="cpu", precision="float32")
+    warm.warmup((1, 4, 3))
+    with warm.program_runner() as runner:
+        made = None if runner is None else dict(runner._executors)
+    for count in (1, 7, 4):  # 7 are 4 and 3
+        got, want = warm.detect(images[:count], batch_size=4), cold.detect(images[:count], batch_size=4)
+        np.testing.assert_allclose(got.pred_score, want.pred_score, rtol=0, atol=1e-6)
+    if made is not None:
+        assert sorted(made) == [1, 3, 4] and made.items() == runner._executors.items()
+    for wrong in ((0,), (1, 2.0), (True,)):
+        with pytest.raises(UsageError, match="batch_sizes must be positive whole numbers"):
+            warm.warmup(wrong)

@@ -61,6 +61,8 @@ class Executor:
         self._tensors = {buffer: self._tensor(buffer) for buffer in program.buffers}
         self._calls = [self._bound(op, backend, tactics) for op in program.ops]
         self._follow(self._grouped())
+        self.captured = False
+        """Whether it runs as CUDA graphs, which hold the addresses of its buffers."""
         self._inputs = {b.name: t for b, t in self._tensors.items() if b.role == "input"}
         self._outputs = {b.name: t for b, t in self._tensors.items() if b.role == "output"}
         self.backends = {op.name: chosen for op, (chosen, _) in zip(program.ops, self._calls, strict=True)}
@@ -94,9 +96,12 @@ class Executor:
         """What runs the op, in the first step of its loop."""
         return self._calls[self.program.ops.index(op)][1][0]
 
-    def capture(self) -> int:
+    def capture(self, pool: tuple[int, int] | None = None) -> int:
         """Replace runs of ops by CUDA graphs of them; returns how many graphs. Ops with arguments for each step stay
         outside, between the graphs of their loop. The device allocator is asked during the capture for the last time.
+
+        pool: from `torch.cuda.graph_pool_handle`, for graphs of which no two ever run at once: what an op allocates
+        there is not read once the op is done, so that in any order they may use the same memory.
         """
         with torch.inference_mode():
             warm = torch.cuda.Stream(self.device)
@@ -112,18 +117,19 @@ class Executor:
                 for fixed, group in itertools.groupby(ops, key=lambda pair: len(pair[1][1]) == 1):
                     calls = [calls for _, (_, calls) in group]
                     if fixed:
-                        units.append([self._graph([call for (call,) in calls])])
+                        units.append([self._graph([call for (call,) in calls], pool)])
                         graphs += 1
                     else:
                         units += calls
                 rounds += [[unit[step % len(unit)] for unit in units] for step in range(section.steps)]
         self._follow([(False, [replay for calls in rounds for replay in calls])])
+        self.captured = True
         return graphs
 
-    def _graph(self, calls: list[Callable[[], None]]) -> Callable[[], None]:
+    def _graph(self, calls: list[Callable[[], None]], pool: tuple[int, int] | None) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         # Other threads copy meanwhile, on streams of torch's pool: the capture has one that is not of it.
-        with torch.cuda.graph(graph, stream=_capture_stream(self.device), capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=_capture_stream(self.device), capture_error_mode="thread_local"):
             for call in calls:
                 call()
         return graph.replay
@@ -173,6 +179,7 @@ class Executor:
             for op, (chosen, calls) in zip(self.program.ops, self._calls, strict=True)
         ]
         self._follow(self._grouped())
+        self.captured = False
 
     def annotate(self) -> None:
         """From now on each op runs in an NVTX range "kernel op". Raises DfengineError where there is no NVTX."""
@@ -205,7 +212,8 @@ class Executor:
 def _joined(calls: list[Callable[[], None]]) -> list[Callable[[], None]]:
     joined: list[Callable[[], None]] = []
     for bound, group in itertools.groupby(calls, key=lambda call: isinstance(call, native.Bound)):
-        joined += [native.Bound.joined(list(group))] if bound else group
+        neighbours = list(group)
+        joined += [native.Bound.joined(neighbours)] if bound else neighbours
     return joined
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import numpy as np
 import torch
@@ -22,15 +21,14 @@ from dfengine.engine.modules import PRECISIONS, ModuleRunner, Output
 from dfengine.engine.program import Program
 from dfengine.engine.tactics import Tactics
 from dfengine.engine.tune import Choice, tune
-from dfengine.errors import DfengineError
+from dfengine.errors import DfengineError, UsageError
 from dfengine.kernels import CannotRunError, forced_backend
 from dfengine.models import Model
 
 log = logging.getLogger("dfengine")
 
 MOST_PROGRAMS = 8
-"""Programs kept for one detector, on a GPU each with its CUDA graph. They share the memory of their activations, which
-is that of the largest."""
+"""Programs kept for one detector, on a GPU each with its CUDA graph."""
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 """Batch sizes that have a program on a GPU; others are filled up to the next."""
 TACTICS = ("default", "tuned", "exhaustive")
@@ -76,6 +74,7 @@ class ProgramRunner:
         self.buckets = self.device.type == "cuda" if buckets is None else buckets
         self._executors: OrderedDict[int, Executor] = OrderedDict()
         self._block: Tensor | None = None
+        self._pool: tuple[int, int] | None = None  # of what the kernels allocate within the graphs
         self._threshold = torch.full((1,), torch.inf, dtype=torch.float32, device=self.device)
         # Tactics may want a weight in another form for each batch size.
         one_form = self.tactics is None or (tactics == "default" and len(self.tactics) == 0)
@@ -92,22 +91,57 @@ class ProgramRunner:
             yield
 
     def executor(self, batch: int) -> Executor:
-        """The bound program for `batch` images; the least recently used is dropped beyond `MOST_PROGRAMS`."""
+        """The bound program for `batch` images; the least recently used is dropped beyond `MOST_PROGRAMS`.
+
+        Programs share the memory of their activations, that of the largest. One that needs more moves the others, but
+        for those that are captured: their addresses are in a graph, and their memory stays with them.
+        """
         if batch not in self._executors:
             self._check_memory(batch)
             program = self._lowering.program(batch, self.seed)
             arena = plan(program)
-            if self._block is None or self._block.nbytes < arena.nbytes:
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize(self.device)  # another stream may still run on it
-                self._executors.clear()
-                self._block = None  # freed before the larger one is asked for
-                self._block = allocate(arena.nbytes, self.device)
+            if self.device.type == "cuda" and (self._grows(arena) or len(self._executors) == MOST_PROGRAMS):
+                torch.cuda.synchronize(self.device)  # another stream may still run on what is freed
             if len(self._executors) == MOST_PROGRAMS:
                 self._executors.popitem(last=False)
+            if self._grows(arena):
+                self._grow(arena.nbytes)
             self._executors[batch] = self._made(program, arena)
         self._executors.move_to_end(batch)
         return self._executors[batch]
+
+    def _grows(self, arena: Arena) -> bool:
+        return self._block is None or self._block.nbytes < arena.nbytes
+
+    def _grow(self, nbytes: int) -> None:
+        """Makes the shared memory so large; programs that are not captured move there."""
+        moved = {batch: made for batch, made in self._executors.items() if not made.captured}
+        for batch in moved:
+            del self._executors[batch]
+        plans = [(batch, made.program, made.arena) for batch, made in moved.items()]
+        moved.clear()
+        self._block = None  # freed before the larger one is asked for
+        self._block = allocate(nbytes, self.device)
+        for batch, program, arena in plans:
+            self._executors[batch] = self._bound(program, arena)
+
+    def _bound(self, program: Program, arena: Arena) -> Executor:
+        return Executor(program, self.device, self.backend, arena, self._block, self.tactics)
+
+    def warm_up(self, sizes: Iterable[int]) -> None:
+        """Makes, and on a GPU captures, the programs that batches of these sizes run, the largest first: the others
+        share its memory. Raises UsageError for more than are kept."""
+        wanted = {part for size in sizes for part in self.parts(size)}
+        if len(wanted) > MOST_PROGRAMS:
+            raise UsageError(f"batch sizes of {len(wanted)} programs: {MOST_PROGRAMS} are kept")
+        with self._plain():
+            for size in sorted(wanted, reverse=True):
+                self.executor(size)
+
+    def parts(self, count: int) -> list[int]:
+        """The batch sizes of the programs that run `count` images, one after the other."""
+        size = self.program_batch(count)
+        return [self.program_batch(min(size, count - start)) for start in range(0, count, size)]
 
     def _check_memory(self, batch: int) -> None:
         """Raises DfengineError for a batch whose images alone are more than the device has memory."""
@@ -121,8 +155,7 @@ class ProgramRunner:
 
     def _made(self, program: Program, arena: Arena) -> Executor:
         """The executor of a program: tuned where that was asked for, and captured on a GPU."""
-        bound = partial(Executor, program, self.device, self.backend, arena, self._block, self.tactics)
-        executor = bound()
+        executor = self._bound(program, arena)
         if self.tactics is not None and self.level != "default":
             choices, left = tune(executor, self.tactics, self.level, self.tuning_seconds)
             self.choices += choices
@@ -132,9 +165,10 @@ class ProgramRunner:
                     self.tactics.save()
                 except DfengineError as error:
                     log.warning("%s: what was measured holds for this run alone", error)
-                executor = bound()
+                executor = self._bound(program, arena)
         if self.device.type == "cuda":
-            graphs = executor.capture()
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            graphs = executor.capture(self._pool)
             log.info("captured batch %d: %d ops in %d CUDA graphs", program.batch, len(program.ops), graphs)
         return executor
 

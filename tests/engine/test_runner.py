@@ -12,6 +12,7 @@ from dfengine.engine import runner as runner_module
 from dfengine.engine.lower import NotLoweredError
 from dfengine.engine.modules import ModuleRunner
 from dfengine.engine.runner import ProgramRunner, make_runner
+from dfengine.errors import UsageError
 from dfengine.kernels import CannotRunError
 from dfengine.models import build_model, preset
 from tests.helpers import redraw, tiny_model
@@ -102,12 +103,43 @@ def test_programs_share_memory_and_the_least_used_goes(monkeypatch):
     served, modules = ProgramRunner(tiny_model(), seed=3), ModuleRunner(tiny_model(), seed=3)
     assert list(served._executors) == [1]
     batch = images(4)
-    for count, kept in ((4, [4]), (1, [4, 1]), (4, [1, 4]), (2, [4, 2]), (3, [2, 3])):
+    for count, kept in ((4, [1, 4]), (1, [4, 1]), (4, [1, 4]), (2, [4, 2]), (3, [2, 3])):
         got, want = served.run(batch[:count]), modules.run(batch[:count])
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
         assert list(served._executors) == kept
-    assert len({executor._block.data_ptr() for executor in served._executors.values()}) == 1
+        assert len({executor._block.data_ptr() for executor in served._executors.values()}) == 1
+
+
+@compiled
+def test_warm_programs_are_kept_and_the_memory_stays(monkeypatch):
+    served, exact = ProgramRunner(tiny_model(), buckets=True), ModuleRunner(tiny_model())
+    served.warm_up((3, 1, 9, 70))
+    assert list(served._executors) == [64, 16, 8, 4, 1]  # 70 are 64 and, filled up, 6
+    warm, block = dict(served._executors), served._block.data_ptr()
+    asked = []
+    monkeypatch.setattr(runner_module, "allocate", lambda *arguments: asked.append(arguments))
+    for count in (1, 3, 9, 70, 4, 16):
+        for a, b in zip(served.run(images(count)), exact.run(images(count)), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    assert warm.items() == served._executors.items() and served._block.data_ptr() == block and not asked
+    with pytest.raises(UsageError, match="batch sizes of 9 programs: 8 are kept"):
+        ProgramRunner(tiny_model()).warm_up(range(1, 10))
+
+
+@compiled
+def test_a_captured_program_keeps_its_memory_when_another_needs_more():
+    """As on a GPU, whose graphs hold addresses."""
+    served, exact = ProgramRunner(tiny_model()), ModuleRunner(tiny_model())
+    captured, moved = served.executor(2), served.executor(1)
+    captured.captured = True
+    place = captured._block.data_ptr()
+    served.run(images(4))
+    assert served._executors[2] is captured and captured._block.data_ptr() == place != served._block.data_ptr()
+    assert served._executors[1] is not moved and served._executors[1]._block is served._block
+    for count in (2, 1, 4, 2):
+        for a, b in zip(served.run(images(count)), exact.run(images(count)), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
 @compiled
@@ -116,7 +148,7 @@ def test_batches_are_filled_up_to_buckets(monkeypatch):
     monkeypatch.setattr(runner_module, "BUCKETS", (1, 2, 4))
     filled, exact = ProgramRunner(tiny_model(), buckets=True), ProgramRunner(tiny_model())
     batch = images(7)
-    for count, programs in ((1, [1]), (3, [4]), (4, [4]), (6, [4, 2]), (7, [2, 4])):
+    for count, programs in ((1, [1]), (3, [1, 4]), (4, [1, 4]), (6, [1, 4, 2]), (7, [1, 2, 4])):
         got, want = filled.run(batch[:count]), exact.run(batch[:count])
         for a, b in zip(got, want, strict=True):
             assert len(a) == count
@@ -129,13 +161,16 @@ def test_cuda_graphs_give_what_the_modules_give():
     device = torch.device("cuda")
     served = ProgramRunner(tiny_model(), device)
     modules = ModuleRunner(tiny_model(), device)
-    for count in (1, 3, 9):
+    served.warm_up((1, 2, 3, 5, 9))
+    warm = dict(served._executors)
+    for count in (1, 3, 9, 2, 5):  # also brings what results are copied to
         for a, b in zip(served.run(images(count)), modules.run(images(count)), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
     before = torch.cuda.memory_stats()["num_device_alloc"]
     for count in (1, 3, 9, 2, 5):
         served.run(images(count))
     assert torch.cuda.memory_stats()["num_device_alloc"] == before
+    assert warm.items() == served._executors.items()  # the graph of 1 is older than the memory of 16 and still runs
 
 
 @pytest.mark.gpu

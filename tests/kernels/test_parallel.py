@@ -1,5 +1,5 @@
-"""The threads of the CPU kernels (csrc/cpu/team.h, parallel.cpp): who does what, and a fork at any moment leaves a child
-that can use them."""
+"""The threads of the CPU kernels (csrc/cpu/team.h, parallel.cpp): who does what; a fork at any moment leaves a child that
+can use them."""
 
 from __future__ import annotations
 
@@ -55,6 +55,10 @@ for turn in range(200):
         torch.set_num_threads(1 + turn % 3)
         run(*in_child)
         native.module.with_helpers(3, lambda: run(*in_child))
+        other = threading.Thread(target=lambda: native.module.with_helpers(3, lambda: run(*buffers(48))))
+        other.start()
+        run(*in_child)
+        other.join()
         os._exit(in_child[2].tolist() != expected)
     end = time.monotonic() + 10
     while (done := os.waitpid(child, os.WNOHANG))[0] == 0:
