@@ -74,9 +74,7 @@ class Executor:
         start = self.arena.offsets[buffer]
         return self._block[start : start + buffer.nbytes].view(buffer.dtype).view(buffer.shape)
 
-    def _bound(
-        self, op: Op, backend: str | None, tactics: Tactics | None
-    ) -> tuple[str, list[Callable[[], None]]]:
+    def _bound(self, op: Op, backend: str | None, tactics: Tactics | None) -> tuple[str, list[Callable[[], None]]]:
         """The implementation in words, and its call, or one call for each step where arguments are `PerStep`."""
         kernel = OPS[op.kernel]
         steps = [self.arguments(op, step) for step in range(op.steps)]

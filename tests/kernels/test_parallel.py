@@ -1,5 +1,4 @@
-"""The threads of the CPU kernels (csrc/cpu/team.h, parallel.cpp): who does what; a fork at any moment leaves a child that
-can use them."""
+"""The threads of the CPU kernels (csrc/cpu/team.h, parallel.cpp): who does what; a forked child can use them."""
 
 from __future__ import annotations
 
