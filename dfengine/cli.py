@@ -130,10 +130,12 @@ def calibrate(
     data: Annotated[
         Path | None, typer.Argument(help="Normal images; those that the model was trained on are left out.")
     ] = None,
-    false_alarm_rate: Annotated[float | None, typer.Option(help="Wanted share of normals above the threshold.")] = None,
+    false_alarm_rate: Annotated[
+        float | None, typer.Option(help="Wanted share of normals above the threshold (default: 0.01).")
+    ] = None,
     alarms_per_km: Annotated[float | None, typer.Option(help="The same, as alarms per km of track.")] = None,
     fasteners_per_km: Annotated[float, typer.Option(help="Fasteners per km, for --alarms-per-km.")] = 6667,
-    threshold: Annotated[float | None, typer.Option(help="Set the threshold by hand instead.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Set the threshold by hand: 0 to 1.")] = None,
     top_k: Annotated[
         float | None,
         typer.Option(help="Let scores average so many of a map's 65,536 largest pixels: few for small defects."),
@@ -156,7 +158,7 @@ def detect(
     inputs: Annotated[list[Path], typer.Argument(help="Images or folders of images.")],
     out: Annotated[Path, typer.Option(help="Folder for results.csv, results.jsonl, heatmaps/ and report.html.")],
     batch_size: BatchOption = 16,
-    threshold: Annotated[float | None, typer.Option(help="Alarm threshold, instead of the calibrated one.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Alarm threshold, 0 to 1, not the calibrated one.")] = None,
     heatmaps: Annotated[bool, typer.Option(help="Write a heatmap overlay per image.")] = True,
     original_size: Annotated[bool, typer.Option(help="Heatmaps at the images' own size.")] = False,
     device: DeviceOption = "auto",
@@ -189,7 +191,7 @@ def evaluate(
     _exit(_command("evaluate", "run_evaluate")(**options))
 
 
-@app.command()
+@app.command(short_help="Describe a checkpoint, its program, or this installation.")
 def info(
     checkpoint: Annotated[Path | None, typer.Argument(metavar="[CKPT]", help="A checkpoint to describe.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -205,7 +207,7 @@ def info(
     _command("info", "run_info")(checkpoint, as_json, plan, batch, device, precision, no_measure)
 
 
-@app.command()
+@app.command(short_help="Hold the program to its model, or a precision to float32.")
 def verify(
     checkpoint: CheckpointArgument,
     data: Annotated[
@@ -230,7 +232,7 @@ def verify(
     _exit(_command("verify", "run_verify")(checkpoint, batch, device, precision, seed))
 
 
-@app.command()
+@app.command(short_help="Find the quickest kernels for a detector on this device.")
 def tune(
     checkpoint: CheckpointArgument,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Images per run (default: 1, 16); repeatable.")] = None,
@@ -246,7 +248,7 @@ def tune(
     _command("tune", "run_tune")(checkpoint, batch or [1, 16], device, precision, exhaustive, seconds, out)
 
 
-@app.command()
+@app.command(short_help="Time detection here, beside the same model in PyTorch.")
 def bench(
     checkpoint: CheckpointArgument,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Images per run (default: 1, 16); repeatable.")] = None,
@@ -259,7 +261,7 @@ def bench(
     _command("bench", "run_bench")(checkpoint, batch or [1, 16], device, precision, seconds, out)
 
 
-@app.command()
+@app.command(short_help="Run the program for a profiler.")
 def profile(
     checkpoint: CheckpointArgument,
     batch: RunOption = 1,
@@ -275,7 +277,7 @@ def profile(
     _command("profile", "run_profile")(**options)
 
 
-@app.command()
+@app.command(short_help="Draw the program's ops against this device's ceilings.")
 def roofline(
     checkpoint: CheckpointArgument,
     out: Annotated[Path, typer.Option(help="The PNG to write.")],
@@ -288,7 +290,7 @@ def roofline(
     _command("roofline", "run_roofline")(**options)
 
 
-@app.command()
+@app.command(short_help="Import public DiffusionAD weights, executing nothing.")
 def convert(
     source: Annotated[Path, typer.Argument(metavar="IN.pt", help="A public DiffusionAD checkpoint.")],
     out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="The dfengine checkpoint to write.")],
@@ -316,7 +318,7 @@ def fasteners(
     _command("fasteners", "run_fasteners")(out, train, test_good, per_defect, size, seed, variety)
 
 
-@app.command()
+@app.command(short_help="Render fasteners, detect, evaluate, write the report.")
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the images, results and report.")] = Path("demo-output"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of the fresh test images.")] = 20_261,

@@ -117,6 +117,22 @@ def locked(path: str | os.PathLike, busy: str | None = None) -> Iterator[None]:
         os.close(descriptor)
 
 
+class _Abandoned(Exception):
+    pass
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Raises DfengineError, as `atomic_path` would, where `path` cannot be written: better before the work than after.
+
+    Missing folders above it are made; what is there stays.
+    """
+    try:
+        with atomic_path(path):
+            raise _Abandoned  # the temporary file could be made: it goes
+    except _Abandoned:
+        pass
+
+
 def _lock(file: Path, shown: Path, busy: str | None) -> int:
     """A descriptor of `file`, locked."""
     while True:

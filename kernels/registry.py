@@ -101,7 +101,8 @@ class Op:
                 reasons.append(f"{name}: {error}")
                 continue
             return name
-        raise CannotRunError(f"op {self.name} on {device}: " + "; ".join(reasons))
+        by = f"{ENVIRONMENT}={forced}: " if forced and not backend else ""
+        raise CannotRunError(f"{by}op {self.name} on {device}: " + "; ".join(reasons))
 
     def run_unforced(self, first: torch.Tensor, *args) -> None:
         """Run by the first of the device's backends that serves, whatever is forced: as a part of another op."""
@@ -158,7 +159,7 @@ def forced_backend(backend: str | None) -> str | None:
     name = backend or os.environ.get(ENVIRONMENT) or None
     if name is not None and name not in BACKENDS:
         where = "backend" if backend else ENVIRONMENT
-        raise UsageError(f"{where}={name!r} is unknown; choose one of {', '.join(BACKENDS)}")
+        raise UsageError(f"{where}={name}: no such backend; there are {', '.join(BACKENDS)}")
     return name
 
 

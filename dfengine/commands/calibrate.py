@@ -80,6 +80,9 @@ def run_calibrate(
         if before.calibration != seen.calibration:
             warn(f"{target}: another run set a threshold meanwhile; the one of this run takes its place")
     say(calibration.message)
+    if alarms_per_km is not None:
+        most = calibration.bound_95 * fasteners_per_km
+        say(f"Per km of track, with {fasteners_per_km:g} fasteners: {alarms_per_km:g} alarms wanted, at most {most:.3g}.")
     say(f"threshold {calibration.threshold:.6g}, written to {target}")
     return status
 

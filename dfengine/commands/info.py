@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dfengine import __version__, kernels, native
 from dfengine.checkpoint import load_checkpoint
-from dfengine.commands.plan import run_plan
+from dfengine.commands.plan import aligned, run_plan
+from dfengine.commands.scoring import say
 from dfengine.errors import UsageError
 from dfengine.models import PRESETS, cost
 
@@ -39,13 +41,13 @@ def run_info(
     if no_measure or (batch, device, precision) != (None, None, None):
         raise UsageError("--batch, --device, --precision and --no-measure go with --plan")
     facts = installation() if checkpoint is None else describe(checkpoint)
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(highlight=False)
     if as_json:
         print(json.dumps(facts, indent=2))
     elif checkpoint is None:
         _print_installation(console, facts)
     else:
-        _print_fields(console, facts)
+        _print_checkpoint(console, facts)
 
 
 def installation() -> dict[str, Any]:
@@ -91,27 +93,89 @@ def describe(checkpoint: Path) -> dict[str, Any]:
     }
 
 
-def _print_fields(console: Console, fields: dict[str, Any], indent: str = "") -> None:
-    for key, value in fields.items():
-        if isinstance(value, dict):
-            console.print(f"{indent}{key}:", markup=False)
-            _print_fields(console, value, indent + "  ")
-            continue
-        if isinstance(value, list) and len(value) > 12:
-            value = f"{len(value)} entries (see --json)"
-        console.print(f"{indent}{key}: {value}", markup=False)
+def _print_checkpoint(console: Console, facts: dict[str, Any]) -> None:
+    """What a user asks of a checkpoint, one subject a line; `--json` has every field."""
+    config, calibration = facts["config"], facts["calibration"]
+    say(facts["file"])
+    size = f"{config['image_size']}x{config['image_size']} pixels"
+    amounts = f"{facts['parameters'] / 1e6:.2f} million parameters, {facts['gflop_per_image']:g} GFLOP an image"
+    lines = {"model": f"{config['preset']}, {size}, {amounts}, file of {facts['bytes'] / 1e6:.1f} MB"}
+    lines["threshold"] = "not calibrated (run `dfengine calibrate`)"
+    if calibration:
+        made = [f"{name} {calibration[name]}" for name in ("seed", "precision") if calibration[name] is not None]
+        lines["threshold"] = f"{calibration['threshold']:.6g}" + (f", set with {', '.join(made)}" if made else "")
+        lines[""] = facts["calibration_note"]
+    lines["precision"] = _passed(facts["verified"]) + (
+        f"; {facts['trial_images']} trial images, by which \"auto\" decides" if facts["trial_images"] else ""
+    )
+    lines |= _trained(facts["training"])
+    lines["more"] = "every field: --json; every op that runs: --plan"
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in lines.items():
+        table.add_row(name, escape(text))
+    console.print(table)
+
+
+def _passed(verified: dict[str, dict[str, Any]]) -> str:
+    """The records of `dfengine verify --record` in words."""
+    if not verified:
+        return "no other than float32 was held to images (dfengine verify --data)"
+    passes = []
+    for name, record in verified.items():
+        data = record.get("data")
+        where = f" on {data['name']}" if isinstance(data, dict) and "name" in data else ""
+        passes.append(f"{name} passed{where}" + (f" ({record['date']})" if "date" in record else ""))
+    return ", ".join(passes)
+
+
+def _trained(record: dict[str, Any]) -> dict[str, str]:
+    """The training record in words, as far as it is of the usual form: it may come from another tool or release."""
+
+    def part(name: str) -> dict[str, Any]:
+        value = record.get(name)
+        return value if isinstance(value, dict) else {}
+
+    data, config, validation, versions = map(part, ("data", "config", "validation", "versions"))
+    lines = {}
+    if "images" in data:
+        held_out = data.get("held_out")
+        kept = f" ({len(held_out)} of them held out)" if isinstance(held_out, list) else ""
+        lines["trained on"] = f"{data['images']} images of {data.get('name', 'a folder')}{kept}"
+    if "steps" in record:
+        start = f", starting from {config['init']}" if config.get("init") else ""
+        amount = [f"{record['steps']} steps{start}"]
+        amount += [f"{record['seconds'] / 60:.1f} min"] if isinstance(record.get("seconds"), (int, float)) else []
+        amount += [f"{name} {record[name]}" for name in ("seed", "precision") if name in record]
+        lines["for"] = ", ".join([*amount, *([str(record["hardware"])] if "hardware" in record else [])])
+    names = {"val_image_auroc": "image AUROC", "val_pixel_auroc": "pixel AUROC"}
+    found = [f"{word} {validation[key]:.3f}" for key, word in names.items() if isinstance(validation.get(key), float)]
+    if found:
+        lines["validation"] = f"{', '.join(found)}, on held-out images with synthetic defects"
+    if versions:
+        lines["made with"] = ", ".join(f"{name} {version}" for name, version in versions.items())
+    others = {key: value for key, value in record.items() if isinstance(value, (str, int, float)) and not lines}
+    return lines | {key: str(value) for key, value in others.items()}
 
 
 def _print_installation(console: Console, facts: dict[str, Any]) -> None:
     console.print(", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
     for device in facts["devices"]:
         console.print(f"device {device}")
-    console.print(facts["native"])
+    console.print(escape(facts["native"]))
     for kind, rows in facts["kernels"].items():
-        table = Table(title=f"kernels on {kind}", title_justify="left")
-        for column in rows[0]:
-            table.add_column(column, overflow="fold")
+        lines, reasons = [["kernels on " + kind, "serves", "also here", "not here"]], {}
         for row in rows:
-            table.add_row(*map(str, row.values()))
-        console.print(table)
+            status = {backend: text for backend, text in row.items() if backend not in ("op", "serves")}
+            serves = row["serves"] if row["serves"] in status else "none"
+            also = [backend for backend, text in status.items() if text == "yes" and backend != serves]
+            absent = [backend for backend, text in status.items() if text not in ("yes", "not written")]
+            reasons |= {backend: status[backend] for backend in absent}
+            lines.append([row["op"], serves, ", ".join(also), ", ".join(absent)])
+        say("")
+        say("\n".join(aligned(lines, left=range(4))))
+        for backend, reason in reasons.items():
+            console.print(escape(f"  {backend}: {reason}"))
+    say("")
     console.print("presets: " + ", ".join(facts["presets"]))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from dfengine.commands.plan import aligned
 from dfengine.commands.programs import Bound, bound_program
 from dfengine.errors import UsageError
+from dfengine.files import check_writable
+from dfengine.kernels.registry import ENVIRONMENT
 
 
 def run_tune(
@@ -21,9 +24,11 @@ def run_tune(
     """Prints what was found and writes it to the cache, or to `out`. Raises DfengineError where there is no program."""
     sizes = sorted(set(batch), reverse=True)  # the largest needs the memory that all share
     tactics = "exhaustive" if exhaustive else "tuned"
+    if out is not None:
+        check_writable(out)
     with bound_program(checkpoint, sizes[0], device, precision, 0, tactics, seconds) as bound:
         if bound.runner.tactics is None:
-            raise UsageError("DFENGINE_BACKEND is set, which leaves tactics no choice")
+            raise UsageError(f"{ENVIRONMENT}={os.environ[ENVIRONMENT]}: leaves tactics no choice; tune without it")
         for size in sizes[1:]:
             bound.runner.executor(bound.runner.program_batch(size))
         print(f"{checkpoint}: {bound.title}")
@@ -31,6 +36,8 @@ def run_tune(
         known = bound.runner.tactics
         if out is not None:
             known.write(out)
+        elif bound.runner.choices:
+            known.save()  # where it could not be, the error ends the command: nothing is remembered
         print(f"{len(known)} tactics known for this device; measured ones are in {out or known.path}")
 
 

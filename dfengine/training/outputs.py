@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dfengine.checkpoint import check_target
 from dfengine.errors import UsageError
-from dfengine.files import atomic_path
+from dfengine.files import check_writable
 
 SUFFIX = ".safetensors"
 RUN_SUFFIX = ".run"
@@ -36,19 +36,7 @@ def check_outputs(out: Path, *sources: Path, resume: bool = False) -> None:
     for source in sources:
         if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(source)):
             raise UsageError(f"{out}: lies inside {source}, where panels of the run would pass for images to train on")
-    _probe(out)
+    check_writable(out)
     folder = run_folder_of(out)
     if folder.exists():
-        _probe(folder / "state.safetensors")
-
-
-class _Abandoned(Exception):
-    pass
-
-
-def _probe(path: Path) -> None:
-    try:
-        with atomic_path(path):
-            raise _Abandoned  # the temporary file could be made: it goes, and `path` stays
-    except _Abandoned:
-        pass
+        check_writable(folder / "state.safetensors")

@@ -143,7 +143,7 @@ def pick(wanted: ModelConfig | Automatic, config: TrainConfig, data: Path, state
         return 1 / images_per_flop(config.resolve(model), model)
 
     side = side if wanted.image_size is None else np.inf
-    where = f"in {config.minutes:g} minutes on {_machine(world)}"
+    where = f"in {config.minutes:g} minute{'' if config.minutes == 1 else 's'} on {_machine(world)}"
     return choose(candidates, side, measured, cost, CLOSE[world.device.type], where)
 
 
