@@ -256,6 +256,8 @@ def test_calibrate_leaves_out_what_was_trained_on(checkpoint, data, tmp_path, ca
     assert main(["calibrate", str(checkpoint), str(data / "test" / "good"), "--alarms-per-km", "2000"]) == 0
     calibration = load_checkpoint(checkpoint).calibration
     assert calibration.n_normals == 4 and calibration.false_alarm_rate == pytest.approx(2000 / 6667)
+    said = f"2000 false alarms wanted, with 95% confidence at most {6667 * calibration.bound_95:.3g}"
+    assert said in capsys.readouterr().out
     # Nothing but trained images.
     for path in held_out:
         path.unlink()
