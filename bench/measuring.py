@@ -25,12 +25,19 @@ def command_output(*command: str) -> str | None:
         return None
 
 
+def commit() -> str | None:
+    """The commit, with "-dirty" after it where the tree differs from it in more than results."""
+    name = command_output("git", "rev-parse", "--short", "HEAD")
+    changed = command_output("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+    return f"{name}-dirty" if name and changed else name
+
+
 def environment(device: str) -> dict:
     """Where and with what the numbers were measured."""
     result = {
         "device": hardware_name(device),
         "dfengine": __version__,
-        "commit": command_output("git", "describe", "--always", "--dirty"),
+        "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "native": dfengine.native.status(),

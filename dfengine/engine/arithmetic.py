@@ -19,13 +19,25 @@ def float32_arithmetic(device: torch.device, precision: str) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    with _SWITCHES, torch.cuda.device(device):
-        before = [switch.allow_tf32 for switch in switches]
-        try:
-            for switch in switches:
-                switch.allow_tf32 = precision == "tf32"
-            yield
-        finally:
-            for switch, value in zip(switches, before, strict=True):
-                switch.allow_tf32 = value
+    with _SWITCHES, torch.cuda.device(device), float32_products(precision):
+        yield
+
+
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Within, torch's float32 matrix products and convolutions on a GPU are TF32 where `precision` is "tf32", else
+    exact; the switches are put back as they were, whichever of torch's two ways set them."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    switches, name, value = (matmul, cudnn), "allow_tf32", precision == "tf32"
+    try:
+        before = [getattr(switch, name) for switch in switches]
+    except RuntimeError:  # the user took the newer way, of torch 2.9; the two must not be mixed
+        switches, name, value = (matmul, cudnn.conv), "fp32_precision", "tf32" if value else "ieee"
+        before = [getattr(switch, name) for switch in switches]
+    try:
+        for switch in switches:
+            setattr(switch, name, value)
+        yield
+    finally:
+        for switch, own in zip(switches, before, strict=True):
+            setattr(switch, name, own)
