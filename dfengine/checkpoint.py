@@ -56,7 +56,8 @@ class Checkpoint:
 
     `state` maps the names of `Model.state_dict()` to CPU tensors (float32, or half for shipping).
     `training` is the training record: JSON values (data fingerprint, steps, seed, versions, ...).
-    `verified` maps each precision that `dfengine verify` has passed with these weights to the record of that.
+    `verified` maps each precision that `dfengine verify --record` held to float32 with these weights to the record of
+    that; one with "refused" says why the precision does not serve.
     """
 
     config: ModelConfig
@@ -75,6 +76,11 @@ class Checkpoint:
         }
         model.load_state_dict(state, assign=True)
         return model.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+    def refuses(self, precision: str, device: str) -> bool:
+        """Whether `dfengine verify --record` found that this precision does not serve on this type of device."""
+        record = self.verified.get(precision, {})
+        return bool(record.get("refused")) and record.get("device") == device
 
     def half(self) -> Checkpoint:
         """A copy with matrices and filters in float16; vectors (biases, norms and their statistics) stay float32.

@@ -62,15 +62,16 @@ def chosen_runner(
     tactics, tuning_seconds: of the runner that serves; what it is tried against takes the default ones.
 
     "auto" is the half precision of the device where it gives the maps of float32 for the checkpoint's trial images
-    within `TOLERANCE`, else float32; a checkpoint without them is tried on one image of smooth noise. The iterative
-    mode, whose trial would be hundreds of evaluations, runs in float32.
+    within `TOLERANCE`, else float32; a checkpoint without them is tried on one image of smooth noise. It is float32
+    without a trial where `dfengine verify --record` refused the half precision, and in the iterative mode, whose trial
+    would be hundreds of evaluations.
     """
 
     def served(used: str) -> ModuleRunner | ProgramRunner:
         return make_runner(checkpoint.build(), device, used, seed, tactics, tuning_seconds)
 
     half = half_precision(device) if precision == "auto" else None
-    if half is None or checkpoint.config.mode == "iterative":
+    if half is None or checkpoint.config.mode == "iterative" or checkpoint.refuses(half, device.type):
         return served("float32" if precision == "auto" else precision)
     trial, exact = checkpoint.trial, None
     if trial is None or seed != TRIAL_SEED:

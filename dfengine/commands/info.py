@@ -122,12 +122,13 @@ def _passed(verified: dict[str, dict[str, Any]]) -> str:
     """The records of `dfengine verify --record` in words."""
     if not verified:
         return "no other than float32 was held to images (dfengine verify --data)"
-    passes = []
+    found = []
     for name, record in verified.items():
         data = record.get("data")
         where = f" on {data['name']}" if isinstance(data, dict) and "name" in data else ""
-        passes.append(f"{name} passed{where}" + (f" ({record['date']})" if "date" in record else ""))
-    return ", ".join(passes)
+        verdict = "was refused" if record.get("refused") else "passed"
+        found.append(f"{name} {verdict}{where}" + (f" ({record['date']})" if "date" in record else ""))
+    return ", ".join(found)
 
 
 def _trained(record: dict[str, Any]) -> dict[str, str]:

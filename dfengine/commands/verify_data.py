@@ -28,8 +28,7 @@ def run_verify_data(
     """Compares and prints; returns 0, or 3 where some images could not be read.
 
     Labelled test images are used where `data` has sound and defective ones, else all its normal images. Raises
-    `DfengineError` with the reasons where the precision is refused. record: write a pass into `checkpoint`, or remove
-    the one that is there.
+    `DfengineError` with the reasons where the precision is refused. record: write what was found into `checkpoint`.
     """
     where = resolve_device(device)
     if precision == "auto":
@@ -52,27 +51,27 @@ def run_verify_data(
     _print(comparison)
     passes = not comparison.failures
     if record:
-        note = {}
-        if passes:
-            paths = [sample.path for sample in samples]
-            facts = {"name": data.resolve().name, "fingerprint": fingerprint(paths), "labelled": labelled}
-            note[precision] = _record(comparison, facts, where.type, seed)
+        paths = [sample.path for sample in samples]
+        facts = {"name": data.resolve().name, "fingerprint": fingerprint(paths), "labelled": labelled}
+        note = {precision: _record(comparison, facts, where.type, seed)}
 
         def change(present: Checkpoint) -> Checkpoint:
-            others = {name: value for name, value in present.verified.items() if name != precision}
-            return dataclasses.replace(present, verified=others | note)
+            return dataclasses.replace(present, verified=present.verified | note)
 
         update_checkpoint(checkpoint, loaded, change)
     if not passes:
-        raise DfengineError(f"{precision} is refused: {'; '.join(comparison.failures)}")
+        noted = f" (noted in {checkpoint})" if record else ""
+        raise DfengineError(f"{precision} is refused: {'; '.join(comparison.failures)}{noted}")
     say(f"{precision} passes" + (f"; noted in {checkpoint}" if record else ""))
     return scoring.status
 
 
 def _record(comparison: PrecisionComparison, data: dict[str, Any], device: str, seed: int) -> dict[str, Any]:
-    """What a checkpoint keeps of a pass, as JSON values."""
+    """What a checkpoint keeps of a comparison, as JSON values; "refused" holds the reasons of a refusal."""
     date = time.strftime("%Y-%m-%d", time.gmtime())
-    return {"date": date, "dfengine": __version__, "device": device, "seed": seed, "data": data} | comparison.to_dict()
+    record = {"date": date, "dfengine": __version__, "device": device, "seed": seed, "data": data}
+    record |= {"refused": list(comparison.failures)} if comparison.failures else {}
+    return record | comparison.to_dict()
 
 
 def _print(comparison: PrecisionComparison) -> None:

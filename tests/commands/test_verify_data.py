@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import dfengine
 from dfengine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, shipped_checkpoint
 from dfengine.cli import main
 from dfengine.commands import verify_data
@@ -69,7 +70,27 @@ def test_a_spoilt_precision_is_refused_in_one_line(checkpoint, data, capsys, mon
     assert "largest map difference" in printed.out and "passes" not in printed.out
     assert "bfloat16" in load_checkpoint(checkpoint).verified  # nothing was to be recorded
     assert verify(checkpoint, data, "--record") == 1
-    assert load_checkpoint(checkpoint).verified == {}
+    assert f"(noted in {checkpoint})" in capsys.readouterr().err
+    (reason,) = load_checkpoint(checkpoint).verified["bfloat16"]["refused"]
+    assert reason.startswith("a map differs by 0.1")
+
+
+def test_auto_keeps_from_a_refused_precision(checkpoint, data, capsys, monkeypatch):
+    monkeypatch.setattr("dfengine.precision.cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr("dfengine.precision.default_product", lambda dtype: "pairs")
+    assert dfengine.load(checkpoint).precision == "bfloat16"
+    with monkeypatch.context() as spoilt:
+        spoil_precision(spoilt, "bfloat16", lambda maps: maps[:, 3, 5].add_(0.1))
+        assert verify(checkpoint, data, "--record") == 1
+    assert dfengine.load(checkpoint).precision == "float32"
+    assert dfengine.load(checkpoint, precision="bfloat16").precision == "bfloat16"  # asked for by name
+    assert main(["info", str(checkpoint)]) == 0
+    assert "bfloat16 was refused on data" in capsys.readouterr().out
+    assert verify(checkpoint, data, "--record") == 0
+    assert dfengine.load(checkpoint).precision == "bfloat16"
+    refused = replace(load_checkpoint(checkpoint), verified={"bfloat16": {"device": "cuda", "refused": ["a map"]}})
+    save_checkpoint(checkpoint, refused)
+    assert dfengine.load(checkpoint).precision == "bfloat16"  # another device says nothing of this one
 
 
 def test_a_comparison_that_ends_early_is_no_pass(checkpoint, data, capsys, monkeypatch):
