@@ -82,7 +82,8 @@ def run_calibrate(
     say(calibration.message)
     if alarms_per_km is not None:
         most = calibration.bound_95 * fasteners_per_km
-        say(f"Per km of track, with {fasteners_per_km:g} fasteners: {alarms_per_km:g} alarms wanted, at most {most:.3g}.")
+        wanted = f"{alarms_per_km:g} alarms a km wanted, at most {most:.3g} alarms a km with 95% confidence"
+        say(f"With {fasteners_per_km:g} fasteners per km of track: {wanted}.")
     say(f"threshold {calibration.threshold:.6g}, written to {target}")
     return status
 

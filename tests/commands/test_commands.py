@@ -296,13 +296,18 @@ def test_calibrate_keeps_trial_images_with_the_maps_of_the_weights_beside_them(c
     assert load_checkpoint(checkpoint).trial is None
 
 
-def test_info_describes_a_checkpoint_and_the_installation(checkpoint, capsys):
+def test_info_describes_a_checkpoint_and_the_installation(checkpoint, capsys, monkeypatch):
     assert main(["info", str(checkpoint), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["config"]["image_size"] == 32 and facts["calibration"]["threshold"] == 0.5
     assert facts["parameters"] == sum(p.numel() for p in tiny_model().parameters())
-    assert main(["info"]) == 0
-    printed = capsys.readouterr().out
+    lines = {}
+    for arguments in (["info", str(checkpoint)], ["info"]):
+        monkeypatch.setenv("COLUMNS", "80")
+        assert main(arguments) == 0
+        lines[len(arguments)] = printed = capsys.readouterr().out
+        assert max(len(line) for line in printed.splitlines() if str(checkpoint) not in line) <= 80
+    assert "threshold   0.5" in lines[2] and "{" not in lines[2] and "None" not in lines[2]
     assert "diff-fastener-tiny" in printed and "ingest" in printed and "dfengine._native" in printed
 
 
