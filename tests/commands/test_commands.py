@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import re
 import signal
 import time
 from dataclasses import replace
@@ -307,7 +308,7 @@ def test_info_describes_a_checkpoint_and_the_installation(checkpoint, capsys, mo
         assert main(arguments) == 0
         lines[len(arguments)] = printed = capsys.readouterr().out
         assert max(len(line) for line in printed.splitlines() if str(checkpoint) not in line) <= 80
-    assert "threshold   0.5" in lines[2] and "{" not in lines[2] and "None" not in lines[2]
+    assert re.search(r"^threshold +0.5$", lines[2], re.M) and "{" not in lines[2] and "None" not in lines[2]
     assert "diff-fastener-tiny" in printed and "ingest" in printed and "dfengine._native" in printed
 
 

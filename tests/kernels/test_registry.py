@@ -75,7 +75,7 @@ def test_unknown_backend_is_wrong_usage(monkeypatch):
     with pytest.raises(UsageError, match="tritn"):
         op.choose(torch.zeros(4), backend="tritn")
     monkeypatch.setenv("DFENGINE_BACKEND", "gpu")
-    with pytest.raises(UsageError, match="DFENGINE_BACKEND='gpu'"):
+    with pytest.raises(UsageError, match="DFENGINE_BACKEND=gpu: no such backend"):
         op.choose(torch.zeros(4))
     with pytest.raises(ValueError, match="unknown backend"):
         op.register("opencl", None, None, None)
