@@ -164,6 +164,7 @@ def _check_trial(config: ModelConfig, shapes: dict[str, tuple[int, ...]], dtypes
 def check_target(path: str | Path) -> None:
     """Raises `CheckpointError` where `path` is a file that is not a dfengine checkpoint: it would be overwritten."""
     path = Path(path)
+    _check_name(path)
     if not path.is_file() or path.stat().st_size == 0:
         return
     try:
@@ -321,7 +322,16 @@ def _checked_path(path: Any) -> Path:
         kind = "is not a regular file"
     if kind:
         raise CheckpointError(f"{path}: {kind}")
+    _check_name(path)
     return path
+
+
+def _check_name(path: Path) -> None:
+    """Raises `CheckpointError` for a path that safetensors, which takes names as UTF-8, could not open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{path}: a checkpoint's name must be valid UTF-8; rename it") from None
 
 
 def _load_trial(file: Any, config: ModelConfig, has_one: bool, path: Path) -> Trial | None:

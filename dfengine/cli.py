@@ -341,9 +341,9 @@ def _exit(status: int) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status; never shows a traceback for a user's mistake."""
-    if hasattr(sys.stdout, "reconfigure"):
-        # Names of files that are not in the system's encoding are shown escaped, as on standard error.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # for names of files that are not in the system's encoding
     log, lines = logging.getLogger("dfengine"), logging.StreamHandler()
     lines.setFormatter(logging.Formatter("dfengine: warning: %(message)s"))
     log.addHandler(lines)

@@ -253,8 +253,7 @@ def write_rows(folder: Path, rows: Sequence[dict]) -> None:
     writer = csv.DictWriter(table, ROW_FIELDS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    # Names that the file system could not decode hold lone surrogates, which UTF-8 cannot encode.
-    atomic_write(Path(folder) / "results.csv", table.getvalue().encode("utf-8", "backslashreplace"))
+    atomic_write(Path(folder) / "results.csv", table.getvalue())
     atomic_write(Path(folder) / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -86,8 +86,12 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def atomic_write(path: str | os.PathLike, content: bytes | str) -> None:
-    """Writes bytes, or text as UTF-8, through `atomic_path`."""
-    data = content.encode("utf-8") if isinstance(content, str) else content
+    """Writes bytes, or text as UTF-8, through `atomic_path`.
+
+    Names that the file system could not decode reach Python with lone surrogates, which UTF-8 does not have: they are
+    written as the escapes of Python and JSON.
+    """
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         file.write(data)
 

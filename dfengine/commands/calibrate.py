@@ -82,8 +82,8 @@ def run_calibrate(
     say(calibration.message)
     if alarms_per_km is not None:
         most = calibration.bound_95 * fasteners_per_km
-        wanted = f"{alarms_per_km:g} false alarms wanted, with 95% confidence at most {most:.3g}"
-        say(f"Per km of track, with {fasteners_per_km:g} fasteners: {wanted}.")
+        wanted = f"{alarms_per_km:g} alarms a km wanted, at most {_few_digits(most)} alarms a km with 95% confidence"
+        say(f"With {fasteners_per_km:g} fasteners per km of track: {wanted}.")
     say(f"threshold {calibration.threshold:.6g}, written to {target}")
     return status
 
@@ -117,6 +117,10 @@ def held_out_normals(data: Path, training: dict) -> list[Sample]:
     if len(held_out) < len(unique):
         say(f"{len(unique) - len(held_out)} images that the model was trained on are left out")
     return held_out
+
+
+def _few_digits(number: float) -> str:
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _digest(path: Path) -> str:

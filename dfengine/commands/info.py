@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from dfengine import __version__, kernels, native
 from dfengine.checkpoint import load_checkpoint
@@ -58,7 +58,7 @@ def installation() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    devices = [f"cpu: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"]
+    devices = [f"cpu: {torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}"]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         devices.append(
@@ -110,12 +110,10 @@ def _print_checkpoint(console: Console, facts: dict[str, Any]) -> None:
     )
     lines |= _trained(facts["training"])
     lines["more"] = "every field: --json; every op that runs: --plan"
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    indent = max(map(len, lines)) + 2
     for name, text in lines.items():
-        table.add_row(name, escape(text))
-    console.print(table)
+        wrapped = textwrap.wrap(text, max(20, console.width - indent), break_on_hyphens=False)
+        say(f"{name:<{indent}}" + f"\n{'':<{indent}}".join(wrapped))
 
 
 def _passed(verified: dict[str, dict[str, Any]]) -> str:

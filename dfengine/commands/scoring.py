@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -195,8 +196,9 @@ class Outputs:
 
     def __enter__(self) -> Outputs:
         out, images = self.out, self._images
-        target = out.resolve()
-        if any(image.path is not None and target in Path(image.path).resolve().parents for image in images):
+        target = Path(os.path.realpath(out))  # unlike Path.resolve, it takes links that lead in a circle
+        paths = (Path(os.path.realpath(image.path)) for image in images if image.path is not None)
+        if any(target in path.parents for path in paths):
             raise UsageError(f"{out}: holds images to score; choose another folder for the results")
         marked = (out / OUTPUT_MARKER).exists()
         if not marked and out.is_dir():

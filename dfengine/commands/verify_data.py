@@ -51,7 +51,8 @@ def run_verify_data(
     _print(comparison)
     passes = not comparison.failures
     if record:
-        paths = [sample.path for sample in samples]
+        unread = {name for name, _ in scoring.refused}
+        paths = [sample.path for sample in samples if str(sample.path) not in unread]
         facts = {"name": data.resolve().name, "fingerprint": fingerprint(paths), "labelled": labelled}
         note = {precision: _record(comparison, facts, where.type, seed)}
 

@@ -142,8 +142,7 @@ def write_report(
         vmax=vmax,
     )
     path = Path(out_dir) / "report.html"
-    # A file name that is no valid UTF-8 reaches Python with lone surrogates, which cannot be encoded.
-    atomic_write(path, html.encode("utf-8", "backslashreplace"))
+    atomic_write(path, html)
     return path
 
 

@@ -38,6 +38,13 @@ def test_a_cache_that_cannot_be_written_loses_nothing(tiny, tmp_path, capsys, ca
     assert main(["tune", str(tiny), "--batch", "1", "--out", str(tmp_path / "here.json")]) == 0
     assert len(json.loads((tmp_path / "here.json").read_text())["tactics"]) > 10
     assert "cannot make the folder" in caplog.text and "for this run alone" in caplog.text
+    capsys.readouterr()
+    assert main(["tune", str(tiny), "--batch", "1", "--seconds", "0.5"]) == 1
+    printed = capsys.readouterr()
+    assert f"dfengine: DFENGINE_CACHE={tmp_path / 'file'}: " in printed.err
+    assert "known for this device" not in printed.out
+    assert main(["tune", str(tiny), "--batch", "1", "--out", str(tmp_path)]) == 1  # before anything is measured
+    assert "is a folder, not a file" in capsys.readouterr().err
 
 
 def test_no_time_is_said(tiny, capsys):
