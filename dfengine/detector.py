@@ -128,17 +128,16 @@ class Detector:
         with self._lock, float32_arithmetic(self.device, self.precision):
             yield runner
 
-    def warmup(self, batch_sizes: Iterable[int] = (1, 16)) -> None:
+    def warmup(self, batch_sizes: Iterable[int] | int = (1, 16)) -> None:
         """Run a blank batch of each size, the largest first, so that no later call of `detect` or `stream` with such a
         batch has to build its program or, on a GPU, compile kernels, capture a graph or ask for memory.
 
         On a GPU sizes are filled up to 1, 2, 4, 8, 16, 32 or 64, so that `(1, 2, 4, 8, 16)` covers all up to 16.
-        Raises `UsageError` for sizes that are no positive whole numbers, or of more than eight programs.
+        batch_sizes: whole numbers, or one. Raises `UsageError` or `ArgumentTypeError` for others, and for more than
+        eight programs.
         """
-        sizes = list(batch_sizes)
-        for size in sizes:
-            if type(size) is not int or size < 1:
-                raise UsageError(f"batch_sizes must be positive whole numbers, not {size!r}")
+        several = isinstance(batch_sizes, Iterable) and not isinstance(batch_sizes, (str, bytes))
+        sizes = [whole_number("a batch size", size, 1) for size in (batch_sizes if several else [batch_sizes])]
         with self.program_runner() as runner:
             if runner is not None:
                 runner.warm_up(sizes)

@@ -55,7 +55,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
     Missing parent folders are created. The content is forced to disk before the rename, so that a power cut
     leaves the old or the new file. If the block raises, the temporary file is removed and `path` is untouched.
-    A symbolic link is followed: its target is replaced, the link stays.
+    A symbolic link is followed: its target is replaced, the link stays. What is no regular file, or has no permission
+    to write for anybody, is refused.
 
     Raises DfengineError, "PATH: cannot be written: REASON", for any OSError of the block or of the rename,
     and for what safetensors raises in its place.
@@ -66,6 +67,10 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         target = Path(os.path.realpath(shown)) if shown.is_symlink() else shown
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, "is a folder")
+        if target.exists() and not target.is_file():
+            raise OSError(0, "is not a regular file")
+        if target.exists() and not target.stat().st_mode & 0o222:  # a rename would not ask
+            raise OSError(0, "is write-protected")
         target.parent.mkdir(parents=True, exist_ok=True)
         # A short stem: a target with the longest allowed name still gets a temporary one.
         handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=target.suffix[:32], dir=target.parent)
@@ -96,6 +101,20 @@ def atomic_write(path: str | os.PathLike, content: bytes | str) -> None:
         file.write(data)
 
 
+_HELD: set[int] = set()
+"""Descriptors of the locks of this process."""
+
+
+def _leave_to_parent() -> None:
+    """A forked child shares the parent's locks: without this they would last as long as the child."""
+    while _HELD:
+        os.close(_HELD.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
+
+
 @contextmanager
 def locked(path: str | os.PathLike, busy: str | None = None) -> Iterator[None]:
     """For `with`: no other process or thread is in such a block for the same `path` at the same time.
@@ -114,9 +133,11 @@ def locked(path: str | os.PathLike, busy: str | None = None) -> Iterator[None]:
         yield
         return
     descriptor = _lock(beside, Path(path), busy)
+    _HELD.add(descriptor)
     try:
         yield
     finally:
+        _HELD.discard(descriptor)
         _remove(beside)  # before it is let go: `_lock` tells a removed file by its inode
         os.close(descriptor)
 

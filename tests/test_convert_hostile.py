@@ -60,7 +60,7 @@ def touch(path):
         (lambda target: Calls(os.system, f"touch {target}"), r"(posix|nt)\.system"),
         (lambda target: Calls(eval, f"open({str(target)!r}, 'w')"), r"(builtins|__builtin__)\.eval"),
         (lambda target: Calls(open, str(target), "w"), r"(io|_io|builtins|__builtin__)\.open"),
-        (lambda target: Calls(functools.partial, touch, str(target)), r"functools\.partial|test_convert_hostile\.touch"),
+        (lambda target: Calls(functools.partial, touch, str(target)), r"functools\.partial|_hostile\.touch"),
         (lambda target: Calls(collections.defaultdict, touch), r"test_convert_hostile\.touch"),
         (lambda target: Calls(torch.load, str(target)), r"torch\.serialization\.load"),
         (lambda target: Calls(bytearray, 10**12), r"(builtins|__builtin__)\.bytearray"),

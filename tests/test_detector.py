@@ -20,7 +20,7 @@ from dfengine.checkpoint import Checkpoint, save_checkpoint
 from dfengine.detector import Detector, load
 from dfengine.devices import resolve_device
 from dfengine.engine.modules import ModuleRunner
-from dfengine.errors import CheckpointError, DataError, ImageError, UsageError
+from dfengine.errors import ArgumentTypeError, CheckpointError, DataError, ImageError, UsageError
 from dfengine.evaluation.calibration import Calibration
 from dfengine.models import build_model, preset
 
@@ -336,6 +336,6 @@ def test_a_warm_detector_makes_no_program_later(path, images):
         np.testing.assert_allclose(got.pred_score, want.pred_score, rtol=0, atol=1e-6)
     if made is not None:
         assert sorted(made) == [1, 3, 4] and made.items() == runner._executors.items()
-    for wrong in ((0,), (1, 2.0), (True,)):
-        with pytest.raises(UsageError, match="batch_sizes must be positive whole numbers"):
+    for wrong in ((0,), (1, 2.0), (True,), None, 1.5, "x"):
+        with pytest.raises((UsageError, ArgumentTypeError), match="a batch size must be a positive whole number"):
             warm.warmup(wrong)

@@ -200,3 +200,31 @@ def test_a_folder_where_nothing_can_be_written_is_named(tmp_path):
     with pytest.raises(DfengineError, match="file/a: cannot be written: a part of its path is a file"):
         with locked(tmp_path / "file" / "a"):
             pass
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_what_is_no_regular_file_or_protected_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "kept").write_text("mine")
+    (tmp_path / "kept").chmod(0o444)
+    for name, reason in (("pipe", "is not a regular file"), ("kept", "is write-protected")):
+        with pytest.raises(DfengineError, match=f"{name}: cannot be written: {reason}"):
+            atomic_write(tmp_path / name, "other")
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "kept").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "pipe"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_does_not_keep_a_lock(tmp_path):
+    reading, writing = os.pipe()
+    with locked(tmp_path / "file"):
+        child = os.fork()
+        if child == 0:
+            os.read(reading, 1)  # lives until it is told
+            os._exit(0)
+    try:
+        with locked(tmp_path / "file", busy="taken"):
+            pass
+    finally:
+        os.write(writing, b"x")
+        os.waitpid(child, 0)

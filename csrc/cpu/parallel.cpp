@@ -166,6 +166,7 @@ void parallel_for(int64_t items, int threads, const LoopBody& body) {
     if (pieces == 1) {
         body(0, 0, items);
     } else {
+        if (items > Team::MOST_ITEMS) throw std::length_error("a loop of so many items is not divided");
         with_helpers(pieces, [&] { leading->run(items, pieces, body); });
     }
 }

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from dfengine import native
-from dfengine.kernels import conv2d, conv2d_cpu
+from dfengine.kernels import conv2d, conv2d_cpu, group_norm_moments
 from tests.kernels import launchers
-from tests.kernels.test_conv2d import FEATURES, Case, check_contract, make, run_into_nan
+from tests.kernels.test_conv2d import FEATURES, NAN, Case, check_contract, make, run_into_nan
 
 LAUNCHERS = [f"{level}-float32" for level in launchers.LEVELS] + ["avx512-pairs", "avx512-tiles"]
 LARGER = [
@@ -213,3 +213,37 @@ def test_every_product_of_this_processor_is_a_configuration():
     products = [options["product"] for options in configurations(*half)]
     assert products[0] == conv2d_cpu.default_product(torch.bfloat16) and "float32" in products
     assert len(set(products)) == len(products) and configurations(*single) == [{}]
+
+
+@pytest.mark.parametrize("product", ["float32", "pairs", "tiles"])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("case", ["border", "first", "guessed", "offset"])
+def test_moments_of_runs_with_an_outlier(product, fused, case):
+    """Values at the ends of a run, or among those by which its mean is guessed, that differ from all others."""
+    if not native.available() or not native.module.product_supported(conv2d_cpu.PRODUCTS[product]):
+        pytest.skip("this processor does not have the product")
+    dtype = torch.float32 if product == "float32" else torch.bfloat16
+    generator = torch.Generator().manual_seed(0)
+    x = 1 + 0.01 * torch.randn(2, 24, 96, 16, generator=generator)
+    if case == "first":
+        x[:, :, 0] = 100
+    elif case == "guessed":
+        x[:, :, [12, 36, 60, 84]] = 100
+    elif case == "offset":
+        x += 300
+    kernel = 3 if case == "border" else 1
+    weight = torch.ones(32, 16, kernel, kernel) / (16 * kernel**2) + 0.01 * torch.randn(
+        32, 16, kernel, kernel, generator=generator
+    )
+    tile = 96 if fused else 71
+    y = torch.full((2, 24, 96, 32), NAN, dtype=dtype)
+    moments = torch.full((2, -(-24 * 96 // tile), 2, 32), NAN)
+    packed = conv2d.ConvWeight.pack(weight, 1, dtype, False)
+    conv2d_cpu.run_native(
+        x.to(dtype), None, packed, None, None, None, "none", "none", None, "none", "none", y, moments, tile,
+        product=product,
+    )  # fmt: skip
+    mean, spread = group_norm_moments.reference(y.double(), tile).unbind(dim=2)
+    assert (moments[:, :, 0] - mean).abs().max() <= 2e-6 * y.double().abs().max()
+    limit = 5e-3 if case == "offset" else 4e-6  # merged means of 300 have few digits left for a deviation of 0.002
+    assert (moments[:, :, 1] - spread).abs().max() <= limit * spread.max()
