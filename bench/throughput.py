@@ -278,12 +278,12 @@ def shown(row: dict) -> str:
 
 
 def rows_of(path: Path, head: dict) -> list[dict]:
-    """The rows of a file that the same commit measured on the same machine, with the same library; else none."""
+    """The rows of a file measured on the same machine with the same torch, each with its commit; else none."""
     if not path.exists():
         return []
     before = json.loads(path.read_text(encoding="utf-8"))
-    same = all(before.get(key) == head.get(key) for key in ("device", "commit", "torch", "threads", "tactics"))
-    return before["rows"] if same else []
+    same = all(before.get(key) == head.get(key) for key in ("device", "torch", "threads", "tactics"))
+    return [{"commit": before.get("commit")} | row for row in before["rows"]] if same else []
 
 
 def merged(kept: list[dict], rows: list[dict]) -> list[dict]:
@@ -310,7 +310,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="for each row")
     parser.add_argument("--memory", action="store_true", help="peak memory too, each in a process of its own")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write here instead")
-    parser.add_argument("--add", action="store_true", help="keep what the file holds of this commit and machine")
+    parser.add_argument("--add", action="store_true", help="keep what the file holds of this machine")
     parser.add_argument("--note", default="", help="what else ran on the machine")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

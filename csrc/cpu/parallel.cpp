@@ -14,7 +14,7 @@
 namespace dfe {
 namespace {
 
-// Threads of this file's own, where there is no OpenMP runtime. They serve one team at a time.
+// Threads of this file's own. They serve one team at a time.
 class Pool {
 public:
     void help(Team& team, const std::function<void()>& work) {
@@ -78,7 +78,8 @@ private:
 std::atomic<Pool*> current{nullptr};
 
 // The OpenMP runtime that torch has loaded, by the entry points that GCC's compiled code uses. Its threads spin for a while after each of
-// torch's operations: threads of our own would share a core with them, and be half as fast wherever both are at work.
+// torch's operations, and threads of our own would share a core with them: so these run a loop that stands alone between such operations. Not
+// a run of many loops: a team of theirs ends when all have come, which is milliseconds late where another process keeps a processor busy.
 struct OpenMp {
     void (*parallel)(void (*)(void*), void*, unsigned threads, unsigned flags);
     int (*thread)();
@@ -138,6 +139,22 @@ Pool& pool() {
     return *found;
 }
 
+// Call `work` with this thread as the leader of a team, of OpenMP's threads or our own.
+void lead(int threads, const std::function<void()>& work, bool by_open_mp) {
+    Team team(threads);
+    const std::function<void()> leader = [&] {
+        leading = &team;
+        work();
+        leading = nullptr;
+    };
+    if (by_open_mp) {
+        Region region{&team, &leader};
+        open_mp.parallel(enter, &region, static_cast<unsigned>(team.capacity()), 0);
+    } else {
+        pool().help(team, leader);
+    }
+}
+
 }  // namespace
 
 int pieces_of(int64_t items, int threads) { return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(items, threads))); }
@@ -145,19 +162,8 @@ int pieces_of(int64_t items, int threads) { return static_cast<int>(std::max<int
 void with_helpers(int threads, const std::function<void()>& work) {
     if (threads <= 1 || leading != nullptr) {
         work();
-        return;
-    }
-    Team team(threads);
-    const std::function<void()> lead = [&] {
-        leading = &team;
-        work();
-        leading = nullptr;
-    };
-    if (open_mp.parallel != nullptr) {
-        Region region{&team, &lead};
-        open_mp.parallel(enter, &region, static_cast<unsigned>(team.capacity()), 0);
     } else {
-        pool().help(team, lead);
+        lead(threads, work, false);
     }
 }
 
@@ -167,7 +173,12 @@ void parallel_for(int64_t items, int threads, const LoopBody& body) {
         body(0, 0, items);
     } else {
         if (items > Team::MOST_ITEMS) throw std::length_error("a loop of so many items is not divided");
-        with_helpers(pieces, [&] { leading->run(items, pieces, body); });
+        const auto loop = [&] { leading->run(items, pieces, body); };
+        if (leading != nullptr) {
+            loop();
+        } else {
+            lead(pieces, loop, open_mp.parallel != nullptr);
+        }
     }
 }
 

@@ -1,4 +1,5 @@
-// Loops over work items on several threads: those of the OpenMP runtime that torch uses, where it is loaded.
+// Loops over work items on several threads: a run of loops on threads of this file's own, a loop by itself on those of the OpenMP runtime that
+// torch uses, where it is loaded.
 #pragma once
 
 #include <cstdint>

@@ -60,7 +60,8 @@ def test_a_step_is_that_of_the_modules(pixel_range):
             allowed = 2 * abs(modules - true) + loss_floor * abs(true)
             assert abs(kernels - true) <= allowed
         allowed = 2 * (others - gradient).norm() + floor * gradient.norm()
-        assert (own - gradient).norm() <= allowed < gradient.norm()
+        assert (own - gradient).norm() <= allowed
+        assert precision != "float32" or allowed < 0.1 * gradient.norm()
 
 
 def test_a_trainer_tells_it_of_new_weights(normals):
