@@ -20,7 +20,8 @@ def test_a_row_measured_again_takes_the_place_of_the_old(tmp_path):
     assert throughput.rows_of(path, HEAD) == []
     path.write_text(json.dumps(HEAD | {"rows": [row(1, 5.0), row(2, 7.0)]}))
     kept = throughput.rows_of(path, HEAD)
-    assert throughput.merged(kept, [row(1, 4.0), row(4, 9.0)]) == [{"commit": "abc"} | row(2, 7.0), row(1, 4.0), row(4, 9.0)]
+    new = [row(1, 4.0), row(4, 9.0)]
+    assert throughput.merged(kept, new) == [{"commit": "abc"} | row(2, 7.0), *new]
 
 
 @pytest.mark.parametrize("key", ["device", "torch", "threads", "tactics"])
