@@ -66,7 +66,7 @@ def main() -> int:
             images, defects = np.stack([row[0] for row in rows]), [row[2] for row in rows]
             kinds = ["real:normal" if defect == "good" else f"real:{defect}" for defect in defects]
         else:
-            checkpoint, name = left, Path(right).parent.name or right
+            checkpoint, name = left, Path(right).parent.name if Path(right).name == "normals" else Path(right).name
             normals = read_normals(Path(right), dfengine.load(checkpoint).config.image_size, 0.1, 0)
             images, kinds, _ = study_sets.anomalies(normals.images[normals.held_out], 7)
         results.append({"set": name, "images": len(kinds), "auroc": aurocs(checkpoint, np.asarray(images), kinds)})
