@@ -75,7 +75,7 @@ PYBIND11_MODULE(_native, module) {
     py::class_<dfe::Calls, dfe::Call, std::shared_ptr<dfe::Calls>>(module, "Calls", "Calls that follow each other.")
         .def(py::init<std::vector<std::shared_ptr<const dfe::Call>>>(), py::arg("calls"));
     module.def("with_helpers", &dfe::run_with_helpers, py::arg("threads"), py::arg("work"),
-               "Calls work() with threads standing by for the ops that it runs; torch's own operations have this thread alone meanwhile.");
+               "Calls work() with threads standing by for the ops that it runs; torch's own operations would share the processors with them.");
 #define DFE_OP(NAME) dfe::bind_##NAME(module);
 #include "ops.inc"
 #undef DFE_OP

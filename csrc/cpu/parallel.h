@@ -18,8 +18,8 @@ int pieces_of(int64_t items, int threads);
 void parallel_for(int64_t items, int threads, const std::function<void(int, int64_t, int64_t)>& body);
 
 // Call `work` on this thread, with the other threads standing by for its loops until it returns: between two loops that follow within some
-// 50 us they do not sleep. Within `work` torch's own operations run on this thread alone. It must not throw. Within `work` of another call
-// this is a plain call.
+// 50 us they do not sleep, so that an operation of torch's in `work` would share the processors with them. It must not throw. Within `work` of
+// another call this is a plain call.
 void with_helpers(int threads, const std::function<void()>& work);
 
 }  // namespace dfe

@@ -141,8 +141,8 @@ class Executor:
         ]
 
     def _grouped(self) -> list[tuple[bool, list[Callable[[], None]]]]:
-        """All calls in order, those of the extension's kernels (True) apart from others: torch's operations would not
-        get the threads that stand by for these kernels."""
+        """All calls in order, those of the extension's kernels (True) apart from others: torch's operations would
+        share the processors with the threads that stand by for these kernels."""
         native_ops = [chosen.partition(" ")[0] == "cpu" for chosen, _ in self._calls]
         groups = itertools.groupby(self.steps(), key=lambda step: native_ops[step[0]])
         return [(of_extension, [call for _, call in group]) for of_extension, group in groups]
