@@ -34,13 +34,16 @@ from dfengine.engine.builder import Fusion  # noqa: E402
 from dfengine.engine.execute import Executor  # noqa: E402
 from dfengine.engine.lower import Lowering  # noqa: E402
 from dfengine.engine.modules import PRECISIONS  # noqa: E402
+from dfengine.engine.quantize import Ranges, measured_ranges  # noqa: E402
 from dfengine.engine.runner import ProgramRunner  # noqa: E402
 from dfengine.engine.timing import matmul_rate  # noqa: E402
 from dfengine.models import PRESETS, Model, build_model, cost, preset  # noqa: E402
 from tests.helpers import redraw  # noqa: E402
 
-AGREEMENT = {"float32": 1e-3, "tf32": 1e-2, "bfloat16": 0.05, "float16": 0.02}
+AGREEMENT = {"float32": 1e-3, "tf32": 1e-2, "bfloat16": 0.05, "float16": 0.02, "int8": 0.1, "fp8": 0.1}
 """Largest difference of a map, in probability, from the float32 modules'; of predicted noise, beside its largest."""
+OF_RIVALS = {"int8": "bfloat16", "fp8": "float16"}
+"""The precision of the rivals beside one of eight bits: they have none without another tool and its model."""
 RIVAL_AGREEMENT = {precision: 2 * allowed for precision, allowed in AGREEMENT.items()}
 SETS = 4
 PAUSE = 0.02
@@ -54,8 +57,9 @@ def model_of(name: str, size: int | None, **changes) -> Model:
 
 def engine(case: str, name: str, size: int | None, batch: int, precision: str, device: str, tactics: str) -> Function:
     """The engine's own way to do what the case asks."""
+    ranges = ranges_of(name, size, device) if precision in OF_RIVALS else None
     if case == "detect":
-        runner = ProgramRunner(model_of(name, size), device, precision, tactics=tactics)
+        runner = ProgramRunner(model_of(name, size), device, precision, tactics=tactics, ranges=ranges)
         runner.executor(runner.program_batch(batch))
 
         def detect(images: Tensor) -> tuple[Tensor, ...]:
@@ -65,7 +69,7 @@ def engine(case: str, name: str, size: int | None, batch: int, precision: str, d
         return detect
     # A chain of one step is one evaluation at batch B, of which only the network's ops are timed.
     of = model_of(name, size, mode="iterative", t_b=preset(name).t_b)
-    runner = ProgramRunner(of, device, precision, tactics=tactics, buckets=False)
+    runner = ProgramRunner(of, device, precision, tactics=tactics, buckets=False, ranges=ranges)
     executor = runner.executor(batch)
     ops = {op.name: op for op in executor.program.ops}
     around = {"ingest", "reverse_step", "one_step", "score"}
@@ -80,6 +84,14 @@ def engine(case: str, name: str, size: int | None, batch: int, precision: str, d
             return (out.permute(0, 3, 1, 2).float(),)
 
     return evaluate
+
+
+def ranges_of(name: str, size: int | None, device: str) -> Ranges:
+    """As `dfengine verify --record` measures them; on images of noise."""
+    runner = ProgramRunner(model_of(name, size), device, buckets=False)
+    images = torch.cat(inputs_of("detect", runner.config.image_size, 1, device)).float() / 255
+    with float32_arithmetic(torch.device(device), "float32"):
+        return measured_ranges(runner.executor(1), images)
 
 
 def inputs_of(case: str, size: int, batch: int, device: str) -> list[Tensor]:
@@ -152,7 +164,7 @@ def bench(
         raise SystemExit(f"{name} {precision}: {errors['dfengine']:.3g} from the modules: nothing is timed")
     for rival_name in arguments.rivals:
         try:
-            label, function = rival(rival_name, make, sets[0], precision)
+            label, function = rival(rival_name, make, sets[0], OF_RIVALS.get(precision, precision))
         except (ImportError, ValueError) as error:
             print(f"  {rival_name}: left out: {str(error).splitlines()[0]}", flush=True)
             continue
@@ -205,7 +217,7 @@ def print_memory(of: dict) -> None:
         function = engine(case, name, size, batch, of["precision"], device, of["tactics"])
     else:
         make = maker(case, name, size, batch, device)
-        _, function = rival(of["label"], make, sets[0], of["precision"])
+        _, function = rival(of["label"], make, sets[0], OF_RIVALS.get(of["precision"], of["precision"]))
     for images in sets:
         function(images)
     print((peak_memory(device) - before) / 1e6)

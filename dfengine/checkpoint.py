@@ -82,6 +82,15 @@ class Checkpoint:
         record = self.verified.get(precision, {})
         return bool(record.get("refused")) and record.get("device") == device
 
+    def passes(self, precision: str, device: str) -> bool:
+        """Whether `dfengine verify --record` found that this precision serves on this type of device."""
+        record = self.verified.get(precision)
+        return record is not None and not record.get("refused") and record.get("device") == device
+
+    def ranges(self, precision: str) -> dict[str, tuple[float, float]]:
+        """Of a precision of eight bits (`dfengine.engine.quantize.Ranges`), as verified; empty where none are kept."""
+        return {name: (low, high) for name, (low, high) in self.verified.get(precision, {}).get("ranges", {}).items()}
+
     def half(self) -> Checkpoint:
         """A copy with matrices and filters in float16; vectors (biases, norms and their statistics) stay float32.
 
@@ -293,6 +302,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     verified = _json(metadata, "verified", path) if "verified" in metadata else {}
     if not isinstance(verified, dict) or not all(isinstance(record, dict) for record in verified.values()):
         raise CheckpointError(f"{path}: metadata field 'verified' is not a table of records")
+    for name, record in verified.items():
+        if not _are_ranges(record.get("ranges", {})):
+            raise CheckpointError(f"{path}: the ranges verified for {name} are not pairs of numbers around 0")
     tensors = dict(state)
     if trial is not None:
         tensors |= {_TRIAL + key: getattr(trial, key) for key in ("images", "anomaly_map")}
@@ -304,6 +316,15 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             f"{path}: is damaged: its content is not what was written (sha256 differs); copy it again or train anew"
         )
     return Checkpoint(config, state, training, calibration, trial, verified)
+
+
+def _are_ranges(ranges: Any) -> bool:
+    """Whether these are the `ranges` of a record."""
+    if not isinstance(ranges, dict):
+        return False
+    pairs = list(ranges.values())
+    numbers = all(isinstance(p, list) and len(p) == 2 and all(type(n) in (int, float) for n in p) for p in pairs)
+    return numbers and all(-1e30 < low <= 0 <= high < 1e30 and low < high for low, high in pairs)
 
 
 def _checked_path(path: Any) -> Path:

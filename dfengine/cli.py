@@ -47,7 +47,7 @@ def options(
 
 CheckpointArgument = Annotated[Path, typer.Argument(metavar="CKPT", help="A dfengine checkpoint (.safetensors).")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-PrecisionOption = Annotated[str, typer.Option(help="auto, float32, tf32, float16 or bfloat16.")]
+PrecisionOption = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, tf32, int8 or fp8.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the inference noise; recorded with the results.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Images per batch; does not change any score.")]
 RunOption = Annotated[int, typer.Option(min=1, help="Images per run of the program.")]

@@ -17,9 +17,10 @@ from dfengine.engine.modules import PRECISIONS, ModuleRunner
 from dfengine.engine.runner import ProgramRunner, make_runner
 from dfengine.errors import UsageError
 from dfengine.kernels import forced_backend
-from dfengine.kernels.conv2d_cpu import default_product
+from dfengine.kernels.conv2d_cpu import byte_products, default_product
+from dfengine.kernels.quantization import FORMATS
 
-TOLERANCE = {"float32": 1e-4, "tf32": 0.01, "float16": 0.01, "bfloat16": 0.05}
+TOLERANCE = {"float32": 1e-4, "tf32": 0.01, "float16": 0.01, "bfloat16": 0.05, "int8": 0.05, "fp8": 0.05}
 """How far a map may be from that of float32 at any pixel. A score, a mean of pixels, then differs by no more."""
 
 TRIAL_SEED = 0
@@ -30,11 +31,17 @@ def check_precision(precision: str, device: torch.device) -> None:
     """Raises `UsageError` where `device` cannot compute in `precision`."""
     if precision not in (*PRECISIONS, "auto"):
         raise UsageError(f"precision must be one of auto, {', '.join(PRECISIONS)}, not {precision!r}")
-    if device.type == "cpu" and precision in ("float16", "tf32"):
-        raise UsageError(f"precision {precision} needs a GPU; on a CPU use float32 or bfloat16")
-    if device.type == "cuda" and precision in ("bfloat16", "tf32"):
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            raise UsageError(f"precision {precision} needs a GPU of compute capability 8.0 or later")
+    if device.type == "cpu":
+        if precision in ("float16", "tf32", "fp8"):
+            raise UsageError(f"precision {precision} needs a GPU; on a CPU use float32, bfloat16 or int8")
+        if precision == "int8" and eight_bits(device) is None:
+            raise UsageError("precision int8 needs the compiled kernels and a processor with AVX512_VNNI or AMX-INT8")
+    if device.type == "cuda":
+        if precision == "int8":
+            raise UsageError("precision int8 is one of CPUs; on a GPU use float16 or fp8")
+        least = {"bfloat16": (8, 0), "tf32": (8, 0), "fp8": (8, 9)}.get(precision, (0, 0))
+        if torch.cuda.get_device_capability(device) < least:
+            raise UsageError(f"precision {precision} needs a GPU of compute capability {least[0]}.{least[1]} or later")
 
 
 def half_precision(device: torch.device) -> str | None:
@@ -49,6 +56,15 @@ def half_precision(device: torch.device) -> str | None:
     return "bfloat16"
 
 
+def eight_bits(device: torch.device) -> str | None:
+    """The precision of eight bits that `device` multiplies: "fp8" on a GPU of compute capability 8.9 or later; "int8"
+    on a CPU with AVX512_VNNI or AMX-INT8 and the compiled kernels; else None."""
+    if device.type == "cuda":
+        return "fp8" if torch.cuda.get_device_capability(device) >= (8, 9) else None
+    served = forced_backend(None) in (None, "cpu") and native.available() and byte_products()
+    return "int8" if served else None
+
+
 def chosen_runner(
     checkpoint: Checkpoint,
     device: torch.device,
@@ -61,28 +77,43 @@ def chosen_runner(
 
     tactics, tuning_seconds: of the runner that serves; what it is tried against takes the default ones.
 
-    "auto" is the half precision of the device where it gives the maps of float32 for the checkpoint's trial images
-    within `TOLERANCE`, else float32; a checkpoint without them is tried on one image of smooth noise. It is float32
-    without a trial where `dfengine verify --record` refused the half precision, and in the iterative mode, whose trial
-    would be hundreds of evaluations.
+    "auto" is the first of `candidates` that gives the maps of float32 for the checkpoint's trial images within
+    `TOLERANCE`, else float32; a checkpoint without them is tried on one image of smooth noise. It is float32 without a
+    trial in the iterative mode, whose trial would be hundreds of evaluations.
+    Raises UsageError for a precision of eight bits whose ranges the checkpoint does not keep.
     """
 
     def served(used: str) -> ModuleRunner | ProgramRunner:
-        return make_runner(checkpoint.build(), device, used, seed, tactics, tuning_seconds)
+        return make_runner(checkpoint.build(), device, used, seed, tactics, tuning_seconds, checkpoint.ranges(used))
 
-    half = half_precision(device) if precision == "auto" else None
-    if half is None or checkpoint.config.mode == "iterative" or checkpoint.refuses(half, device.type):
-        return served("float32" if precision == "auto" else precision)
+    if precision != "auto":
+        if precision in FORMATS and not checkpoint.ranges(precision):
+            raise UsageError(f"precision {precision}: not measured yet; run dfengine verify --data DIR --record first")
+        return served(precision)
+    tried = candidates(checkpoint, device)
+    if not tried:
+        return served("float32")
     trial, exact = checkpoint.trial, None
     if trial is None or seed != TRIAL_SEED:
         exact = make_runner(checkpoint.build(), device, "float32", seed)
         images = _smooth_noise(checkpoint.config.image_size) if trial is None else trial.images
         trial = Trial(images, trial_maps(exact, images))
-    runner = served(half)
-    difference = (trial_maps(runner, trial.images) - trial.anomaly_map.float()).abs().max()
-    if difference <= TOLERANCE[half]:  # not where it is NaN
-        return runner
+    for candidate in tried:
+        runner = served(candidate)
+        difference = (trial_maps(runner, trial.images) - trial.anomaly_map.float()).abs().max()
+        if difference <= TOLERANCE[candidate]:  # not where it is NaN
+            return runner
     return exact if exact is not None and tactics == "default" else served("float32")
+
+
+def candidates(checkpoint: Checkpoint, device: torch.device) -> list[str]:
+    """What "auto" tries, the quickest first: the precision of eight bits of the device where `dfengine verify --record`
+    found that it serves, and the half precision unless it was refused."""
+    if checkpoint.config.mode == "iterative":
+        return []
+    eight, half = eight_bits(device), half_precision(device)
+    passed = [eight] if eight and checkpoint.passes(eight, device.type) and checkpoint.ranges(eight) else []
+    return passed + ([half] if half and not checkpoint.refuses(half, device.type) else [])
 
 
 def trial_maps(runner: ModuleRunner | ProgramRunner, images: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dfengine.kernels import group_norm_moments, registry, triton_import
 from dfengine.kernels.conv2d_triton import configuration_for, conv2d_kernel, fitting_configurations, launch_options
+from dfengine.kernels.quantization import Quantization
 from dfengine.kernels.registry import CannotRunError, Op
 from dfengine.kernels.slices import TYPES, pixel_stride, resampled
 from dfengine.kernels.triton_import import triton
@@ -51,14 +52,17 @@ RESAMPLES = {"none": 0, "down": 1, "up": 2}
 class ConvWeight:
     """A weight packed once for the GEMM.
 
-    packed: (KH, KW, C, O), contiguous, of the activations' dtype. disposable: whether a backend that is bound to it and
-    has its own form of it may `release` it. prepacked: what other backends make of it on first use, by backend; the
-    weight must not change afterwards.
+    packed: (KH, KW, C, O), contiguous, of the activations' dtype; or, with a quantization, which the input takes too,
+    in its format, where 1 means `unit`, float32 (O,). disposable: whether a backend that is bound to it and has its own
+    form of it may `release` it. prepacked: what other backends make of it on first use, by backend; the weight must not
+    change afterwards.
     """
 
     packed: Tensor
     dilation: int = 1
     disposable: bool = False
+    quantization: Quantization | None = None
+    unit: Tensor | None = None
     prepacked: dict[str, object] = field(default_factory=dict, repr=False)
     device: torch.device = field(init=False)
 
@@ -73,10 +77,20 @@ class ConvWeight:
 
     @classmethod
     def pack(
-        cls, weight: Tensor, dilation: int = 1, dtype: torch.dtype | None = None, disposable: bool = False
+        cls,
+        weight: Tensor,
+        dilation: int = 1,
+        dtype: torch.dtype | None = None,
+        disposable: bool = False,
+        quantization: Quantization | None = None,
     ) -> ConvWeight:
-        """From torch's (O, C, KH, KW), in `dtype` (by default the weight's own)."""
-        return cls(weight.detach().permute(2, 3, 1, 0).to(dtype or weight.dtype).contiguous(), dilation, disposable)
+        """From torch's (O, C, KH, KW), in `dtype` (by default the weight's own), or in the format of a quantization."""
+        taps, unit = weight.detach().permute(2, 3, 1, 0), None
+        if quantization is None:
+            taps = taps.to(dtype or weight.dtype)
+        else:
+            taps, unit = quantization.weight(taps)
+        return cls(taps.contiguous(), dilation, disposable, quantization, unit)
 
     def release(self) -> None:
         """Drop the taps, whose shape and dtype stay: from then on only what is in `prepacked` runs."""
@@ -144,6 +158,7 @@ def conv2d_into(
     before = (bias, scale, offset, prologue_act, resample, residual, residual_resample, act, y, moments, tile_pixels)
     _check(x, x2, weight, *before)
     if _recorded(x):
+        whole(weight)
         torch.ops.dfengine.conv2d(x, x2, weight.taps(), weight.dilation, *before, backend or "")
     else:
         OP(x, x2, weight, *before, backend=backend)
@@ -281,8 +296,14 @@ def _check(
             pixel_stride(name, tensor)
         elif not tensor.is_contiguous():
             raise ValueError(f"{name}: not contiguous")
-    if weight.packed.dtype != x.dtype or weight.device != x.device:
+    if (weight.quantization is None and weight.packed.dtype != x.dtype) or weight.device != x.device:
         raise ValueError(f"weight: {weight.packed.dtype} on {weight.device}, x {x.dtype} on {x.device}")
+
+
+def whole(weight: ConvWeight) -> None:
+    """Raise CannotRunError for a quantized weight."""
+    if weight.quantization is not None:
+        raise CannotRunError(f"weight: in {weight.quantization.format}, which is not multiplied here")
 
 
 def can_run(x, x2, weight, *rest) -> None:
@@ -306,20 +327,27 @@ def _resample(p: Tensor, resample: str) -> Tensor:
     return p.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2) if resample == "up" else p
 
 
+def multiplied(x, x2, scale, offset, prologue_act, resample) -> Tensor:
+    """p (N, H, W, C) of the module's formula in torch: what the weight multiplies, before any rounding; in float64 for
+    float64 and else in float32."""
+    p = (x if x2 is None else torch.cat((x, x2), dim=3)).to(torch.promote_types(x.dtype, torch.float32))
+    if scale is not None:
+        p = torch.addcmul(offset[:, None, None], p, scale[:, None, None])
+    return _resample(_activated(p, prologue_act), resample)
+
+
 def reference(
     x, x2, weight, bias, scale, offset, prologue_act, resample, residual, residual_resample, act
 ) -> Tensor:  # fmt: skip
     """y of the module's formula in torch, in float64 for float64 and else in float32; a matrix product for each tap."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    p = (x if x2 is None else torch.cat((x, x2), dim=3)).to(dtype)
-    if scale is not None:
-        p = torch.addcmul(offset[:, None, None], p, scale[:, None, None])
-    p = _resample(_activated(p, prologue_act), resample)
-    height, width = p.shape[1:3]
+    p = multiplied(x, x2, scale, offset, prologue_act, resample)
+    dtype, (height, width) = p.dtype, p.shape[1:3]
     d, (rows, columns) = weight.dilation, weight.kernel
     margin_y, margin_x = d * (rows - 1) // 2, d * (columns - 1) // 2
     p = F.pad(p, (0, 0, margin_x, margin_x, margin_y, margin_y))
     taps = weight.taps().to(dtype)
+    if weight.quantization is not None:
+        p, taps = weight.quantization.input(p), taps * weight.unit
     z = torch.zeros((p.shape[0], height, width, weight.outputs), dtype=dtype, device=x.device)
     for i in range(rows):
         for j in range(columns):
@@ -379,16 +407,34 @@ def _run_triton(
     if moments is not None and chosen["BLOCK_M"] != tile_pixels:
         raise CannotRunError(f"tile_pixels {tile_pixels} is not the BLOCK_M of {chosen}")
     sources = [t.shape[3] for t in (x, x2) if t is not None]
-    options = launch_options(chosen, sources, resample, scale is not None)
+    taps, unit, per_step = _for_triton(weight)
+    options = launch_options(chosen, sources, resample, scale is not None, unit is not None)
     tiles = triton.cdiv(height * width, options["BLOCK_M"])
     pitches = (0 if t is None else pixel_stride("", t) for t in (x, x2, residual, y))
     conv2d_kernel[(batch * tiles * triton.cdiv(outputs, options["BLOCK_N"]),)](
-        x, x2, weight.taps(), bias, scale, offset, residual, y, moments,
+        x, x2, taps, bias, scale, offset, residual, y, moments, unit, per_step,
         batch, tiles, height, width, *x.shape[1:3], *pitches, 0 if bias is None or bias.ndim == 1 else outputs,
         C1=sources[0], C2=sum(sources[1:]), OUTPUTS=outputs, K=weight.kernel[0], DILATION=weight.dilation,
         RESAMPLE=resample, PROLOGUE=prologue_act, RESIDUAL="" if residual is None else residual_resample, ACT=act,
-        WIDEN=triton_import.INTERPRETED and x.dtype == torch.bfloat16, **options,
+        WIDEN=triton_import.INTERPRETED and (x.dtype == torch.bfloat16 or unit is not None), **options,
     )  # fmt: skip
+
+
+def _for_triton(weight: ConvWeight) -> tuple[Tensor, Tensor | None, float | None]:
+    """The weight as the kernel reads it; for a quantized one what 1 of a sum means, and the steps of a unit of x."""
+    if weight.quantization is None:
+        return weight.taps(), None, None
+    if "triton" not in weight.prepacked:
+        step = weight.quantization.step
+        weight.prepacked["triton"] = weight.taps().transpose(2, 3).contiguous(), weight.unit * step, 1 / step
+    return weight.prepacked["triton"]
+
+
+def _can_run_fp8(x, weight) -> None:
+    if weight.quantization.format != "fp8" or x.dtype == torch.float32:
+        whole(weight)
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
+        raise CannotRunError("weight: in fp8, which needs compute capability 8.9")
 
 
 def _can_run_triton(
@@ -396,7 +442,10 @@ def _can_run_triton(
     moments, tile_pixels,
 ) -> None:  # fmt: skip
     can_run(x, x2, weight)
-    weight.taps()
+    if weight.quantization is not None:
+        _can_run_fp8(x, weight)
+    if "triton" not in weight.prepacked:
+        weight.taps()
     if weight.dilation not in (1, 2):
         raise CannotRunError(f"dilation {weight.dilation} is neither 1 nor 2")
     for tensor in (x, x2, residual, y):

@@ -2,13 +2,15 @@
 
 The GEMM takes a block of output channels at a time and reads its weights in order: (blocks, K K C', B), with C' the
 padded channels and B the outputs of a block; where it multiplies bfloat16, channels come in pairs:
-(blocks, K K C' / 2, B, 2). A product is how it multiplies: float32 vectors (every type, every processor), pairs of
-bfloat16 (AVX512_BF16) or tiles of bfloat16 (AMX).
+(blocks, K K C' / 2, B, 2), and bytes in fours. A product is how it multiplies: float32 vectors (every type, every
+processor), pairs of bfloat16 (AVX512_BF16) or tiles of them (AMX-BF16), and for a quantized weight fours of bytes
+(AVX512_VNNI) or tiles of them (AMX-INT8).
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,20 +19,33 @@ from torch import Tensor
 from dfengine import native
 from dfengine.kernels import registry
 from dfengine.kernels.conv2d import ACTIVATIONS, OP, RESAMPLES, ConvWeight, can_run
+from dfengine.kernels.registry import CannotRunError
 from dfengine.kernels.slices import TYPES, pixel_stride
 
-PRODUCTS = {"float32": 0, "pairs": 1, "tiles": 2}
+PRODUCTS = {"float32": 0, "pairs": 1, "tiles": 2, "fours": 3, "byte_tiles": 4}
 """Codes of csrc/cpu/product.h."""
+BYTE_PRODUCTS = ("byte_tiles", "fours")
+"""Those of bytes, the quickest first."""
+PER_WORD = {"float32": 1, "pairs": 2, "tiles": 2, "fours": 4, "byte_tiles": 4}
+"""Channels in 32 bits of the band."""
+
+
+@functools.cache
+def byte_products() -> tuple[str, ...]:
+    """Those of `BYTE_PRODUCTS` that this processor has."""
+    return tuple(name for name in BYTE_PRODUCTS if native.module.product_supported(PRODUCTS[name]))
 
 
 def padded_channels(channels: int, product: str, kernel: int) -> int:
-    """Channels of a pixel in the band: even for the pairs, and many times eight where that costs little; for the tiles
-    32, so that none of their rows lies in two cache lines, where a quarter more is enough; a 1x1 kernel may read x
-    where it is."""
+    """Channels of a pixel in the band: whole words, and many times eight where that costs little; for the tiles whole
+    cache lines, so that none of their rows lies in two, where a quarter more is enough; a 1x1 kernel may read x where
+    it is."""
+    word = PER_WORD[product]
     if channels <= 16:
-        return -(-channels // 2) * 2
-    whole = -(-channels // 32) * 32
-    if product == "tiles" and kernel > 1 and 4 * whole <= 5 * channels:
+        return -(-channels // word) * word
+    line = 16 * word
+    whole = -(-channels // line) * line
+    if product.endswith("tiles") and kernel > 1 and 4 * whole <= 5 * channels:
         return whole
     return -(-channels // 8) * 8
 
@@ -43,13 +58,22 @@ def block_outputs(outputs: int, product: str, level: str) -> int:
 
 def pack(packed: Tensor, product: str, block: int) -> Tensor:
     """The weight (KH, KW, C, O) in the order of the module's docstring, zeros where there is no channel or output."""
-    kernel_height, kernel_width, channels, outputs = packed.shape
-    padded, blocks = padded_channels(channels, product, kernel_height), -(-outputs // block)
+    kernel_height, _, channels, outputs = packed.shape
+    padded, blocks, word = padded_channels(channels, product, kernel_height), -(-outputs // block), PER_WORD[product]
     weight = F.pad(packed, (0, blocks * block - outputs, 0, padded - channels))
     weight = weight.reshape(-1, blocks, block).permute(1, 0, 2)
-    if product == "float32":
+    if word == 1:
         return weight.to(torch.float32).contiguous()
-    return weight.reshape(blocks, -1, 2, block).transpose(2, 3).contiguous()
+    return weight.reshape(blocks, -1, word, block).transpose(2, 3).contiguous()
+
+
+def pack_bytes(weight: ConvWeight, product: str, block: int) -> tuple[Tensor, Tensor]:
+    """`pack` of the quantized weight, int8, and its factors, float32 (2, blocks * block): with z what stands for 0, the
+    sum s of bytes means factors[0] s + factors[1], for what each byte is more than it means."""
+    taps, rounding = weight.taps(), weight.quantization
+    meaning = weight.unit * rounding.step
+    factors = torch.stack((meaning, -rounding.zero * taps.sum(dim=(0, 1, 2), dtype=torch.float32) * meaning))
+    return pack(taps, product, block), F.pad(factors, (0, -weight.outputs % block))
 
 
 @functools.cache
@@ -65,13 +89,30 @@ def default_product(dtype: torch.dtype) -> str:
     return next(name for name, known in PRODUCTS.items() if known == code)
 
 
-def prepacked(weight: ConvWeight, product: str, level: str) -> tuple[Tensor, int, int]:
-    """(weight as `pack` gives it, channels of a pixel in the band, outputs of a block), made once."""
+@dataclass(frozen=True)
+class Prepacked:
+    """A weight as the kernel reads it: `pack` or `pack_bytes` of it, channels of a pixel in the band, outputs of a
+    block, and how its input becomes bytes."""
+
+    weights: Tensor
+    factors: Tensor | None
+    padded: int
+    block: int
+    steps: tuple[float, float]
+
+
+def prepacked(weight: ConvWeight, product: str, level: str) -> Prepacked:
+    """Made once."""
     key = f"cpu {product} {level}"
     if key not in weight.prepacked:
         block = block_outputs(weight.outputs, product, level)
         padded = padded_channels(weight.inputs, product, weight.kernel[0])
-        weight.prepacked[key] = pack(weight.taps(), product, block), padded, block
+        if product in BYTE_PRODUCTS:
+            rounding = weight.quantization
+            made = Prepacked(*pack_bytes(weight, product, block), padded, block, (1 / rounding.step, rounding.zero))
+        else:
+            made = Prepacked(pack(weight.taps(), product, block), None, padded, block, (1.0, 0.0))
+        weight.prepacked[key] = made
     return weight.prepacked[key]
 
 
@@ -85,8 +126,11 @@ def _call(
     x, x2, weight, bias, scale, offset, prologue_act, resample, residual, residual_resample, act, y, moments,
     tile_pixels, level="", product="",
 ):  # fmt: skip
-    level, product = level or best_level(), product or default_product(x.dtype)
-    weights, padded, block = prepacked(weight, product, level)
+    level, product = (
+        level or best_level(),
+        product or (byte_products()[0] if weight.quantization else default_product(x.dtype)),
+    )
+    form = prepacked(weight, product, level)
     return native.module.Conv2d(
         (*y.shape, x.shape[3], weight.inputs - x.shape[3]), (_pitch(x), _pitch(x2), _pitch(residual), _pitch(y)),
         (
@@ -94,8 +138,9 @@ def _call(
             ACTIVATIONS[act], PRODUCTS[product],
         ),
         weight.packed.shape[0], weight.dilation,
-        tuple(map(native.address, (x, x2, residual, y, scale, offset, bias, moments, weights))),
-        weight.outputs if bias is not None and bias.ndim == 2 else 0, tile_pixels, padded, block, level,
+        tuple(map(native.address, (x, x2, residual, y, scale, offset, bias, moments, form.weights, form.factors))),
+        form.steps, weight.outputs if bias is not None and bias.ndim == 2 else 0, tile_pixels, form.padded, form.block,
+        level,
     )  # fmt: skip
 
 
@@ -120,12 +165,28 @@ def _bind_cpu(x, x2, weight, *rest, **options) -> native.Bound:
     return run
 
 
-def _configurations(x, *_args) -> list[dict]:
+def _can_run(x, x2, weight, *rest) -> None:
+    can_run(x, x2, weight, *rest)
+    rounding = weight.quantization
+    if rounding is None:
+        return
+    if rounding.format != "int8":
+        raise CannotRunError(f"a product in {rounding.format} needs a GPU")
+    if x.dtype != torch.bfloat16:
+        raise CannotRunError(f"x: {x.dtype}; the products of bytes take bfloat16")
+    if not byte_products():
+        raise CannotRunError("this processor has neither AVX512_VNNI nor AMX-INT8")
+
+
+def _configurations(x, x2, weight, *_args) -> list[dict]:
     """Every product that serves here, the one taken by default first."""
+    if weight.quantization:
+        return [{"product": product} for product in byte_products()]
     if x.dtype != torch.bfloat16:
         return [{}]
-    known = sorted(PRODUCTS, key=lambda product: product != default_product(x.dtype))
+    whole = [product for product in PRODUCTS if product not in BYTE_PRODUCTS]
+    known = sorted(whole, key=lambda product: product != default_product(x.dtype))
     return [{"product": product} for product in known if native.module.product_supported(PRODUCTS[product])]
 
 
-OP.register("cpu", run_native, registry.cpu_available("Conv2d"), can_run, _bind_cpu, _configurations)
+OP.register("cpu", run_native, registry.cpu_available("Conv2d"), _can_run, _bind_cpu, _configurations)

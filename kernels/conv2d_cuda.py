@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfengine.kernels import cuda_launch
-from dfengine.kernels.conv2d import ACTIVATIONS, OP, RESAMPLES, ConvWeight, can_run
+from dfengine.kernels.conv2d import ACTIVATIONS, OP, RESAMPLES, ConvWeight, can_run, whole
 from dfengine.kernels.registry import CannotRunError
 from dfengine.kernels.slices import pixel_stride
 
@@ -306,6 +306,7 @@ def _can_run_cuda(
     tile_pixels,
 ) -> None:  # fmt: skip
     can_run(x, x2, weight)
+    whole(weight)
     weight.taps()
     if x.dtype not in NAMES:
         raise CannotRunError(f"x: {x.dtype} is neither float16 nor bfloat16")

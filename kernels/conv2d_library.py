@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfengine.kernels import group_norm_apply, group_norm_moments, registry
-from dfengine.kernels.conv2d import OP, ConvWeight, _activated, _resample, output_shape
+from dfengine.kernels.conv2d import OP, ConvWeight, _activated, _resample, output_shape, whole
 from dfengine.kernels.registry import CannotRunError
 from dfengine.kernels.slices import TYPES
 
@@ -82,6 +82,7 @@ def run_library(
 def _can_run(x, x2, weight, bias, scale, offset, prologue_act, *rest) -> None:
     if x.dtype not in TYPES:
         raise CannotRunError(f"x: {x.dtype} is none of float32, float16, bfloat16")
+    whole(weight)
     if "library" not in weight.prepacked:
         weight.taps()
 

@@ -44,10 +44,24 @@ def _activate(z, ACT: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _e4m3(p, WIDEN: tl.constexpr):
+    """p, float32, in e4m3; or rounded to its values, where the interpreter, which carries wrongly, would round."""
+    p = tl.clamp(p, -448.0, 448.0)
+    if WIDEN:
+        bits = p.to(tl.int32, bitcast=True)
+        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+        small = (p + 24576.0) - 24576.0  # to a multiple of 2^-9
+        return tl.where(tl.abs(p) < 0.015625, small, normal)
+    return p.to(tl.float8e4nv)
+
+
+@triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
     if WIDEN:  # the interpreter multiplies bfloat16 wrongly
         a = a.to(tl.float32)
         b = b.to(tl.float32)
+    if b.dtype == tl.float8e4nv:  # tensor cores of sm_90 keep few digits of a sum: each block has its own
+        return tl.dot(a, b, acc, max_num_imprecise_acc=b.shape[0])
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
@@ -61,12 +75,13 @@ def _read(pointers, mask, scale, offset, PROLOGUE: tl.constexpr, EXACT: tl.const
 
 @triton.jit
 def _accumulate(
-    acc, x, pitch, width_in, pixel, h, w, taps, scale, offset, weight, columns, in_columns,
+    acc, x, pitch, width_in, pixel, h, w, taps, scale, offset, weight, columns, in_columns, per_step,
     CHANNELS: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr,
     RESAMPLE: tl.constexpr, PROLOGUE: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr, EXACT: tl.constexpr,
+    WIDEN: tl.constexpr, EXACT: tl.constexpr, EIGHT: tl.constexpr,
 ):  # fmt: skip
     """acc + the part of one source: `x` is its sample, `weight` its first row of the ROWS a tap has, `scale` likewise.
+    EIGHT: the product is in e4m3, of per_step times what is read; a tap's weight then is (OUTPUTS, ROWS).
 
     One loop over taps and blocks of channels, so that it is pipelined across taps. h, w: coordinates of the tile's
     pixels; bit i of `taps`: whether tap i is inside the image.
@@ -77,7 +92,7 @@ def _accumulate(
     here = pixel * pitch
     if RESAMPLE == "down":
         here = 2 * (h * width_in + w) * pitch
-    at = channel[:, None] * OUTPUTS + columns[None, :]
+    at = channel[:, None] + columns[None, :] * ROWS if EIGHT else channel[:, None] * OUTPUTS + columns[None, :]
     for k in range(K * K * CHUNKS):
         tap = k // CHUNKS
         c = (k - tap * CHUNKS) * BLOCK_K
@@ -91,7 +106,7 @@ def _accumulate(
         else:
             pointers = x + (ZOOM * (dy * width_in + dx) * pitch + c) + (here[:, None] + channel[None, :])
         mask = live & known[None, :]
-        if RESAMPLE != "down" and scale is None and PROLOGUE == "none":
+        if RESAMPLE != "down" and scale is None and PROLOGUE == "none" and not EIGHT:
             a = tl.load(pointers, mask=mask, other=0.0)
         else:
             gain = scale
@@ -106,8 +121,10 @@ def _accumulate(
                 p += _read(below, mask, gain, shift, PROLOGUE, EXACT)
                 p += _read(below + pitch, mask, gain, shift, PROLOGUE, EXACT)
                 p *= 0.25
-            a = tl.where(live, p, 0.0).to(x.dtype.element_ty)
-        b = tl.load(weight + (tap * ROWS + c) * OUTPUTS + at, mask=known[:, None] & in_columns[None, :], other=0.0)
+            p = tl.where(live, p, 0.0)
+            a = _e4m3(p * per_step, WIDEN) if EIGHT else p.to(x.dtype.element_ty)
+        first = tap * (ROWS * OUTPUTS) + c if EIGHT else (tap * ROWS + c) * OUTPUTS
+        b = tl.load(weight + first + at, mask=known[:, None] & in_columns[None, :], other=0.0)
         acc = _dot(a, b, acc, PRECISION, WIDEN)
     return acc
 
@@ -185,7 +202,7 @@ def _finish(
 
 @triton.jit
 def conv2d_kernel(
-    x, x2, weight, bias, scale, offset, residual, y, moments,
+    x, x2, weight, bias, scale, offset, residual, y, moments, unit, per_step,
     samples, tiles, height, width, height_in, width_in, pitch, pitch2, pitch_residual, pitch_y, pitch_bias,
     C1: tl.constexpr, C2: tl.constexpr, OUTPUTS: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr,
     RESAMPLE: tl.constexpr, PROLOGUE: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
@@ -193,9 +210,11 @@ def conv2d_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """A program: BLOCK_M consecutive pixels of one sample, BLOCK_N outputs. GROUP_M tiles of pixels follow each other
-    with the same outputs, so that their common rows of x and the weight are found in the L2 cache."""
+    with the same outputs, so that their common rows of x and the weight are found in the L2 cache. unit: what 1 of a
+    sum means, of each output, where the product is in e4m3; else None."""
     BLOCKS_N: tl.constexpr = (OUTPUTS + BLOCK_N - 1) // BLOCK_N
     EXACT: tl.constexpr = y.dtype.element_ty == tl.float32
+    EIGHT: tl.constexpr = unit is not None
     group = tl.program_id(0) // (GROUP_M * BLOCKS_N)
     within = tl.program_id(0) - group * (GROUP_M * BLOCKS_N)
     members = tl.minimum(tiles * samples - group * GROUP_M, GROUP_M)
@@ -221,15 +240,15 @@ def conv2d_kernel(
     if scale is not None:
         scale += n * (C1 + C2)
         offset += n * (C1 + C2)
-    if C1 < 16 and x2 is None and RESAMPLE == "none" and scale is None and PROLOGUE == "none":
+    if C1 < 16 and x2 is None and RESAMPLE == "none" and scale is None and PROLOGUE == "none" and not EIGHT:
         acc = _accumulate_pairs(
             acc, x, pitch, width, h, w, taps, weight, columns, in_columns, C1, OUTPUTS, K, DILATION, BLOCK_K, PRECISION,
             WIDEN,
         )  # fmt: skip
     else:
         acc = _accumulate(
-            acc, x, pitch, width_in, pixel, h, w, taps, scale, offset, weight, columns, in_columns, C1, C1 + C2,
-            OUTPUTS, K, DILATION, RESAMPLE, PROLOGUE, BLOCK_K, PRECISION, WIDEN, EXACT,
+            acc, x, pitch, width_in, pixel, h, w, taps, scale, offset, weight, columns, in_columns, per_step, C1,
+            C1 + C2, OUTPUTS, K, DILATION, RESAMPLE, PROLOGUE, BLOCK_K, PRECISION, WIDEN, EXACT, EIGHT,
         )  # fmt: skip
     if x2 is not None:
         x2 += n * height_in * width_in * pitch2
@@ -237,9 +256,12 @@ def conv2d_kernel(
             scale += C1
             offset += C1
         acc = _accumulate(
-            acc, x2, pitch2, width_in, pixel, h, w, taps, scale, offset, weight + C1 * OUTPUTS, columns, in_columns, C2,
-            C1 + C2, OUTPUTS, K, DILATION, RESAMPLE, PROLOGUE, BLOCK_K, PRECISION, WIDEN, EXACT,
+            acc, x2, pitch2, width_in, pixel, h, w, taps, scale, offset, weight + C1 * (1 if EIGHT else OUTPUTS),
+            columns, in_columns, per_step, C2, C1 + C2, OUTPUTS, K, DILATION, RESAMPLE, PROLOGUE, BLOCK_K, PRECISION,
+            WIDEN, EXACT, EIGHT,
         )  # fmt: skip
+    if EIGHT:
+        acc *= tl.load(unit + columns, mask=in_columns, other=0.0)[None, :]
 
     if bias is not None:
         bias += n * pitch_bias
@@ -321,11 +343,14 @@ def configuration_for(
     return next((c for c in fitting if programs(c) >= ENOUGH_PROGRAMS), max(fitting, key=programs))
 
 
-def launch_options(configuration: dict, channels: Sequence[int], resample: str, scaled: bool) -> dict[str, int | str]:
+def launch_options(
+    configuration: dict, channels: Sequence[int], resample: str, scaled: bool, eight_bits: bool = False
+) -> dict[str, int | str]:
     """`configuration` as these arguments bear it; `channels` of each source. Its BLOCK_M stays, whatever the others.
 
     BLOCK_K: what the channels fill. The widest tile has no registers left for the addresses of deep blocks beside two
-    sources or a prologue, and none at all for both; "down" stages four reads of x for each block.
+    sources or a prologue, and none at all for both, or for sums beside sums (eight_bits); "down" stages four reads of x
+    for each block.
     """
     options = {"PRECISION": "ieee", **configuration}
     while options["BLOCK_K"] > 32 and any(c % options["BLOCK_K"] for c in channels):
@@ -336,9 +361,11 @@ def launch_options(configuration: dict, channels: Sequence[int], resample: str, 
     if options["BLOCK_N"] * options["BLOCK_M"] > 8192:
         if extras or resample != "none":
             options["BLOCK_K"] = min(options["BLOCK_K"], 32)
-        if extras == 2:
+        if extras == 2 or eight_bits:
             options["BLOCK_N"] //= 2
     if resample == "down":
         options["BLOCK_K"] = min(options["BLOCK_K"], 32)
         options["num_stages"] = 2
+    if eight_bits:  # an instruction takes 32 of them
+        options["BLOCK_K"] = max(options["BLOCK_K"], 32)
     return options

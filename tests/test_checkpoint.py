@@ -141,6 +141,14 @@ DAMAGE = {
         lambda p: rewrite(p, config=json.dumps(tiny_config(base=16).to_dict())), r"has shape .* expected"),
     "verified is a list": (lambda p: rewrite(p, verified="[]"), "'verified' is not a table of records"),
     "a verified number": (lambda p: rewrite(p, verified='{"fp8": 1}'), "'verified' is not a table of records"),
+    "ranges are a list": (lambda p: rewrite(p, verified='{"int8": {"ranges": []}}'), "ranges verified for int8"),
+    "a range of one": (lambda p: rewrite(p, verified='{"int8": {"ranges": {"a": [1]}}}'), "ranges verified for int8"),
+    "a range of words": (
+        lambda p: rewrite(p, verified='{"int8": {"ranges": {"a": ["x", true]}}}'), "ranges verified for int8"),
+    "a range without 0": (
+        lambda p: rewrite(p, verified='{"int8": {"ranges": {"a": [1, 2]}}}'), "not pairs of numbers around 0"),
+    "a range that is NaN": (
+        lambda p: rewrite(p, verified='{"int8": {"ranges": {"a": [NaN, 2]}}}'), "not pairs of numbers around 0"),
     "a trial is missing": (lambda p: rewrite(p, version="2"), "the trial images are missing"),
     "bad calibration": (lambda p: rewrite(p, calibration='{"threshold": "high"}'), "calibration"),
     "missing tensor": (lambda p: rewrite(p, drop(KEY)), rf"1 missing \({KEY}\)"),

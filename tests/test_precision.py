@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from dfengine import native
 from dfengine import precision as module
 from dfengine.checkpoint import Checkpoint, Trial, load_checkpoint, save_checkpoint
 from dfengine.commands.scoring import open_detector
 from dfengine.detector import Detector
+from dfengine.errors import UsageError
 from dfengine.evaluation.calibration import Calibration
 from dfengine.precision import TOLERANCE, chosen_runner, half_precision, trial_maps, with_trial
 from tests.helpers import spoil_precision, tiny_config, tiny_model
@@ -70,6 +72,73 @@ def test_a_trial_of_other_weights_keeps_float32(checkpoint, made):
     wrong = with_trial(checkpoint, IMAGES, CPU).trial
     wrong = Trial(wrong.images, 1 - wrong.anomaly_map)
     assert chosen_runner(replace(checkpoint, trial=wrong), CPU, "auto", 0).precision == "float32"
+
+
+@pytest.fixture
+def eight(monkeypatch):
+    """A machine that multiplies bytes, whose runners of int8 are those of float32."""
+    make = module.make_runner
+
+    def stand_in(model, device, precision, *more):
+        runner = make(model, device, "float32" if precision == "int8" else precision, *more)
+        runner.precision = precision
+        return runner
+
+    monkeypatch.setattr(module, "make_runner", stand_in)
+    monkeypatch.setattr(module, "eight_bits", lambda device: "int8")
+
+
+RECORD = {"device": "cpu", "ranges": {"middle.0.conv1": [-1.0, 2.0]}}
+
+
+def test_eight_bits_are_tried_first_where_they_were_verified(checkpoint, eight, made):
+    passed, refused, elsewhere, bare = (
+        replace(checkpoint, verified={"int8": record})
+        for record in (RECORD, RECORD | {"refused": ["a map differs"]}, RECORD | {"device": "cuda"}, {"device": "cpu"})
+    )
+    assert passed.ranges("int8") == {"middle.0.conv1": (-1.0, 2.0)} and checkpoint.ranges("int8") == {}
+    assert module.candidates(passed, CPU) == ["int8", "bfloat16"]
+    assert chosen_runner(passed, CPU, "auto", 0).precision == "int8" and made == ["float32", "int8"]
+    for other in (checkpoint, refused, elsewhere, bare):
+        assert module.candidates(other, CPU) == ["bfloat16"]
+    assert module.candidates(
+        replace(passed, verified={"int8": RECORD, "bfloat16": {"refused": [1], "device": "cpu"}}), CPU
+    ) == ["int8"]
+
+
+def test_where_eight_bits_fail_their_trial_half_precision_is_next(checkpoint, eight, made, monkeypatch):
+    passed = replace(checkpoint, verified={"int8": RECORD})
+    spoil_precision(monkeypatch, "int8", lambda maps: maps[:, 3, 5].add_(2 * TOLERANCE["int8"]))
+    assert chosen_runner(passed, CPU, "auto", 0).precision == "bfloat16"
+
+
+def test_eight_bits_without_ranges_are_refused_in_one_line(checkpoint, eight):
+    with pytest.raises(UsageError, match="precision int8: not measured yet; run dfengine verify --data DIR --record"):
+        chosen_runner(checkpoint, CPU, "int8", 0)
+    refused = replace(checkpoint, verified={"int8": RECORD | {"refused": ["a map differs"]}})
+    assert chosen_runner(refused, CPU, "int8", 0).precision == "int8"  # asked for by name
+
+
+def test_who_has_eight_bits(monkeypatch):
+    monkeypatch.delenv("DFENGINE_BACKEND", raising=False)
+    expected = "int8" if native.available() and module.byte_products() else None
+    assert module.eight_bits(CPU) == expected
+    monkeypatch.setattr(module, "byte_products", lambda: ())
+    assert module.eight_bits(CPU) is None
+    with pytest.raises(
+        UsageError, match="int8 needs the compiled kernels and a processor with AVX512_VNNI or AMX-INT8"
+    ):
+        module.check_precision("int8", CPU)
+    with pytest.raises(UsageError, match="fp8 needs a GPU"):
+        module.check_precision("fp8", CPU)
+    gpu = torch.device("cuda")
+    for capability, precision in (((8, 6), None), ((8, 9), "fp8"), ((9, 0), "fp8")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, found=capability: found)
+        assert module.eight_bits(gpu) == precision
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
+    for precision, message in (("int8", "int8 is one of CPUs"), ("fp8", "compute capability 8.9 or later")):
+        with pytest.raises(UsageError, match=message):
+            module.check_precision(precision, gpu)
 
 
 def test_the_iterative_mode_stays_in_float32(made):

@@ -329,13 +329,23 @@ def compilations():
         for resample in conv2d.RESAMPLES:
             changes = dict(resample=resample, prologue="gelu", residual=resample)
             yield compilation(widest, torch.float16, sources, 128, **changes)
+    for configuration in HALF_CONFIGURATIONS:
+        for dtype in (torch.float16, torch.bfloat16):
+            changes = dict(prologue="gelu", residual="none", eight_bits=True)
+            yield compilation(configuration, dtype, (128,), 128, **changes)
+            yield compilation(configuration, dtype, (128, 128), 128, **changes)
+    for resample in ("up", "down"):
+        yield compilation(
+            widest, torch.float16, (128,), 128, resample=resample, prologue="gelu", residual=resample, eight_bits=True
+        )
 
 
 def compilation(
     configuration, dtype, sources, outputs, kernel_size=3, dilation=1, resample="none", prologue="none", residual="",
+    eight_bits=False,
 ):  # fmt: skip
     scaled = prologue != "none"
-    options = launch_options(configuration, sources, resample, scaled)
+    options = launch_options(configuration, sources, resample, scaled, eight_bits)
     warps, stages = options.pop("num_warps"), options.pop("num_stages")
     constants = dict(
         C1=sources[0], C2=sum(sources[1:]), OUTPUTS=outputs, K=kernel_size, DILATION=dilation, RESAMPLE=resample,
@@ -343,9 +353,11 @@ def compilation(
     )  # fmt: skip
     constants |= dict.fromkeys(["x2"] if len(sources) == 1 else [])
     constants |= dict.fromkeys([] if scaled else ["scale", "offset"]) | dict.fromkeys([] if residual else ["residual"])
+    constants |= dict.fromkeys([] if eight_bits else ["unit", "per_step"])
     activations = ("x", "x2", "weight", "residual", "y")
     types = dict.fromkeys(conv2d_kernel.arg_names, "i32") | dict.fromkeys(activations, "*" + TRITON_TYPES[dtype])
-    types |= dict.fromkeys(("bias", "scale", "offset", "moments"), "*fp32") | dict.fromkeys(constants, "constexpr")
+    types |= dict.fromkeys(("bias", "scale", "offset", "moments", "unit"), "*fp32") | {"per_step": "fp32"}
+    types |= ({"weight": "*fp8e4nv"} if eight_bits else {}) | dict.fromkeys(constants, "constexpr")
     pitches = dict(pitch=sources[0], pitch2=sources[-1], pitch_residual=outputs, pitch_y=outputs, pitch_bias=outputs)
     whole = {name for name, size in pitches.items() if size % 16 == 0} | {"height", "width", "height_in", "width_in"}
     divisible = [name for name, kind in types.items() if kind.startswith("*") or name in whole]
@@ -356,5 +368,6 @@ def compilation(
     label += f"/{dilation}" if dilation > 1 else ""
     label += f" {options['PRECISION']}" if dtype == torch.float32 else ""
     label += f" {prologue} {resample}" if scaled else ""
+    label += " fp8" if eight_bits else ""
     signature = {name: types[name] for name in conv2d_kernel.arg_names}
     return label, conv2d_kernel, signature, constants, dict(num_warps=warps, num_stages=stages, divisible=divisible)

@@ -9,7 +9,7 @@ namespace dfe {
 namespace {
 
 AttentionItems items_of(Product product, Level level, FloatType type) {
-#if defined(DFE_BFLOAT16_PRODUCTS)
+#if defined(DFE_NARROW_PRODUCTS)
     if (product != Product::float32) return attention_items_bfloat16(product);
 #endif
     return DFE_AT_LEVEL(level, attention_items)(type);

@@ -24,27 +24,30 @@ int64_t cache_bytes() {
 }
 
 Multiplier multiplier_of(Product product, Level level, int64_t outputs) {
-#if defined(DFE_BFLOAT16_PRODUCTS)
+#if defined(DFE_NARROW_PRODUCTS)
     if (product == Product::pairs) return pairs_multiplier(outputs);
     if (product == Product::tiles) return tiles_multiplier(outputs);
+    if (product == Product::fours) return fours_multiplier(outputs);
+    if (product == Product::byte_tiles) return byte_tiles_multiplier(outputs);
 #endif
     return DFE_AT_LEVEL(level, float_multiplier)(outputs);
 }
 
 Conv2dPasses passes_of(const Conv2dArguments& p, Level level) {
-#if defined(DFE_BFLOAT16_PRODUCTS)
-    if (p.product != Product::float32) return avx512_bf16::conv2d_passes(p);
+#if defined(DFE_NARROW_PRODUCTS)
+    if (p.product != Product::float32) return pairs_supported() ? avx512_bf16::conv2d_passes(p) : avx512::conv2d_passes(p);
 #endif
     return DFE_AT_LEVEL(level, conv2d_passes)(p);
 }
 
 // One call with all of its arguments, to be run any number of times. shape: (batch, height, width, outputs) of y, channels of x and of x2;
 // pitches: of x, x2, residual, y; codes: type, resample, residual_resample, prologue, activation, product; tensors: x, x2, residual, y, scale,
-// offset, bias, moments, weights, 0 for those that are absent.
+// offset, bias, moments, weights, factors, 0 for those that are absent; steps: (steps_per_unit, zero) where the product is of bytes.
 class Conv2d : public Call {
 public:
     Conv2d(std::array<int64_t, 6> shape, std::array<int64_t, 4> pitches, std::array<int, 6> codes, int64_t kernel, int64_t dilation,
-           std::array<uintptr_t, 9> tensors, int64_t bias_pitch, int64_t tile_pixels, int64_t padded, int64_t block_outputs, const std::string& level)
+           std::array<uintptr_t, 10> tensors, std::array<float, 2> steps, int64_t bias_pitch, int64_t tile_pixels, int64_t padded, int64_t block_outputs,
+           const std::string& level)
         : level_(level_named(level)) {
         Conv2dArguments& p = arguments_;
         p.batch = shape[0], p.height = shape[1], p.width = shape[2], p.outputs = shape[3], p.channels_1 = shape[4], p.channels_2 = shape[5];
@@ -58,6 +61,7 @@ public:
         p.y = pointer<void>(tensors[3]);
         p.scale = pointer<const float>(tensors[4]), p.offset = pointer<const float>(tensors[5]), p.bias = pointer<const float>(tensors[6]);
         p.moments = pointer<float>(tensors[7]), p.weights = pointer<const void>(tensors[8]);
+        p.factors = pointer<const float>(tensors[9]), p.steps_per_unit = steps[0], p.zero = steps[1];
         p.bias_pitch = bias_pitch, p.tile_pixels = tile_pixels, p.padded = padded;
         if (!product_supported(p.product)) throw std::invalid_argument("this processor does not have the instructions of this product");
         if (p.product != Product::float32 && p.type != FloatType::bfloat16) throw std::invalid_argument("this product takes bfloat16");
@@ -82,17 +86,17 @@ private:
     Conv2dPasses passes_;
 };
 
-// A divisor of `length`, even and at most 32, the largest.
-int64_t step_of(int64_t length) {
-    int64_t step = 32;
-    while (length % step != 0) step -= 2;
+// The values of a run that a tile's row of 64 bytes takes: a divisor of `length`, in whole words, the largest.
+int64_t step_of(int64_t length, int64_t size) {
+    int64_t step = 64 / size;
+    while (length % step != 0) step -= 4 / size;
     return step;
 }
 
 }  // namespace
 
 int64_t plan_conv2d(Conv2dArguments& p, int threads) {
-    const int64_t size = p.product == Product::float32 ? 4 : 2, pixels = p.multiplier.most * p.multiplier.pixels;
+    const int64_t size = p.product == Product::float32 ? 4 : of_bytes(p.product) ? 1 : 2, pixels = p.multiplier.most * p.multiplier.pixels;
     p.dilation = std::min(p.dilation, std::max(p.height, p.width));  // from there on the outer taps see zeros only
     p.margin = p.dilation * (p.kernel - 1) / 2;
     p.row = p.width + p.margin;
@@ -102,7 +106,7 @@ int64_t plan_conv2d(Conv2dArguments& p, int threads) {
     for (int64_t i = 0; i < p.kernel; ++i) {
         for (int64_t j = 0; j < (together ? 1 : p.kernel); ++j) p.starts[p.runs++] = (i * p.row + j) * p.dilation * p.padded;
     }
-    p.step = p.product == Product::tiles ? step_of(p.length) : 0;
+    p.step = p.multiplier.begin != nullptr ? step_of(p.length, size) : 0;
 
     p.blocks = (p.outputs + p.multiplier.outputs - 1) / p.multiplier.outputs;
     const int64_t cache = cache_bytes(), weight_bytes = p.blocks * p.runs * p.length * p.multiplier.outputs * size;
@@ -121,7 +125,7 @@ int64_t plan_conv2d(Conv2dArguments& p, int threads) {
     p.fused_moments = p.moments != nullptr && (p.bands == 1 || rows * p.width % p.tile_pixels == 0);
 
     const FloatType type = p.product == Product::float32 ? FloatType::float32 : FloatType::bfloat16;  // that is multiplied
-    p.direct = p.kernel == 1 && p.channels_2 == 0 && p.scale == nullptr && p.prologue == Activation::none && p.resample == Resample::none &&
+    p.direct = p.kernel == 1 && !of_bytes(p.product) && p.channels_2 == 0 && p.scale == nullptr && p.prologue == Activation::none && p.resample == Resample::none &&
                p.type == type && p.padded == p.channels_1 && p.pitch_x % 2 == 0;
 
     const int64_t items = p.batch * p.bands;
@@ -142,9 +146,9 @@ void bind_conv2d(py::module_& module) {
     module.def("product_supported", [](int product) { return product_supported(static_cast<Product>(product)); }, py::arg("product"),
                "Whether this processor has the instructions of a product.");
     py::class_<Conv2d, Call, std::shared_ptr<Conv2d>>(module, "Conv2d", "A call of the op `conv2d` over raw pointers; see kernels/conv2d_cpu.py.")
-        .def(py::init<std::array<int64_t, 6>, std::array<int64_t, 4>, std::array<int, 6>, int64_t, int64_t, std::array<uintptr_t, 9>, int64_t, int64_t,
+        .def(py::init<std::array<int64_t, 6>, std::array<int64_t, 4>, std::array<int, 6>, int64_t, int64_t, std::array<uintptr_t, 10>, std::array<float, 2>, int64_t, int64_t,
                       int64_t, int64_t, const std::string&>(),
-             py::arg("shape"), py::arg("pitches"), py::arg("codes"), py::arg("kernel"), py::arg("dilation"), py::arg("tensors"), py::arg("bias_pitch"),
+             py::arg("shape"), py::arg("pitches"), py::arg("codes"), py::arg("kernel"), py::arg("dilation"), py::arg("tensors"), py::arg("steps"), py::arg("bias_pitch"),
              py::arg("tile_pixels"), py::arg("padded"), py::arg("block_outputs"), py::arg("level") = "");
 }
 

@@ -7,9 +7,11 @@
 namespace dfe {
 
 inline bool product_supported(Product product) {
-#if defined(DFE_BFLOAT16_PRODUCTS)
+#if defined(DFE_NARROW_PRODUCTS)
     if (product == Product::pairs) return pairs_supported();
     if (product == Product::tiles) return tiles_supported();
+    if (product == Product::fours) return fours_supported();
+    if (product == Product::byte_tiles) return byte_tiles_supported();
 #endif
     return product == Product::float32;
 }

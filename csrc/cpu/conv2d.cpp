@@ -68,7 +68,7 @@ void items(const Conv2dArguments& p, int64_t begin, int64_t end, float* scratch)
             memmove(static_cast<void*>(band), band + p.band_rows * p.row * p.padded, static_cast<size_t>((p.margin + halo * p.row) * p.padded) * sizeof(G));
             fill<T, G>(p, n, top, halo, rows + halo, band);
         } else {
-            clear(band, p.margin * p.padded);
+            clear(p, band, p.margin * p.padded);
             fill<T, G>(p, n, top, 0, rows + halo, band);
         }
         const int64_t last = (rows - 1) * p.row + p.width, step = p.multiplier.pixels * p.multiplier.most;
@@ -76,7 +76,7 @@ void items(const Conv2dArguments& p, int64_t begin, int64_t end, float* scratch)
         // A block's sums are finished while the next one's are made: the processor has products and vectors at work together.
         int64_t waiting = -1, waiting_stop = 0, waiting_block = 0, turn = 0;
         const auto finish_waiting = [&]() {
-            if (waiting >= 0) finish<T>(p, n, top, waiting, waiting_stop, waiting_block, c + (turn ^ 1) * sums);
+            if (waiting >= 0) finish<T, sizeof(G) == 1>(p, n, top, waiting, waiting_stop, waiting_block, c + (turn ^ 1) * sums);
         };
         const auto run = [&](int64_t start, int64_t block) {
             const int64_t stop = start + step < last ? start + step : last, count = (stop - start + p.multiplier.pixels - 1) / p.multiplier.pixels;
@@ -121,7 +121,11 @@ Multiplier float_multiplier(int64_t outputs) {
 Conv2dPasses conv2d_passes(const Conv2dArguments& p) {
     switch (p.type) {
         case FloatType::float16: return {items<half, float>, moments<half>};
-        case FloatType::bfloat16: return {p.product == Product::float32 ? items<bfloat16, float> : items<bfloat16, bfloat16>, moments<bfloat16>};
+        case FloatType::bfloat16:
+#if defined(__AVX512F__)
+            if (of_bytes(p.product)) return {items<bfloat16, uint8_t>, moments<bfloat16>};
+#endif
+            return {p.product == Product::float32 ? items<bfloat16, float> : items<bfloat16, bfloat16>, moments<bfloat16>};
         default: return {items<float, float>, moments<float>};
     }
 }

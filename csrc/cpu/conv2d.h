@@ -21,7 +21,7 @@ struct BlockArguments {
     const int64_t* starts;
     int64_t runs, length;
     const void* b;
-    float* c;
+    float* c;  // int32 where the product is of bytes
     int64_t step;  // values of a run that one tile takes; divides length
     int64_t count;
 };
@@ -36,7 +36,7 @@ struct Multiplier {
 };
 constexpr int64_t STATE_BYTES = 64;  // of begin and end
 
-// Of the vectors of the compiled level, and of the bfloat16 instructions; `outputs` is 16 or 32.
+// Of the vectors of the compiled level, and of the instructions for bfloat16 and bytes; `outputs` is 16 or 32.
 namespace base {
 Multiplier float_multiplier(int64_t outputs);
 }
@@ -48,6 +48,8 @@ Multiplier float_multiplier(int64_t outputs);
 }
 Multiplier pairs_multiplier(int64_t outputs);
 Multiplier tiles_multiplier(int64_t outputs);
+Multiplier fours_multiplier(int64_t outputs);
+Multiplier byte_tiles_multiplier(int64_t outputs);
 
 struct Conv2dArguments {
     int64_t batch, height, width, outputs;  // of y
@@ -65,10 +67,14 @@ struct Conv2dArguments {
     float* moments;               // (batch, tiles, 2, outputs), or null
     int64_t tile_pixels;
 
-    // The product and its weights: (blocks, kernel * kernel * padded channels, outputs of a block), with pairs of channels interleaved where
-    // the product takes bfloat16: (blocks, pairs, outputs of a block, 2).
+    // The product and its weights: (blocks, kernel * kernel * padded channels, outputs of a block), with channels interleaved where a word
+    // holds several of them: (blocks, words, outputs of a block, 2 of bfloat16 or 4 bytes).
     Product product;
     const void* weights;
+    // Where the product is of bytes: what is multiplied is steps_per_unit times the input, plus zero, rounded, in 0 to 255; factors (2, blocks *
+    // outputs of a block): a sum s of output o means factors[0][o] s + factors[1][o].
+    float steps_per_unit, zero;
+    const float* factors;
     int64_t padded;  // channels of a pixel in the band
     Multiplier multiplier;
 
@@ -100,7 +106,7 @@ Conv2dPasses conv2d_passes(const Conv2dArguments&);
 namespace avx512 {
 Conv2dPasses conv2d_passes(const Conv2dArguments&);
 }
-namespace avx512_bf16 {  // for the products in bfloat16
+namespace avx512_bf16 {  // for the products in bfloat16, and in bytes where the processor has both
 Conv2dPasses conv2d_passes(const Conv2dArguments&);
 }
 

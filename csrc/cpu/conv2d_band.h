@@ -10,13 +10,33 @@ namespace {
 
 constexpr int64_t AHEAD = 4096;  // values that are asked for before they are needed
 
+// How a value stands in the band: as it is, or as a number of steps from the lower end of its range.
+template <typename G>
+struct Steps {
+    explicit Steps(const Conv2dArguments&) {}
+    Floats operator()(Floats value) const { return value; }
+};
+template <>
+struct Steps<uint8_t> {
+    float per_unit, zero;
+    explicit Steps(const Conv2dArguments& p) : per_unit(p.steps_per_unit), zero(p.zero) {}
+    Floats operator()(Floats value) const { return value * per_unit + zero; }
+};
+
+// Of what is rounded twice if at all: from T, and in the band.
+template <typename T, typename G>
+constexpr Digits band_digits() {
+    return sizeof(G) == 1 ? Digits::fewest : digits_of<T>();
+}
+
 // Sixteen channels of `pixels` pixels, or the first `count` of them.
 template <typename T, typename G, Activation A, bool Full>
-DFE_HD void apply_chunk(const T* x, int64_t pixels, int64_t pitch, int count, Floats scale, Floats offset, G* out, int64_t out_pitch) {
+DFE_HD void apply_chunk(const T* x, int64_t pixels, int64_t pitch, int count, Floats scale, Floats offset, Steps<G> steps, G* out,
+                        int64_t out_pitch) {
     for (int64_t i = 0; i < pixels; ++i, x += pitch, out += out_pitch) {
         __builtin_prefetch(x + AHEAD);
         const Floats z = (Full ? load_vector(x) : load_some(x, count)) * scale + offset;
-        const Floats value = activated<static_cast<int>(A), digits_of<T>()>(z);
+        const Floats value = steps(activated<static_cast<int>(A), band_digits<T, G>()>(z));
         if (Full) {
             store_vector(out, value);
         } else {
@@ -27,13 +47,14 @@ DFE_HD void apply_chunk(const T* x, int64_t pixels, int64_t pitch, int count, Fl
 
 // out = act(scale x + offset) of `pixels` pixels; scale may be null. Many channels in the order of memory; few in turn, each for all pixels.
 template <typename T, typename G, Activation A>
-void apply(const T* x, int64_t pixels, int64_t pitch, int64_t channels, const float* scale, const float* offset, G* out, int64_t out_pitch) {
+void apply(const T* x, int64_t pixels, int64_t pitch, int64_t channels, const float* scale, const float* offset, Steps<G> steps, G* out,
+           int64_t out_pitch) {
     if (channels >= 4 * WIDTH && channels % WIDTH == 0 && scale != nullptr) {
         for (int64_t i = 0; i < pixels; ++i, x += pitch, out += out_pitch) {
             for (int64_t c = 0; c < channels; c += WIDTH) {
                 __builtin_prefetch(x + c + AHEAD);
                 const Floats z = load_vector(x + c) * load_vector(scale + c) + load_vector(offset + c);
-                store_vector(out + c, activated<static_cast<int>(A), digits_of<T>()>(z));
+                store_vector(out + c, steps(activated<static_cast<int>(A), band_digits<T, G>()>(z)));
             }
         }
         return;
@@ -45,11 +66,11 @@ void apply(const T* x, int64_t pixels, int64_t pitch, int64_t channels, const fl
             Floats factor = broadcast(1.0f), term = {};
             if (channels - c >= WIDTH) {
                 if (scale != nullptr) factor = load_vector(scale + c), term = load_vector(offset + c);
-                apply_chunk<T, G, A, true>(x + c, size, pitch, WIDTH, factor, term, out + c, out_pitch);
+                apply_chunk<T, G, A, true>(x + c, size, pitch, WIDTH, factor, term, steps, out + c, out_pitch);
             } else {
                 const int count = static_cast<int>(channels - c);
                 if (scale != nullptr) factor = load_some(scale + c, count), term = load_some(offset + c, count);
-                apply_chunk<T, G, A, false>(x + c, size, pitch, count, factor, term, out + c, out_pitch);
+                apply_chunk<T, G, A, false>(x + c, size, pitch, count, factor, term, steps, out + c, out_pitch);
             }
         }
     }
@@ -57,8 +78,8 @@ void apply(const T* x, int64_t pixels, int64_t pitch, int64_t channels, const fl
 
 // The mean of act(scale x + offset) over 2 x 2 pixels: rows x and x + below, `pixels` results.
 template <typename T, typename G, Activation A>
-void apply_mean(const T* x, int64_t below, int64_t pixels, int64_t pitch, int64_t channels, const float* scale, const float* offset, G* out,
-                int64_t out_pitch) {
+void apply_mean(const T* x, int64_t below, int64_t pixels, int64_t pitch, int64_t channels, const float* scale, const float* offset,
+                Steps<G> steps, G* out, int64_t out_pitch) {
     const int64_t places[4] = {0, pitch, below, below + pitch};
     for (int64_t i = 0; i < pixels; ++i, x += 2 * pitch, out += out_pitch) {
         for (int64_t c = 0; c < channels; c += WIDTH) {
@@ -71,20 +92,21 @@ void apply_mean(const T* x, int64_t below, int64_t pixels, int64_t pitch, int64_
             }
             for (int64_t place : places) {
                 const Floats z = full ? load_vector(x + place + c) : load_some(x + place + c, count);
-                sum += activated<static_cast<int>(A), digits_of<T>()>(z * factor + term);
+                sum += activated<static_cast<int>(A), band_digits<T, G>()>(z * factor + term);
             }
             if (full) {
-                store_vector(out + c, 0.25f * sum);
+                store_vector(out + c, steps(0.25f * sum));
             } else {
-                store_some(out + c, 0.25f * sum, count);
+                store_some(out + c, steps(0.25f * sum), count);
             }
         }
     }
 }
 
+// Values that stand for 0.
 template <typename G>
-void clear(G* out, int64_t count) {
-    memset(static_cast<void*>(out), 0, static_cast<size_t>(count) * sizeof(G));
+void clear(const Conv2dArguments& p, G* out, int64_t count) {
+    memset(static_cast<void*>(out), sizeof(G) == 1 ? static_cast<int>(p.zero) : 0, static_cast<size_t>(count) * sizeof(G));
 }
 
 // `pixels` pixels of `channels` values as they are.
@@ -111,13 +133,14 @@ constexpr bool same() {
 template <typename T, typename G, Activation A>
 void source_row(const Conv2dArguments& p, const T* x, int64_t pitch, int64_t channels, const float* scale, const float* offset, int64_t n,
                 int64_t row, G* out) {
+    const Steps<G> steps(p);
     if (p.resample == Resample::down) {
         const T* const from = x + (n * 2 * p.height + 2 * row) * 2 * p.width * pitch;
-        return apply_mean<T, G, A>(from, 2 * p.width * pitch, p.width, pitch, channels, scale, offset, out, p.padded);
+        return apply_mean<T, G, A>(from, 2 * p.width * pitch, p.width, pitch, channels, scale, offset, steps, out, p.padded);
     }
     if (p.resample == Resample::up) {
         const T* const from = x + (n * (p.height / 2) + row / 2) * (p.width / 2) * pitch;
-        apply<T, G, A>(from, p.width / 2, pitch, channels, scale, offset, out, 2 * p.padded);
+        apply<T, G, A>(from, p.width / 2, pitch, channels, scale, offset, steps, out, 2 * p.padded);
         for (int64_t i = 0; i < p.width; i += 2) {
             copy_pixels(out + i * p.padded, 1, p.padded, channels, out + (i + 1) * p.padded, p.padded);
         }
@@ -127,7 +150,7 @@ void source_row(const Conv2dArguments& p, const T* x, int64_t pitch, int64_t cha
     if (same<T, G>() && A == Activation::none && scale == nullptr) {
         return copy_pixels(from, p.width, pitch, channels, reinterpret_cast<T*>(out), p.padded);
     }
-    apply<T, G, A>(from, p.width, pitch, channels, scale, offset, out, p.padded);
+    apply<T, G, A>(from, p.width, pitch, channels, scale, offset, steps, out, p.padded);
 }
 
 // Rows [first, last) of the band whose row `halo` is row `top` of the image, each with the zeros right of it.
@@ -138,13 +161,13 @@ void fill_rows(const Conv2dArguments& p, int64_t n, int64_t top, int64_t first, 
     for (int64_t r = first; r < last; ++r) {
         G* const out = band + (p.margin + r * p.row) * p.padded;
         const int64_t row = top + r - p.margin;
-        clear(out + p.width * p.padded, (p.row - p.width) * p.padded);
+        clear(p, out + p.width * p.padded, (p.row - p.width) * p.padded);
         if (row < 0 || row >= p.height) {
-            clear(out, p.width * p.padded);
+            clear(p, out, p.width * p.padded);
             continue;
         }
         if (p.padded > channels) {
-            for (int64_t i = 0; i < p.width; ++i) clear(out + i * p.padded + channels, p.padded - channels);
+            for (int64_t i = 0; i < p.width; ++i) clear(p, out + i * p.padded + channels, p.padded - channels);
         }
         if (p.resample == Resample::up && row % 2 == 1 && r > first) {
             memcpy(static_cast<void*>(out), out - p.row * p.padded, static_cast<size_t>(p.width * p.padded) * sizeof(G));

@@ -16,6 +16,27 @@ struct Run {
     int64_t pitch;
 };
 
+// What sums of bytes mean (Conv2dArguments::factors); other sums mean what they are.
+template <bool Bytes>
+DFE_HD Floats meant(const float* c, Floats factor) {
+    if (!Bytes) return load_vector(c);
+    Integers sums;
+    memcpy(&sums, c, sizeof sums);
+    return __builtin_convertvector(sums, Floats) * factor;
+}
+
+// Puts in place of a run's sums of bytes what they mean.
+void to_units(const Conv2dArguments& p, const Run& run) {
+    const float *const factors = p.factors + run.first, *const terms = factors + p.blocks * p.multiplier.outputs;
+    for (int64_t j = 0; j < run.outputs; j += WIDTH) {
+        const Floats factor = load_vector(factors + j), term = load_vector(terms + j);
+        for (int64_t i = 0; i < run.pixels; ++i) {
+            float* const c = run.c + i * run.pitch + j;
+            store_vector(c, meant<true>(c, factor) + term);
+        }
+    }
+}
+
 template <typename T, int A>
 void activate(const Conv2dArguments& p, const Run& run) {
     const float* const bias = p.bias == nullptr ? nullptr : p.bias + run.n * p.bias_pitch + run.first;
@@ -114,8 +135,9 @@ float* moments_of(const Conv2dArguments& p, int64_t n, int64_t pixel, int64_t ou
     return p.moments + (n * tiles + pixel / p.tile_pixels) * 2 * p.outputs + output;
 }
 
-// Outputs from `j` of the run on: bias, residual of y's size, y, moments. Chunks: sixteen outputs each, of which the first `count` exist.
-template <typename T, bool Residual, bool Moments, int Chunks, bool Full>
+// Outputs from `j` of the run on: bias, residual of y's size, y, moments. Chunks: sixteen outputs each, of which the first `count` exist. Bytes:
+// whether the sums are still those of bytes.
+template <typename T, bool Residual, bool Moments, bool Bytes, int Chunks, bool Full>
 DFE_HD void write_chunks(const Conv2dArguments& p, const Run& run, int64_t j) {
     const int count = Full ? WIDTH : static_cast<int>(run.outputs - j);
     const int64_t pixel = run.row * p.width + run.column, first = run.first + j, at = run.n * p.height * p.width + pixel;
@@ -123,14 +145,19 @@ DFE_HD void write_chunks(const Conv2dArguments& p, const Run& run, int64_t j) {
     const T* residual = Residual ? static_cast<const T*>(p.residual) + at * p.pitch_residual + first : nullptr;
     T* y = static_cast<T*>(p.y) + at * p.pitch_y + first;
     float* c = run.c + j;
-    Floats term[Chunks], centre[Chunks], sum[Chunks], squares[Chunks];
+    Floats factor[Chunks], term[Chunks], centre[Chunks], sum[Chunks], squares[Chunks];
     for (int k = 0; k < Chunks; ++k) {
         const float* const bias = biased ? p.bias + run.n * p.bias_pitch + first + k * WIDTH : nullptr;
         term[k] = !biased ? Floats{} : Full ? load_vector(bias) : load_some(bias, count);
+        if (Bytes) {
+            const float* const factors = p.factors + first + k * WIDTH;  // as many as the blocks have outputs
+            factor[k] = load_vector(factors);
+            term[k] += load_vector(factors + p.blocks * p.multiplier.outputs);
+        }
         sum[k] = squares[k] = Floats{};
         if (Moments) {
             centre[k] = guess_of(run.pixels, [&](int64_t i) {
-                const Floats value = load_vector(c + i * run.pitch + k * WIDTH) + term[k];
+                const Floats value = meant<Bytes>(c + i * run.pitch + k * WIDTH, factor[k]) + term[k];
                 if (!Residual) return value;
                 const T* const from = residual + i * p.pitch_residual;
                 return value + (Full ? load_vector(from + k * WIDTH) : load_some(from, count));
@@ -140,7 +167,7 @@ DFE_HD void write_chunks(const Conv2dArguments& p, const Run& run, int64_t j) {
     const T* const stored = y;
     for (int64_t i = 0; i < run.pixels; ++i, c += run.pitch, y += p.pitch_y) {
         for (int k = 0; k < Chunks; ++k) {
-            Floats value = load_vector(c + k * WIDTH) + term[k];
+            Floats value = meant<Bytes>(c + k * WIDTH, factor[k]) + term[k];
             if (Residual) value += Full ? load_vector(residual + k * WIDTH) : load_some(residual, count);
             if (Full) {
                 store_vector(y + k * WIDTH, value);
@@ -164,16 +191,24 @@ DFE_HD void write_chunks(const Conv2dArguments& p, const Run& run, int64_t j) {
     }
 }
 
-template <typename T, bool Residual, bool Moments>
+template <typename T, bool Residual, bool Moments, bool Bytes>
 void write(const Conv2dArguments& p, const Run& run) {
     const int64_t pairs = run.outputs / (2 * WIDTH) * (2 * WIDTH), whole = run.outputs / WIDTH * WIDTH;
-    for (int64_t j = 0; j < pairs; j += 2 * WIDTH) write_chunks<T, Residual, Moments, 2, true>(p, run, j);
-    if (pairs < whole) write_chunks<T, Residual, Moments, 1, true>(p, run, pairs);
-    if (whole < run.outputs) write_chunks<T, Residual, Moments, 1, false>(p, run, whole);
+    for (int64_t j = 0; j < pairs; j += 2 * WIDTH) write_chunks<T, Residual, Moments, Bytes, 2, true>(p, run, j);
+    if (pairs < whole) write_chunks<T, Residual, Moments, Bytes, 1, true>(p, run, pairs);
+    if (whole < run.outputs) write_chunks<T, Residual, Moments, Bytes, 1, false>(p, run, whole);
+}
+
+template <typename T, bool Bytes>
+void write_run(const Conv2dArguments& p, const Run& run) {
+    if (p.residual != nullptr && p.residual_resample == Resample::none) {
+        return (p.fused_moments ? write<T, true, true, Bytes> : write<T, true, false, Bytes>)(p, run);
+    }
+    (p.fused_moments ? write<T, false, true, Bytes> : write<T, false, false, Bytes>)(p, run);
 }
 
 // The sums c of the band's pixels [start, last).
-template <typename T>
+template <typename T, bool Bytes>
 void finish(const Conv2dArguments& p, int64_t n, int64_t top, int64_t start, int64_t last, int64_t block, float* c) {
     const int64_t pitch = p.multiplier.outputs, first = block * pitch;
     const int64_t outputs = p.outputs - first < pitch ? p.outputs - first : pitch;
@@ -190,13 +225,14 @@ void finish(const Conv2dArguments& p, int64_t n, int64_t top, int64_t start, int
             pixels = pixels < left ? pixels : left;
         }
         const Run run{n, top + row, column, pixels, first, outputs, c + (at - start) * pitch, pitch};
-        activate_run<T>(p, run);
-        const bool plain = p.residual != nullptr && p.residual_resample == Resample::none;
-        if (p.residual != nullptr && !plain) add_resampled<T>(p, run);
-        if (plain) {
-            (p.fused_moments ? write<T, true, true> : write<T, true, false>)(p, run);
+        const bool resampled = p.residual != nullptr && p.residual_resample != Resample::none;
+        if (Bytes && p.activation == Activation::none && !resampled) {
+            write_run<T, Bytes>(p, run);
         } else {
-            (p.fused_moments ? write<T, false, true> : write<T, false, false>)(p, run);
+            if (Bytes) to_units(p, run);
+            activate_run<T>(p, run);
+            if (resampled) add_resampled<T>(p, run);
+            write_run<T, false>(p, run);
         }
         at += pixels;
     }

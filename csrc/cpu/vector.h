@@ -75,6 +75,12 @@ DFE_HD void store_vector(half* out, Floats value) {
 #endif
 }
 
+#if defined(__AVX512F__)
+// To the nearest of 0 to 255.
+DFE_HD __m128i bytes_of(Floats value) { return _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(_mm512_max_ps(value, _mm512_setzero_ps()))); }
+DFE_HD void store_vector(uint8_t* out, Floats value) { _mm_storeu_si128(reinterpret_cast<__m128i*>(out), bytes_of(value)); }
+#endif
+
 // The first `count` of the sixteen.
 template <typename T>
 DFE_HD Floats load_some(const T* in, int count) {
@@ -94,6 +100,7 @@ DFE_HD Floats load_some(const bfloat16* in, int count) {
     return reinterpret_cast<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_of(count), in)), 16));
 }
 DFE_HD void store_some(float* out, Floats value, int count) { _mm512_mask_storeu_ps(out, first_of(count), value); }
+DFE_HD void store_some(uint8_t* out, Floats value, int count) { _mm_mask_storeu_epi8(out, first_of(count), bytes_of(value)); }
 DFE_HD void store_some(bfloat16* out, Floats value, int count) {
     _mm256_mask_storeu_epi16(out, first_of(count), bfloat16_bits(value));
 }
@@ -114,8 +121,8 @@ DFE_HD Floats rounded(Floats value, const half*) {
     return load_vector(bits);
 }
 
-// Digits of an activation: those of float32, or four, for results that are rounded to bfloat16.
-enum class Digits { all, few };
+// Digits of an activation: those of float32; four, for results that are rounded to bfloat16; three, for those that become bytes.
+enum class Digits { all, few, fewest };
 template <typename T>
 constexpr Digits digits_of() {
     return Digits::all;
@@ -123,6 +130,10 @@ constexpr Digits digits_of() {
 template <>
 constexpr Digits digits_of<bfloat16>() {
     return Digits::few;
+}
+template <>
+constexpr Digits digits_of<uint8_t>() {
+    return Digits::fewest;
 }
 
 DFE_HD Floats larger(Floats a, Floats b) {
@@ -194,9 +205,14 @@ DFE_HD Floats magnitude_of(Floats z) { return reinterpret_cast<Floats>(reinterpr
 constexpr int SIGMOID = 4;  // beside those of Activation
 
 // The formulas of activation.h, and for few digits m Phi(-m) as a polynomial in m = min(|z|, 4.25): within 5e-5, and within a tenth of
-// the rounding to bfloat16 where that is more.
+// the rounding to bfloat16 where that is more. For the fewest with m up to 3.5: within 8e-4.
 template <int A, Digits D>
 DFE_HD Floats activated(Floats z) {
+    if (A == static_cast<int>(Activation::gelu) && D == Digits::fewest) {
+        const Floats m = smaller(broadcast(3.5f), magnitude_of(z));
+        const Floats tail = 0.510269748f + m * (-0.444876997f + m * (0.056894255f + m * (0.0552139336f + m * (-0.0210672739f + m * 0.00217887467f))));
+        return larger(z, Floats{}) - m * tail;
+    }
     if (A == static_cast<int>(Activation::gelu) && D == Digits::few) {
         const Floats m = smaller(broadcast(4.25f), magnitude_of(z));
         const Floats high = -0.0427231938f + m * (0.0166969113f + m * (-0.00334770139f + m * (0.000348421978f + m * -1.50023807e-05f)));

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from dfengine import __version__
 from dfengine.checkpoint import Checkpoint, load_checkpoint, update_checkpoint
 from dfengine.commands.scoring import Scoring, say
-from dfengine.data.folders import fingerprint, open_dataset
+from dfengine.data.folders import Dataset, fingerprint, open_dataset
 from dfengine.data.inputs import collect_inputs
 from dfengine.detector import Detector
 from dfengine.devices import resolve_device
-from dfengine.errors import DfengineError, UsageError
+from dfengine.engine.arithmetic import float32_arithmetic
+from dfengine.engine.quantize import measured_ranges
+from dfengine.engine.runner import ProgramRunner
+from dfengine.errors import DataError, DfengineError, ImageError, UsageError
 from dfengine.evaluation.precision import AUROC_POINTS, PrecisionComparison, compare_precision
-from dfengine.precision import half_precision
+from dfengine.kernels.quantization import FORMATS
+from dfengine.precision import check_precision, half_precision
+
+MOST_RANGE_IMAGES = 32
+"""Normal images from which ranges are measured."""
 
 
 def run_verify_data(
@@ -37,12 +45,15 @@ def run_verify_data(
             raise UsageError(f"{where} has no precision that is faster than float32; name one with --precision")
     if precision == "float32":
         raise UsageError("float32 is what a precision is compared with; name another with --precision")
+    check_precision(precision, where)
     loaded = load_checkpoint(checkpoint)
     dataset = open_dataset(data)
     labelled = len({sample.label for sample in dataset.test}) == 2
     samples = dataset.test if labelled else [s for s in (*dataset.train, *dataset.test) if not s.label]
     images = collect_inputs([sample.path for sample in samples])
-    other = Detector(loaded, device, precision, seed)
+    ranges = _ranges(loaded, dataset, where, seed) if precision in FORMATS else None
+    tried = loaded if ranges is None else replace(loaded, verified=loaded.verified | {precision: {"ranges": ranges}})
+    other = Detector(tried, device, precision, seed)
     scoring = Scoring(Detector(loaded, device, "float32", seed), batch_size)
     labels = {str(sample.path): bool(sample.label) for sample in samples} if labelled else None
     comparison = compare_precision(precision, scoring.batches(images), other.stream(images, batch_size), labels)
@@ -54,10 +65,10 @@ def run_verify_data(
         unread = {name for name, _ in scoring.refused}
         paths = [sample.path for sample in samples if str(sample.path) not in unread]
         facts = {"name": data.resolve().name, "fingerprint": fingerprint(paths), "labelled": labelled}
-        note = {precision: _record(comparison, facts, where.type, seed)}
+        note = {precision: _record(comparison, facts, where.type, seed) | ({"ranges": ranges} if ranges else {})}
 
         def change(present: Checkpoint) -> Checkpoint:
-            return dataclasses.replace(present, verified=present.verified | note)
+            return replace(present, verified=present.verified | note)
 
         update_checkpoint(checkpoint, loaded, change)
     if not passes:
@@ -65,6 +76,25 @@ def run_verify_data(
         raise DfengineError(f"{precision} is refused: {'; '.join(comparison.failures)}{noted}")
     say(f"{precision} passes" + (f"; noted in {checkpoint}" if record else ""))
     return scoring.status
+
+
+def _ranges(checkpoint: Checkpoint, dataset: Dataset, device: torch.device, seed: int) -> dict[str, list[float]]:
+    """What the program's convolutions read for normal images, as JSON values."""
+    normals = [s.path for s in (*dataset.train, *(s for s in dataset.test if not s.label))][:MOST_RANGE_IMAGES]
+    units = []
+    for image in collect_inputs(normals) if normals else ():
+        try:
+            units.append(image.load_tensor(checkpoint.config.image_size, device))
+        except ImageError:
+            continue  # reported where it is scored
+    if not units:
+        raise DataError(
+            f"{dataset.root}: no normal image can be read, from which to measure the ranges of the precision"
+        )
+    runner = ProgramRunner(checkpoint.build(), device, "float32", seed)
+    with float32_arithmetic(device, "float32"):
+        found = measured_ranges(runner.executor(1), torch.stack(units))
+    return {name: [low, high] for name, (low, high) in found.items()}
 
 
 def _record(comparison: PrecisionComparison, data: dict[str, Any], device: str, seed: int) -> dict[str, Any]:

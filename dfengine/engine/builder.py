@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from dfengine.engine.program import Buffer, Constant, Op, Value
 from dfengine.kernels.conv2d import ConvWeight
 from dfengine.kernels.group_norm_moments import tile_counts
+from dfengine.kernels.quantization import Quantization
 from dfengine.kernels.slices import resampled
 
 
@@ -64,13 +65,15 @@ class Norm:
 @dataclass
 class Builder:
     """The ops so far. dtype: of activations. precise: of statistics and parameters. constants: by name, shared by the
-    programs of one model. disposable: whether a backend may keep a packed weight in its own form alone."""
+    programs of one model. disposable: whether a backend may keep a packed weight in its own form alone. quantizations:
+    of the convolutions that multiply in eight bits, by the names of their weights."""
 
     dtype: torch.dtype
     device: torch.device
     fusion: Fusion
     constants: dict[str, Constant]
     disposable: bool = True
+    quantizations: Mapping[str, Quantization] = field(default_factory=dict)
     ops: list[Op] = field(default_factory=list)
 
     @property
@@ -97,7 +100,8 @@ class Builder:
     def weight(self, name: str, weight: torch.Tensor, dilation: int = 1) -> Constant:
         """A convolution's weight (O, C, KH, KW), packed; it is the programs' own."""
         if name not in self.constants:
-            packed = ConvWeight.pack(weight.to(self.device), dilation, self.dtype, self.disposable)
+            quantization = self.quantizations.get(name)
+            packed = ConvWeight.pack(weight.to(self.device), dilation, self.dtype, self.disposable, quantization)
             self.constants[name] = Constant(name, packed, packed.packed.nbytes)
         return self.constants[name]
 

@@ -43,7 +43,7 @@ def _is_input(value: Value) -> bool:
 def _exact(argument: Any) -> Any:
     """In float64; the program's inputs keep their dtypes, which say what they are."""
     if isinstance(argument, ConvWeight):
-        return ConvWeight(argument.taps().double(), argument.dilation)
+        return argument if argument.quantization else ConvWeight(argument.taps().double(), argument.dilation)
     if isinstance(argument, Tensor) and argument.is_floating_point():
         return argument.double()
     return argument
@@ -66,7 +66,8 @@ def exact_outputs(op: Op, arguments: dict[str, Any]) -> dict[str, Tensor]:
 def torch_outputs(op: Op, arguments: dict[str, Any]) -> dict[str, Tensor]:
     """At the arguments' own dtypes, by torch's library where it has the op: it rounds elsewhere than the reference."""
     known = OPS[op.kernel].implementations
-    return _through(known.get("library", known["reference"]).run, op, arguments)
+    quantized = any(isinstance(a, ConvWeight) and a.quantization for a in arguments.values())
+    return _through(known["reference" if quantized or "library" not in known else "library"].run, op, arguments)
 
 
 def judged(

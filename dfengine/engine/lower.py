@@ -9,7 +9,7 @@ loop, whose shifts come from a table of all steps. This file alone knows models 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
 import torch
@@ -23,6 +23,7 @@ from dfengine.errors import DfengineError
 from dfengine.kernels import ingest, reverse_step, score
 from dfengine.kernels.channel_attention import pack_gate, pack_spatial, workspace_size
 from dfengine.kernels.one_step import coefficients
+from dfengine.kernels.quantization import Quantization
 from dfengine.models import Model
 from dfengine.models.blocks import AttentionBlock, ResBlock
 from dfengine.models.segmentation import SegmentationUNet
@@ -40,7 +41,7 @@ class Lowering:
 
     dtype: of activations and weights: float32, float16, bfloat16 (and float64 through the reference kernels).
     backend: the kernels that will run: "cpu", which read noise that is drawn once, or those of a GPU, which draw it.
-    fusion: what a convolution does itself; by the backend where it is None. disposable: as in `Builder`.
+    fusion: what a convolution does itself; by the backend where it is None. disposable, quantizations: as in `Builder`.
     The model must not change afterwards; after `release` its weights are gone.
     """
 
@@ -52,6 +53,7 @@ class Lowering:
         backend: str = "cpu",
         fusion: Fusion | None = None,
         disposable: bool = True,
+        quantizations: Mapping[str, Quantization] | None = None,
     ):
         self.model = model
         self.config = model.config
@@ -60,6 +62,7 @@ class Lowering:
         self.backend = backend
         self.fusion = fusion or Fusion.of(backend)
         self.disposable = disposable
+        self.quantizations = quantizations or {}
         self.constants: dict[str, Constant] = {}
         self.schedule = Schedule.of(model.config)
         precise = torch.float64 if dtype == torch.float64 else torch.float32
@@ -124,8 +127,9 @@ class _Lowered:
     def __init__(self, lowering: Lowering, batch: int):
         self.of, self.config, self.batch = lowering, lowering.config, batch
         self.emitter = Builder(
-            lowering.dtype, lowering.device, lowering.fusion, lowering.constants, lowering.disposable
-        )
+            lowering.dtype, lowering.device, lowering.fusion, lowering.constants, lowering.disposable,
+            lowering.quantizations,
+        )  # fmt: skip
         self.loops: list[Loop] = []
         self.shift_row: Value | None = None  # of the step of a loop
 

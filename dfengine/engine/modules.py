@@ -19,7 +19,10 @@ PRECISIONS = {
     "tf32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    "int8": torch.bfloat16,
+    "fp8": torch.float16,
 }
+"""The dtype of weights and activations in memory. int8 and fp8 are those of the large products, in a program alone."""
 
 
 NOISE_BYTES = 64 * 2**20

@@ -19,10 +19,12 @@ from dfengine.engine.execute import Executor, allocate
 from dfengine.engine.lower import Lowering, NotLoweredError
 from dfengine.engine.modules import PRECISIONS, ModuleRunner, Output
 from dfengine.engine.program import Program
+from dfengine.engine.quantize import Ranges, quantizations
 from dfengine.engine.tactics import Tactics
 from dfengine.engine.tune import Choice, tune
 from dfengine.errors import DfengineError, UsageError
 from dfengine.kernels import CannotRunError, forced_backend
+from dfengine.kernels.quantization import FORMATS
 from dfengine.models import Model
 
 log = logging.getLogger("dfengine")
@@ -44,7 +46,7 @@ class ProgramRunner:
     CPU that of C++, on a GPU the first that serves. tactics: "default" takes what is known of the device, "tuned" and
     "exhaustive" measure what is not when a program is made (`dfengine.engine.tune`), for at most `tuning_seconds` each;
     a forced backend leaves them out. buckets: whether batches are filled up to one of `BUCKETS`, as by default on a
-    GPU, where each program is captured as a CUDA graph.
+    GPU, where each program is captured as a CUDA graph. ranges: of a precision of eight bits, which needs them.
     Raises `NotLoweredError` for a configuration that has no program and `CannotRunError` where the backend does not
     serve one of its ops, and leaves the model as it was.
     """
@@ -59,6 +61,7 @@ class ProgramRunner:
         tactics: str = "default",
         tuning_seconds: float | None = None,
         buckets: bool | None = None,
+        ranges: Ranges | None = None,
     ):
         self.config = model.config
         self.device = torch.device(device)
@@ -80,7 +83,9 @@ class ProgramRunner:
         one_form = self.tactics is None or (tactics == "default" and len(self.tactics) == 0)
         with self._plain():
             family = self.backend or FAMILY[self.device.type]
-            self._lowering = Lowering(model, PRECISIONS[precision], self.device, family, disposable=one_form)
+            self._lowering = Lowering(
+                model, PRECISIONS[precision], self.device, family, None, one_form, quantizations(precision, ranges)
+            )
             self.executor(1)
             self._lowering.release()
 
@@ -183,7 +188,8 @@ class ProgramRunner:
         where those of a bound program may be left only in the form of one backend."""
         of = self._lowering
         with self._plain():
-            return Lowering(model, of.dtype, of.device, of.backend, of.fusion).program(batch, self.seed)
+            again = Lowering(model, of.dtype, of.device, of.backend, of.fusion, quantizations=of.quantizations)
+            return again.program(batch, self.seed)
 
     def run(self, unit: np.ndarray | Tensor) -> Output:
         """Scores a batch of float32 (B, S, S, C) images in [0, 1] at model size."""
@@ -208,23 +214,26 @@ def make_runner(
     seed: int,
     tactics: str = "default",
     tuning_seconds: float | None = None,
+    ranges: Ranges | None = None,
 ) -> ModuleRunner | ProgramRunner:
     """The runner that serves a detector: programs on a CPU with the compiled kernels, else the modules.
 
     On a GPU programs run once tactics were measured there, or where others than "default" are asked for, which measures
     them; before that the modules. A backend forced by DFENGINE_BACKEND, which is read here once, runs its programs or
     raises with the reason (CannotRunError, NotLoweredError); "reference" stands for the modules, of which the reference
-    kernels are a slower copy.
+    kernels are a slower copy. A precision of eight bits, which needs `ranges`, runs a program or raises.
     """
     forced = forced_backend(None)
     if forced not in (None, "reference"):
-        return ProgramRunner(model, device, precision, seed, forced)
-    tuned = tactics != "default"
-    serves = native.available() if device.type == "cpu" else tuned or len(Tactics(device)) > 0
+        return ProgramRunner(model, device, precision, seed, forced, ranges=ranges)
+    tuned, eight_bits = tactics != "default", precision in FORMATS
+    serves = native.available() if device.type == "cpu" else tuned or eight_bits or len(Tactics(device)) > 0
     if forced is None and serves:
         try:
-            return ProgramRunner(model, device, precision, seed, None, tactics, tuning_seconds)
+            return ProgramRunner(model, device, precision, seed, None, tactics, tuning_seconds, ranges=ranges)
         except (NotLoweredError, CannotRunError):
-            if tuned:
+            if tuned or eight_bits:
                 raise
+    if eight_bits:
+        raise CannotRunError(f"{precision} runs in the fused kernels alone: {native.status()}")
     return ModuleRunner(model, device, precision, seed)

@@ -16,12 +16,14 @@ from dfengine.engine.measure import place, trial_inputs
 from dfengine.engine.modules import ModuleRunner
 from dfengine.engine.program import Op, Program, Value
 from dfengine.engine.runner import ProgramRunner
+from dfengine.kernels.quantization import FORMATS
 from dfengine.models import Model
 
-BLOCK_FLOOR = {"float32": 1e-4, "tf32": 1e-3, "float16": 1e-3, "bfloat16": 8e-3}
+BLOCK_FLOOR = {"float32": 1e-4, "tf32": 1e-3, "float16": 1e-3, "bfloat16": 8e-3, "int8": 0.02, "fp8": 0.05}
 """Of a block's error, with those of all ops before it, beside the largest value of its output, by precision."""
-SINGLE_MAP, HALF_MAP = 1e-4, 1e-3
-"""Of the map in float32; in other precisions beyond twice the error of the modules in that precision."""
+SINGLE_MAP, HALF_MAP, EIGHT_BIT_MAP = 1e-4, 1e-3, 0.05
+"""Of the map in float32; in other precisions beyond twice the error of the modules in that precision, or for those of
+eight bits in the half precision of their buffers."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,8 @@ def _check_modules(
             checks.append(Check("block", index, op.name, op.kernel, backends[op.name], "y", error, allowed))
     last = program.ops[-1]
     error, torch_error = (distance(of, maps[1]) for of in (anomaly_map, maps[0]))
-    allowed = SINGLE_MAP if precision == "float32" else 2 * torch_error + HALF_MAP
+    floor = EIGHT_BIT_MAP if precision in FORMATS else HALF_MAP
+    allowed = SINGLE_MAP if precision == "float32" else 2 * torch_error + floor
     return [
         *checks,
         Check("map", len(program.ops), last.name, last.kernel, backends[last.name], "anomaly_map", error, allowed),

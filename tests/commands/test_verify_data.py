@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import dfengine
 from dfengine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, shipped_checkpoint
@@ -13,8 +14,9 @@ from dfengine.cli import main
 from dfengine.commands import verify_data
 from dfengine.data.fasteners import write_fasteners
 from dfengine.data.folders import fingerprint, open_dataset
-from dfengine.errors import DfengineError
+from dfengine.errors import DfengineError, UsageError
 from dfengine.evaluation.calibration import Calibration
+from dfengine.precision import eight_bits
 from tests.helpers import spoil_precision, tiny_model
 
 
@@ -57,6 +59,25 @@ def test_a_pass_is_printed_and_recorded(checkpoint, data, capsys):
     assert (record["images"], record["device"], record["seed"]) == (8, "cpu", 0)
     assert 0 < record["max_map_difference"] <= record["tolerance"] == 0.05
     assert abs(record["auroc_points"]) <= 0.1 and record["date"] and record["dfengine"]
+
+
+def test_eight_bits_get_their_ranges_and_are_taken_from_then_on(checkpoint, data, capsys):
+    where = torch.device("cpu")
+    if eight_bits(where) is None:
+        pytest.skip("this machine multiplies no bytes")
+    arguments = ["verify", str(checkpoint), "--data", str(data), "--precision", "int8"]
+    assert main(arguments) == 0 and load_checkpoint(checkpoint).verified == {}
+    with pytest.raises(UsageError, match="not measured yet"):
+        dfengine.load(checkpoint, precision="int8")
+    assert main([*arguments, "--record"]) == 0 and "int8 passes; noted" in capsys.readouterr().out
+    record = load_checkpoint(checkpoint).verified["int8"]
+    assert len(record["ranges"]) > 20 and record["max_map_difference"] <= record["tolerance"] == 0.05
+    assert dfengine.load(checkpoint).precision == dfengine.load(checkpoint, precision="int8").precision == "int8"
+    assert main(["info", str(checkpoint)]) == 0 and "int8 passed on data" in capsys.readouterr().out
+    # Ranges are of normal images: without one that can be read there are none.
+    for sample in (*(data / "train").rglob("*.png"), *(data / "test" / "good").glob("*.png")):
+        sample.write_bytes(b"")
+    assert main(arguments) == 1 and "no normal image can be read" in capsys.readouterr().err
 
 
 def test_a_spoilt_precision_is_refused_in_one_line(checkpoint, data, capsys, monkeypatch):
@@ -135,7 +156,8 @@ def test_wrong_usage(checkpoint, data, tmp_path, capsys, monkeypatch):
     for more, code, message in (
         (["--record"], 2, "--record needs --data"),
         (["--data", str(data), "--precision", "float32"], 2, "float32 is what a precision is compared with"),
-        (["--data", str(data), "--precision", "fp8"], 2, "precision must be one of"),
+        (["--data", str(data), "--precision", "int4"], 2, "precision must be one of"),
+        (["--data", str(data), "--precision", "fp8"], 2, "precision fp8 needs a GPU"),
         (["--data", str(tmp_path / "none"), "--precision", "bfloat16"], 1, "none: no such folder"),
     ):
         assert main([*arguments, *more]) == code

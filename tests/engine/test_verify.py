@@ -99,7 +99,7 @@ def test_a_spoilt_weight_is_named_and_so_is_its_block():
     wrong = runner()
     op = wrong.executor(2).program.ops[position(wrong, "up.1.0.conv2")]
     (packed,) = op.arguments["weight"].content.prepacked.values()
-    packed[0][packed[0].abs() == packed[0].abs().max()] *= 1.05
+    packed.weights[packed.weights.abs() == packed.weights.abs().max()] *= 1.05
     checks = verify(wrong, tiny_model(), 2)
     assert {check.name for check in checks if check.kind == "op" and not check.agrees} == {"up.1.0.conv2"}
     first = first_divergence(checks)

@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from dfengine import native
 from dfengine.kernels import CannotRunError, conv2d, conv2d_cuda, group_norm_moments
 from dfengine.kernels.conv2d_triton import CONFIGURATIONS, configuration_for, launch_options
+from dfengine.kernels.quantization import Quantization
 from tests.kernels import launchers
 from tests.kernels.contract import assert_numeric_contract
 
@@ -147,7 +148,8 @@ def run_into_nan(
 def on(value, device: str):
     """An argument on `device`; a channel slice stays one."""
     if isinstance(value, conv2d.ConvWeight):
-        return conv2d.ConvWeight(value.packed.to(device), value.dilation)
+        unit = None if value.unit is None else value.unit.to(device)
+        return conv2d.ConvWeight(value.packed.to(device), value.dilation, quantization=value.quantization, unit=unit)
     if not isinstance(value, Tensor) or device == "cpu":
         return value
     if value.ndim < 4:
@@ -155,6 +157,16 @@ def on(value, device: str):
     wide = torch.full((*value.shape[:3], conv2d.pixel_stride("", value)), NAN, dtype=value.dtype, device=device)
     wide[..., : value.shape[3]] = value.to(device)
     return wide[..., : value.shape[3]]
+
+
+def quantized(arguments: tuple, format: str, share: float = 0.8) -> tuple:
+    """The arguments with the weight in eight bits, and its input in `share` of its range: what is beyond is cut off."""
+    x, x2, weight, _, scale, offset, prologue, resample, *_ = arguments
+    p = conv2d.multiplied(x, x2, scale, offset, prologue, resample)
+    low, high = min(float(p.min()), 0.0) * share, max(float(p.max()), 1e-3) * share
+    taps = weight.packed.permute(3, 2, 0, 1)
+    rounded = conv2d.ConvWeight.pack(taps, weight.dilation, quantization=Quantization(format, low, high))
+    return (*arguments[:2], rounded, *arguments[3:])
 
 
 def through_torch(arguments: tuple, dtype: torch.dtype) -> Tensor:
@@ -174,7 +186,10 @@ def through_torch(arguments: tuple, dtype: torch.dtype) -> Tensor:
     if scale is not None:
         p = (p.to(precise) * scale.to(precise)[:, :, None, None] + offset.to(precise)[:, :, None, None]).to(dtype)
     p = resampled(activated(p, prologue), resample)
-    taps = weight.packed.permute(3, 2, 0, 1).to(dtype)
+    taps = weight.packed.to(dtype)
+    if weight.quantization is not None:
+        p, taps = weight.quantization.input(p.to(precise)).to(dtype), (taps.to(precise) * weight.unit).to(dtype)
+    taps = taps.permute(3, 2, 0, 1)
     padding = weight.dilation * (weight.kernel[0] // 2)
     z = F.conv2d(p, taps, padding=padding, dilation=weight.dilation)
     if bias is not None:
@@ -186,10 +201,12 @@ def through_torch(arguments: tuple, dtype: torch.dtype) -> Tensor:
 
 
 def check_contract(
-    launcher, case: Case, dtype: torch.dtype, tile_pixels: int = 7, seed: int = 0
+    launcher, case: Case, dtype: torch.dtype, tile_pixels: int = 7, seed: int = 0, format: str = ""
 ) -> tuple[Tensor, Tensor | None]:
-    """Raises where y or the moments are not right; returns both."""
+    """Raises where y or the moments are not right; returns both. format: of a quantized weight."""
     arguments = make(case, dtype, seed)
+    if format:
+        arguments = quantized(arguments, format)
     tile = moment_pixels(launcher, arguments, tile_pixels)
     y, moments = run_into_nan(launcher, arguments, tile, case.aligned)
     assert_numeric_contract(y, through_torch(arguments, torch.float64), through_torch(arguments, dtype))
