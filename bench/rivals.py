@@ -1,7 +1,8 @@
-"""What the engine is measured against: the same model through torch eager, autocast, torch.compile, and on a CPU ONNX
-Runtime and OpenVINO: channels-last where the library lets one choose, both noise scales in one batch, the noise drawn
-beforehand; torch.compile with freezing or CUDA graphs, OpenVINO in its own bfloat16. torch eager computes the time
-embedding in every call; autocast casts the weights, as it does for its users.
+"""What the engine is measured against: the same model through torch eager, autocast, torch.compile, on a CPU ONNX
+Runtime and OpenVINO, on a GPU TensorRT (written for version 10, not yet run): channels-last where the library lets one
+choose, both noise scales in one batch, the noise drawn beforehand; torch.compile with freezing or CUDA graphs, OpenVINO
+in its own bfloat16. torch eager computes the time embedding in every call; autocast casts the weights, as it does for
+its users.
 
 A rival is a function of a tensor; those of `WholeDetection` take uint8 images (B, S, S, C) and give (anomaly map,
 score), those of `OneEvaluation` a float32 x_t (B, C, S, S) and give the predicted noise.
@@ -22,7 +23,7 @@ from dfengine.diffusion import Schedule
 from dfengine.engine.modules import PRECISIONS, ModuleRunner, top_k_count
 from dfengine.models import Model
 
-RIVALS = ("eager", "autocast", "compile", "onnxruntime", "openvino")
+RIVALS = ("eager", "autocast", "compile", "onnxruntime", "openvino", "tensorrt")
 
 
 class WholeDetection(nn.Module):
@@ -105,6 +106,8 @@ def rival(
         return f"OpenVINO {precision}", _openvino(make(None).eval(), example, precision)
     if name == "onnxruntime":
         return "ONNX Runtime float32", _onnxruntime(make(None).eval(), example)
+    if name == "tensorrt":
+        return f"TensorRT {precision}", _tensorrt(make(None).eval(), example, precision)
     raise ValueError(f"no rival is called {name}")
 
 
@@ -158,16 +161,22 @@ def _openvino(module: nn.Module, example: Tensor, precision: str) -> Callable[[T
     return run
 
 
+def _onnx(module: nn.Module, example: Tensor, path: Path) -> None:
+    import onnx  # noqa: F401  (the export needs it)
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(module, (example,), path, input_names=["x"], opset_version=18, dynamo=False)
+
+
 def _onnxruntime(module: nn.Module, example: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
     if example.device.type != "cpu":
         raise ValueError("ONNX Runtime is timed on a CPU")
-    import onnx  # noqa: F401  (the export needs it)
     import onnxruntime
 
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        torch.onnx.export(module, (example,), path, input_names=["x"], opset_version=18, dynamo=False)
+        _onnx(module, example, path)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -176,4 +185,52 @@ def _onnxruntime(module: nn.Module, example: Tensor) -> Callable[[Tensor], tuple
         results = session.run(None, {"x": tensor.numpy()})
         return tuple(torch.from_numpy(result) for result in results)
 
+    return run
+
+
+def _tensorrt(module: nn.Module, example: Tensor, precision: str) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """An engine of TensorRT 10, built for these shapes, which runs as one CUDA graph."""
+    if example.device.type != "cuda":
+        raise ValueError("TensorRT runs on a GPU")
+    import tensorrt as trt
+
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network, config = builder.create_network(0), builder.create_builder_config()
+    flags = {"float16": [trt.BuilderFlag.FP16], "bfloat16": [trt.BuilderFlag.BF16], "tf32": [trt.BuilderFlag.TF32]}
+    config.clear_flag(trt.BuilderFlag.TF32)
+    for flag in flags.get(precision, []):
+        config.set_flag(flag)
+    parser = trt.OnnxParser(network, logger)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        _onnx(module, example, path)
+        if not parser.parse_from_file(str(path)):
+            raise ValueError(f"TensorRT: {parser.get_error(0).desc()}")
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise ValueError("TensorRT built no engine")
+    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+    context = engine.create_execution_context()
+    place, outputs = example.clone(), []
+    for index in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(index)
+        if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
+            context.set_tensor_address(name, place.data_ptr())
+        else:
+            outputs.append(torch.empty(tuple(engine.get_tensor_shape(name)), device=example.device))
+            context.set_tensor_address(name, outputs[-1].data_ptr())
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        context.execute_async_v3(stream.cuda_stream)  # resources that a capture must not ask for
+    stream.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        context.execute_async_v3(stream.cuda_stream)
+
+    def run(tensor: Tensor) -> tuple[Tensor, ...]:
+        place.copy_(tensor)
+        graph.replay()
+        return tuple(output.clone() for output in outputs)
+
+    run.keeps = engine, context  # the graph uses them
     return run

@@ -6,7 +6,8 @@
 One process, all interleaved, on rotating inputs; weights are redrawn, so that no layer is zero. No row is written where
 the engine's results are not the float32 modules'. `waterfall` adds the engine's own optimisations one after the other.
 Results go to bench/results/<device name>/throughput-<case>.json, and from there into the README and docs/results.md by
-bench/tables.py. OpenVINO and ONNX Runtime are timed where they are installed (pip install openvino onnx onnxruntime).
+bench/tables.py. OpenVINO, ONNX Runtime and TensorRT are timed where they are installed (pip install openvino onnx
+onnxruntime, or tensorrt onnx). On a GPU whose energy NVML counts, rows hold the joules of an image.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +29,7 @@ sys.path.append(str(ROOT))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from bench.energy import joules_per_call  # noqa: E402
 from bench.measuring import environment, peak_memory, results_path, write  # noqa: E402
 from bench.rivals import RIVALS, OneEvaluation, WholeDetection, rival  # noqa: E402
 from dfengine.engine.arithmetic import float32_arithmetic  # noqa: E402
@@ -175,6 +178,9 @@ def bench(
         functions[label], errors[label] = function, error
     times = timed(functions, sets, arguments.seconds)
     found = {label: statistics_of(values, batch) | {"error": errors[label]} for label, values in times.items()}
+    for label, function in functions.items():
+        joules = joules_per_call(partial(function, sets[0]), device)
+        found[label] |= {"joules_per_image": joules / batch} if joules is not None else {}
     flops = batch * (cost(config).image_flops if case == "detect" else cost(config).reconstruction_flops)
     dtype = PRECISIONS[precision]
     achieved = flops / found["dfengine"]["ms"] * 1e3

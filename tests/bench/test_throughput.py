@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
-from bench import throughput
+from bench import rivals, throughput
 
 HEAD = {"device": "cpu", "commit": "abc", "torch": "2", "threads": 2, "tactics": "default"}
 
@@ -29,3 +30,15 @@ def test_rows_of_another_machine_are_left(tmp_path, key):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(HEAD | {key: "other", "rows": [row(1, 5.0)]}))
     assert throughput.rows_of(path, HEAD) == []
+
+
+def test_a_rival_of_another_device_says_so():
+    for name in ("tensorrt", "none"):
+        with pytest.raises(ValueError, match="TensorRT runs on a GPU|no rival is called none"):
+            rivals.rival(name, lambda autocast: torch.nn.Identity(), torch.zeros(1), "float16")
+
+
+def test_eight_bits_are_timed_beside_the_half_precision_of_the_rivals():
+    of = throughput.ranges_of("diff-fastener-tiny", 32, "cpu")
+    assert len(of) > 20 and all(low <= 0 < high for low, high in of.values())
+    assert set(throughput.OF_RIVALS) <= set(throughput.AGREEMENT)
