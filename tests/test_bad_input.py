@@ -224,7 +224,7 @@ ROWS = [
     Row("evaluate: no masks", tree("test/good/0.png", "test/bad/0.png", "test/bad/1.png", "train/good/0.png"),
         prints="no ground-truth masks", command=EVALUATE, exit_status=0),
     Row("evaluate: one mask missing", tree("test/good/0.png", "test/bad/0.png", "test/bad/1.png", "train/good/0.png",
-        "ground_truth/bad/0_mask.png"), prints="1 anomalous image(s) without a mask", command=EVALUATE, exit_status=0),
+        "ground_truth/bad/0_mask.png"), prints="1 anomalous image without a mask", command=EVALUATE, exit_status=0),
     Row("evaluate: mask of another aspect", several(tree("test/good/0.png", "test/bad/0.png", "train/good/0.png"),
         odd_mask), prints="0_mask.png: the mask is 8x16, its image 16x16", command=EVALUATE, exit_status=3),
     Row("evaluate: no test images", tree("train/good/0.png"), prints="no test images", command=EVALUATE, exit_status=1),

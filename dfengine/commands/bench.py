@@ -17,6 +17,7 @@ from dfengine.engine.modules import ModuleRunner
 from dfengine.engine.timing import interleaved
 from dfengine.errors import DfengineError
 from dfengine.files import atomic_write
+from dfengine.wording import counted
 
 ROTATED_INPUTS = 4
 
@@ -55,7 +56,8 @@ def _rows(detector: Detector, modules: ModuleRunner, batch: int, seconds: float)
         images = [(trial_images(batch, size, 3, seed) * 255).round().to(torch.uint8) for seed in range(ROTATED_INPUTS)]
         units = [(part.float() / 255).to(detector.device) for part in images]
     except (RuntimeError, MemoryError):  # on a CPU torch has no error of its own for it
-        raise DfengineError(f"{detector.device}: no memory for batches of {batch} images; use a smaller one") from None
+        wanted = f"batches of {counted(batch, 'image')}"
+        raise DfengineError(f"{detector.device}: no memory for {wanted}; use a smaller one") from None
     arrays = [list(part.numpy()) for part in images]
 
     def plain(unit: torch.Tensor) -> None:

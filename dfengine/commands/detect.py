@@ -8,6 +8,7 @@ from pathlib import Path
 from dfengine.commands.scoring import Outputs, Scoring, open_detector, report_items, say, say_error
 from dfengine.data.inputs import InputImage, collect_inputs
 from dfengine.report.report import ReportItem, write_report
+from dfengine.wording import counted
 
 
 def run_detect(
@@ -63,10 +64,10 @@ def _detect(
         report = outputs.attempt(report_file)
     except KeyboardInterrupt:
         outputs.rows(rows)
-        say_error(f"{len(rows)} of {len(images)} images were scored; they are in {out / 'results.csv'}")
+        say_error(f"{len(rows)} of {counted(len(images), 'image')} scored; the results are in {out / 'results.csv'}")
         raise
     outputs.rows(rows)
-    say(f"{scoring.summary()}; {alarms} alarms (threshold {detector.threshold:.4g})")
+    say(f"{scoring.summary()}; {counted(alarms, 'alarm')} (threshold {detector.threshold:.4g})")
     if report:
         say(f"report: {report}")
     return outputs.status(scoring)

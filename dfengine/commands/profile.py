@@ -14,6 +14,7 @@ from dfengine.engine.profile import Timeline, captured, timeline
 from dfengine.errors import UsageError
 from dfengine.files import atomic_write
 from dfengine.kernels.registry import ENVIRONMENT
+from dfengine.wording import counted
 
 TOP = 15
 """Ops that are printed."""
@@ -41,7 +42,7 @@ def run_profile(
     out = out or TRACE
     atomic_write(out, json.dumps(times.chrome_trace(**bound.facts())))
     ops = len(bound.executor.program.ops)
-    print(f"{iterations} runs of {ops} ops in {out}; open it in chrome://tracing or Perfetto")
+    print(f"{counted(iterations, 'run')} of {counted(ops, 'op')} in {out}; open it in chrome://tracing or Perfetto")
 
 
 def top_lines(times: Timeline) -> list[str]:

@@ -41,6 +41,7 @@ from dfengine.training.schedule import Budget, Clock, stage_of
 from dfengine.training.state import RunState, TrainingInterrupted, check_identity, load_state, read_state
 from dfengine.training.trainer import Trainer, TrainingDiverged
 from dfengine.training.validation import run, validate, verdict
+from dfengine.wording import counted
 
 MAX_VALIDATION_NORMALS = 64
 MAX_VALIDATING = 0.05  # share of a budget of minutes
@@ -322,11 +323,11 @@ class _Run:
         normals = self.normals
         for name, reason in normals.skipped:
             self._say(f"skipped {name}: {reason}")
-        self._say(f"{len(normals.train)} normal images to train on, {len(normals.held_out)} held out")
+        self._say(f"{counted(len(normals.train), 'normal image')} to train on, {len(normals.held_out)} held out")
         if normals.overlap:
             self._say(
-                f"{normals.overlap} of the held-out images are also trained on, in this run or before it: validation "
-                "and threshold are optimistic"
+                f"the weights see {normals.overlap} of the held-out images, in this run or before it: validation and "
+                "threshold are optimistic"
             )
 
     def _identity(self) -> dict[str, Any]:
@@ -346,8 +347,8 @@ class _Run:
         threads = torch.get_num_threads()
         if state.threads != threads:
             self._say(
-                f"resuming with {threads} threads instead of {state.threads}: results will agree to rounding, not bit "
-                "for bit"
+                f"resuming with {counted(threads, 'thread')} instead of {state.threads}: results will agree to "
+                "rounding, not bit for bit"
             )
         return state, tensors
 

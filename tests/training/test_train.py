@@ -247,7 +247,7 @@ def test_unreadable_images_are_named_and_too_few_refused(normals, tmp_path, line
     config = CONFIG.replace(steps=2, validations=1)
     result = train(config, tiny_config(), folder, tmp_path / "net.safetensors", console=lines)
     assert "skipped bad.png" in lines.file.getvalue()
-    assert "2 of the held-out images are also trained on" in lines.file.getvalue()
+    assert "the weights see 2 of the held-out images" in lines.file.getvalue()
     assert result.record["data"]["skipped"] == ["bad.png"]
     assert result.record["data"]["held_out_also_trained"] == 2
 
