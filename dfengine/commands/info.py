@@ -18,6 +18,7 @@ from dfengine.checkpoint import load_checkpoint
 from dfengine.commands.plan import aligned, run_plan
 from dfengine.commands.scoring import say
 from dfengine.errors import UsageError
+from dfengine.kernels.registry import ENVIRONMENT
 from dfengine.models import PRESETS, cost
 from dfengine.wording import counted
 
@@ -72,6 +73,7 @@ def installation() -> dict[str, Any]:
         "devices": devices,
         "native": native.status(),
         "kernels": {kind: kernels.table(kind) for kind in kinds},
+        "forced_backend": kernels.forced_backend(None),
         "presets": list(PRESETS),
     }
 
@@ -177,5 +179,7 @@ def _print_installation(console: Console, facts: dict[str, Any]) -> None:
         say("\n".join(aligned(lines, left=range(4))))
         for backend, reason in reasons.items():
             console.print(escape(f"  {backend}: {reason}"))
+    if facts["forced_backend"]:
+        say(f"{ENVIRONMENT}={facts['forced_backend']} forces this backend on every op")
     say("")
     console.print("presets: " + ", ".join(facts["presets"]))
