@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dfengine.commands.plan import aligned
 from dfengine.commands.programs import Bound, bound_program
+from dfengine.engine.tactics import check_cache
 from dfengine.errors import UsageError
 from dfengine.files import check_writable
 from dfengine.kernels.registry import ENVIRONMENT
@@ -22,10 +23,13 @@ def run_tune(
     seconds: float | None,
     out: Path | None,
 ) -> None:
-    """Prints what was found and writes it to the cache, or to `out`. Raises DfengineError where there is no program."""
+    """Prints what was found and writes it to the cache, or to `out`. Raises DfengineError where there is no program, or
+    what is measured could not be kept."""
     sizes = sorted(set(batch), reverse=True)  # the largest needs the memory that all share
     tactics = "exhaustive" if exhaustive else "tuned"
-    if out is not None:
+    if out is None:
+        check_cache()
+    else:
         check_writable(out)
     with bound_program(checkpoint, sizes[0], device, precision, 0, tactics, seconds) as bound:
         if bound.runner.tactics is None:
@@ -38,7 +42,7 @@ def run_tune(
         if out is not None:
             known.write(out)
         elif bound.runner.choices:
-            known.save()  # where it could not be, the error ends the command: nothing is remembered
+            known.save()
         print(f"{counted(len(known), 'tactic')} known for this device; measured ones are in {out or known.path}")
 
 
