@@ -68,6 +68,10 @@ class RunLog:
         """One line for the user."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def warn(self, text: str) -> None:
+        """`say`, with the beginning that the warnings of all commands have."""
+        self.say(f"dfengine: warning: {text}")
+
     def begin(self, progress: float, seconds_left: float | None, steps_left: int | None) -> None:
         """Shows how much is left before the first step: time, or steps where their pace is not known yet."""
         left = f"{counted(steps_left, 'step')} left" if seconds_left is None else f"{_duration(seconds_left)} left"
@@ -129,7 +133,7 @@ class RunLog:
             reason = str(error)
             if reason not in self._warned:
                 self._warned.add(reason)
-                self.say(f"warning: the training log cannot be written: {reason}")
+                self.warn(f"the training log cannot be written: {reason}")
 
 
 def read_log(path: Path) -> list[dict[str, float]]:

@@ -58,8 +58,8 @@ def verdict(metrics: dict[str, float], trained: int = 0) -> list[str]:
     ]
     if share < DOUBTFUL:
         lines.append(
-            "warning: that is not reliable; more minutes or more images would help; look at the last panel before "
-            "trusting it"
+            "dfengine: warning: that is not reliable; more minutes or more images would help; look at the last panel "
+            "before trusting it"
         )
     return lines
 
