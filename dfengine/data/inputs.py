@@ -132,7 +132,7 @@ def _expand(item: Any, name: str) -> list[InputImage]:
     if isinstance(item, (str, os.PathLike)):
         given = os.fsdecode(item)
         if os.path.isdir(given):
-            return [InputImage(str(path), path=path) for path in list_images(given)]
+            return [InputImage(str(path), path=path) for path in list_images(given, others=True)]
         # Not through Path, which would tidy the name: "./a.png" is shown as it was given.
         return [InputImage(given, path=given)]
     if isinstance(item, Image.Image):

@@ -187,7 +187,8 @@ class _Run:
         try:
             return self._go(stop)
         except KeyboardInterrupt:
-            raise TrainingInterrupted(f"training stopped at once, in step {self.state.step}; {self._kept()}") from None
+            done = counted(self.state.step, "step")
+            raise TrainingInterrupted(f"training stopped at once, after {done}; {self._kept()}") from None
 
     def _go(self, stop: Callable[[int], bool] | None) -> TrainResult:
         record = {}

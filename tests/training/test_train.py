@@ -162,7 +162,7 @@ def test_a_second_ctrl_c_stops_at_once_and_says_what_was_saved(normals, tmp_path
         monkeypatch.setattr(trainer_module.Trainer, "save", lambda self, path: None)
     reason = "the state at step 2 is saved in .*--resume goes on" if saved else "nothing was saved$"
     config = CONFIG.replace(validations=4)
-    with pytest.raises(TrainingInterrupted, match=f"training stopped at once, in step 3; {reason}") as stopped:
+    with pytest.raises(TrainingInterrupted, match=f"training stopped at once, after 3 steps; {reason}") as stopped:
         train(config, tiny_config(), normals, out)
     assert stopped.value.exit_code == 130 and run_folder_of(out).is_dir() and not out.exists()
 
