@@ -328,9 +328,8 @@ def _checked_path(path: Any) -> Path:
     path = path_of("a checkpoint", path)
     try:
         kind = None if path.is_file() else "no such file"
-    except (OSError, ValueError) as error:
-        reason = os_reason(error) if isinstance(error, OSError) else "not a file name"
-        raise CheckpointError(f"{str(path)!r}: {reason}") from None
+    except OSError as error:
+        raise CheckpointError(f"{str(path)!r}: {os_reason(error)}") from None
     if kind and path.is_dir():
         kind = "is a folder, not a checkpoint"
     elif kind and path.is_symlink():

@@ -351,6 +351,9 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # for names of files that are not in the system's encoding
+    if "" in (sys.argv[1:] if arguments is None else arguments):  # as a path it would be the current folder
+        print("dfengine: an argument is empty: perhaps a variable of the shell that is not set", file=sys.stderr)
+        return UsageError.exit_code
     log, lines = logging.getLogger("dfengine"), logging.StreamHandler()
     lines.setFormatter(logging.Formatter("dfengine: warning: %(message)s"))
     log.addHandler(lines)

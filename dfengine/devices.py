@@ -29,6 +29,10 @@ def resolve_device(device: str) -> torch.device:
         raise UsageError(f"device must be auto, cpu, cuda or cuda:N, not {device!r}") from None
     if resolved.type not in ("cpu", "cuda"):
         raise UsageError(f"device must be auto, cpu, cuda or cuda:N, not {device!r}")
+    if resolved.type == "cpu":
+        if resolved.index:
+            raise UsageError(f"device {device}: all processors are one device, cpu")
+        return torch.device("cpu")
     if resolved.type == "cuda":
         count = torch.cuda.device_count()
         if not torch.cuda.is_available() or count == 0:

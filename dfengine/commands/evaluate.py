@@ -216,13 +216,15 @@ def print_robustness(table: dict[str, Any]) -> None:
             number(row["mean_shift"], "+.4f"),
             number(row["image_auroc"], ".4f"),
         )
+    good = counted(table["n_good"], "good image")
     say(
-        f"robustness of the {table['n_good']} good images (clean 90% quantile {table['quantile_threshold']:.4f}, "
-        f"threshold {number(table['threshold'], '.4f')}):"
+        f"robustness, {good} (clean 90% quantile {table['quantile_threshold']:.4f}, threshold "
+        f"{number(table['threshold'], '.4f')}):"
     )
     Console(highlight=False).print(shown)
     failed = [row["change"] for row in table["rows"] if not row["passes"]]
-    goal = f"false alarms at most {table['goal_ratio']:g} times those of the unchanged images"
+    at = f"at the clean 90% quantile {table['quantile_threshold']:.4f}"
+    goal = f"{at}, false alarms at most {table['goal_ratio']:g} times those of the unchanged images"
     say(f"{goal}: " + (f"not under {', '.join(failed)}" if failed else "under every change"))
 
 

@@ -189,6 +189,7 @@ def test_evaluate_measures_robustness(tmp_path, capsys):
     assert [float(row["rate"]) for row in rows_of(out / "robustness.csv")] == [row["rate"] for row in table["rows"]]
     for row in table["rows"]:
         assert f"{row['change']} " in printed.out and f"{row['alarms']}/4" in printed.out
+    assert f"at the clean 90% quantile {table['quantile_threshold']:.4f}, false alarms at most 2 times" in printed.out
     assert "<h2>Robustness</h2>" in (out / "report.html").read_text()
     # From Python the same, and the unchanged images are those of the results.
     anomalous = [sample.path for sample in open_dataset(data).test if sample.label]
@@ -400,4 +401,5 @@ def test_help_and_wrong_usage(capsys):
     assert main(["detect", "--help"]) == 0
     assert main(["nonsense"]) == 2
     assert main(["detect"]) == 2
+    assert main(["detect", "model.safetensors", "photos", "--out", ""]) == 2
     assert "Traceback" not in capsys.readouterr().err
