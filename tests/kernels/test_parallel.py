@@ -164,10 +164,14 @@ from dfengine import native
 
 torch.set_num_threads(4)
 native.module.with_helpers(4, lambda: None)
-thread = threading.Thread(target=lambda: native.module.with_helpers(4, lambda: threading.Event().wait()), daemon=True)
-thread.start()
-while not thread.is_alive():
-    pass
+standing = threading.Event()
+
+def stand():
+    standing.set()
+    threading.Event().wait()
+
+threading.Thread(target=lambda: native.module.with_helpers(4, stand), daemon=True).start()
+standing.wait()
 print("ended")
 """
 
