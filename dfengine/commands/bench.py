@@ -16,7 +16,7 @@ from dfengine.engine.measure import trial_images
 from dfengine.engine.modules import ModuleRunner
 from dfengine.engine.timing import interleaved
 from dfengine.errors import DfengineError
-from dfengine.files import atomic_write
+from dfengine.files import atomic_write, check_writable
 from dfengine.wording import counted
 
 ROTATED_INPUTS = 4
@@ -26,6 +26,8 @@ def run_bench(
     checkpoint: Path, batch: list[int], device: str, precision: str, seconds: float, out: Path | None
 ) -> None:
     """Prints images/s and latencies of detection, images in memory to results, by batch size; writes them to `out`."""
+    if out is not None:
+        check_writable(out)
     loaded = load_checkpoint(checkpoint)
     detector = Detector(loaded, device, precision)
     modules = ModuleRunner(loaded.build(), detector.device, detector.precision, detector.seed)

@@ -124,7 +124,7 @@ class Scoring:
 
     def summary(self) -> str:
         """One line: how many images, refusals, and how fast."""
-        pace = f", {self.scored / self.seconds:.1f} images/s" if self.seconds else ""
+        pace = f", {self.scored / self.seconds:.1f} images/s" if self.scored and self.seconds else ""
         refused = f", {self.inputs_refused} refused" if self.inputs_refused else ""
         return f"{counted(self.scored, 'image')} scored{refused}{pace}"
 

@@ -112,6 +112,16 @@ def test_heatmaps_of_an_earlier_run_are_not_scored(checkpoint, data, capsys):
     assert "choose another folder" in capsys.readouterr().err
 
 
+def test_images_given_twice_are_said(checkpoint, data, tmp_path, capsys):
+    good = data / "test" / "good"
+    assert main(["detect", str(checkpoint), str(good), str(good / "0_d.png"), "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == "dfengine: warning: 1 image given more than once, and counted each time\n"
+    assert printed.out.startswith("5 images scored")
+    assert main(["detect", str(checkpoint), str(good), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("theirs", ["results.csv", "heatmaps/00000_a.png", "site1/gray.png"])
 def test_a_folder_of_somebody_elses_is_refused_and_left(checkpoint, data, tmp_path, theirs, capsys):
     """The marker of results would hide its images from later runs."""

@@ -46,6 +46,14 @@ def test_a_cache_that_cannot_be_written_loses_nothing(tiny, tmp_path, capsys, ca
     assert "is a folder, not a file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["bench", "profile", "roofline"])
+def test_a_result_that_cannot_be_written_is_refused_before_it_is_measured(command, tiny, tmp_path, capsys):
+    (tmp_path / "folder.png").mkdir()
+    assert main([command, str(tiny), "--batch", "1", "--out", str(tmp_path / "folder.png")]) == 1
+    refusal = "cannot be written: is a folder, not a file"
+    assert capsys.readouterr() == ("", f"dfengine: {tmp_path / 'folder.png'}: {refusal}\n")
+
+
 def test_no_time_is_said(tiny, capsys):
     assert main(["tune", str(tiny), "--batch", "1", "--seconds", "0"]) == 0
     assert "no time for " in capsys.readouterr().out
