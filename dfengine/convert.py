@@ -41,7 +41,7 @@ class ConvertSummary:
     def __str__(self) -> str:
         c, epoch = self.config, "" if self.epoch is None else f", epoch {self.epoch}"
         return (
-            f"{self.out}: {c.preset}, {c.image_size}x{c.image_size}, base {c.base}, {c.heads} heads{epoch}; "
+            f"{self.out}: {c.preset}, {c.image_size}x{c.image_size}, base {c.base}, {counted(c.heads, 'head')}{epoch}; "
             f"{self.tensors} tensors, {self.parameters:,} parameters. Not calibrated."
         )
 

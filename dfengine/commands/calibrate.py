@@ -8,7 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from dfengine.checkpoint import TRIAL_IMAGES, Checkpoint, load_checkpoint, save_checkpoint, update_checkpoint
+from dfengine.checkpoint import (
+    TRIAL_IMAGES,
+    Checkpoint,
+    check_target,
+    load_checkpoint,
+    save_checkpoint,
+    update_checkpoint,
+)
 from dfengine.commands.scoring import Scoring, say, warn
 from dfengine.data.folders import Sample, content_digest, open_dataset
 from dfengine.data.inputs import collect_inputs
@@ -16,6 +23,7 @@ from dfengine.detector import Detector
 from dfengine.devices import resolve_device
 from dfengine.errors import DataError, UsageError
 from dfengine.evaluation.calibration import FASTENERS_PER_KM, Calibration, calibrate, false_alarm_rate_from_km
+from dfengine.files import check_writable
 from dfengine.precision import with_trial
 from dfengine.wording import counted
 
@@ -45,6 +53,9 @@ def run_calibrate(
     fasteners_per_km = FASTENERS_PER_KM if fasteners_per_km is None else fasteners_per_km
     keep = data is None and threshold is None  # the threshold as it is
     loaded = seen = load_checkpoint(checkpoint)
+    target = out or checkpoint
+    check_target(target)  # both better before the work than after it
+    check_writable(target)
     trial = loaded.trial.images if half and loaded.trial else None  # the images whose maps have to be made again
     loaded = _as_wanted(loaded, half, top_k)
     status = 0
@@ -71,7 +82,6 @@ def run_calibrate(
         trial = np.concatenate(shown)
     if trial is not None:
         loaded = with_trial(loaded, trial, resolve_device(device))
-    target = out or checkpoint
     if os.path.realpath(target) != os.path.realpath(checkpoint):
         save_checkpoint(target, loaded.with_calibration(calibration))
     else:

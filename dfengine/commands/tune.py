@@ -8,7 +8,7 @@ from pathlib import Path
 from dfengine.commands.plan import aligned
 from dfengine.commands.programs import Bound, bound_program
 from dfengine.engine.tactics import check_cache
-from dfengine.errors import UsageError
+from dfengine.errors import DfengineError, UsageError
 from dfengine.files import check_writable
 from dfengine.kernels.registry import ENVIRONMENT
 from dfengine.wording import counted
@@ -28,7 +28,10 @@ def run_tune(
     sizes = sorted(set(batch), reverse=True)  # the largest needs the memory that all share
     tactics = "exhaustive" if exhaustive else "tuned"
     if out is None:
-        check_cache()
+        try:
+            check_cache()
+        except DfengineError as error:
+            raise DfengineError(f"{error}; name a file with --out to keep what is measured") from None
     else:
         check_writable(out)
     with bound_program(checkpoint, sizes[0], device, precision, 0, tactics, seconds) as bound:
