@@ -71,7 +71,8 @@ class TextureSource:
             if len(self._cache) < self._cache_limit:
                 self._cache[index] = image
             return image
-        raise DataError(f"no readable texture image among {counted(len(self.paths), 'file')}, the first is {self.paths[0]}")
+        files = counted(len(self.paths), "file")
+        raise DataError(f"no readable texture image among {files}, the first is {self.paths[0]}")
 
 
 def procedural_texture(size: int, rng: np.random.Generator) -> np.ndarray:
