@@ -39,14 +39,16 @@ const std::map<std::string, bool>& cpu_levels() {
 void run_with_helpers(int threads, const py::function& work) {
     std::exception_ptr raised;
     {
-        py::gil_scoped_release unlocked;
+        const Unlocked unlocked;
         with_helpers(threads, [&] {
-            py::gil_scoped_acquire locked;
-            try {
-                work();
-            } catch (...) {
-                raised = std::current_exception();
-            }
+            or_wait_for_the_end([&] {
+                py::gil_scoped_acquire locked;
+                try {
+                    or_wait_for_the_end(work);
+                } catch (...) {
+                    raised = std::current_exception();
+                }
+            });
         });
     }
     if (raised) std::rethrow_exception(raised);
@@ -71,7 +73,7 @@ PYBIND11_MODULE(_native, module) {
     module.attr("compiler") = DFE_COMPILER;
     module.def("cpu_levels", &dfe::cpu_levels, "Instruction-set levels compiled in, and whether this processor runs them; the last usable one is taken.");
     py::class_<dfe::Call, std::shared_ptr<dfe::Call>>(module, "Call", "A call of an op over raw pointers, to be run any number of times.")
-        .def("run", &dfe::Call::run, py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+        .def("run", &dfe::Call::run, py::arg("threads"), py::call_guard<dfe::Unlocked>());
     py::class_<dfe::Calls, dfe::Call, std::shared_ptr<dfe::Calls>>(module, "Calls", "Calls that follow each other.")
         .def(py::init<std::vector<std::shared_ptr<const dfe::Call>>>(), py::arg("calls"));
     module.def("with_helpers", &dfe::run_with_helpers, py::arg("threads"), py::arg("work"),

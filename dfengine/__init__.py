@@ -10,11 +10,11 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
 
 from dfengine._version import __version__
 from dfengine.errors import DfengineError
 
+TYPE_CHECKING = False  # type checkers know the name; typing would take longer to import than all of this
 if TYPE_CHECKING:
     from dfengine.detection import Detection
     from dfengine.detector import Detector, load

@@ -37,7 +37,11 @@ def real_number(name: str, value: Any) -> float:
 
 
 def path_of(what: str, value: Any) -> Path:
-    """`value`, which names `what`, as a Path. Raises `ArgumentTypeError` for what is no text and no path."""
+    """`value`, which names `what`, as a Path. Raises `ArgumentTypeError` for what is no text and no path, `UsageError`
+    for text that can name no file: an empty one would name the current folder."""
     if not isinstance(value, (str, os.PathLike)):
         raise ArgumentTypeError(f"{what} is named by a path, not by a value of type {type(value).__name__}")
-    return Path(value)
+    name = os.fsdecode(value)
+    if not name or "\0" in name:
+        raise UsageError(f"{what} is named by a path, not by {'an empty text' if not name else repr(name)}")
+    return Path(name)

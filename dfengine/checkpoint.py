@@ -35,6 +35,7 @@ TRIAL_IMAGES = 4
 """The most images of a `Trial`."""
 _TRIAL = "trial."
 _SUM = "sha256"
+_REMEDY = "copy it again or train anew"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -154,20 +155,28 @@ def check_state(config: ModelConfig, state: dict[str, Tensor], name: str) -> Non
             raise CheckpointError(f"{name}: {key} has dtype {have.dtype}, expected {want.dtype}")
 
 
-def _check_trial(config: ModelConfig, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, str], name: str) -> None:
-    """Raises `CheckpointError` unless names, shapes and dtypes (safetensors' names) are those of a `Trial`."""
-    if set(shapes) != {"images", "anomaly_map"}:
-        found = ", ".join(sorted(shapes)) or "missing"
+def _trial_of(tensors: dict[str, Tensor], config: ModelConfig, name: str) -> Trial:
+    """The trial that `tensors` are. Raises `CheckpointError` where names, shapes, dtypes or values are not of one."""
+    if set(tensors) != {"images", "anomaly_map"}:
+        found = ", ".join(sorted(tensors)) or "missing"
         raise CheckpointError(f"{name}: the trial images are {found}; expected anomaly_map, images")
-    size, count = config.image_size, shapes["images"][:1]
+    size, count = config.image_size, tuple(tensors["images"].shape[:1])
     if not (count and 1 <= count[0] <= TRIAL_IMAGES):
-        raise CheckpointError(f"{name}: trial.images has shape {shapes['images']}, not 1 to {TRIAL_IMAGES} images")
-    wanted = {"images": ((*count, size, size, config.channels), "U8"), "anomaly_map": ((*count, size, size), "F16")}
+        shape = tuple(tensors["images"].shape)
+        raise CheckpointError(f"{name}: trial.images has shape {shape}, not 1 to {TRIAL_IMAGES} images")
+    wanted = {
+        "images": ((*count, size, size, config.channels), torch.uint8),
+        "anomaly_map": ((*count, size, size), torch.float16),
+    }
     for key, (shape, dtype) in wanted.items():
-        if shapes[key] != shape or dtypes[key] != dtype:
+        found = tensors[key]
+        if found.shape != shape or found.dtype != dtype:
             raise CheckpointError(
-                f"{name}: trial.{key} is {dtypes[key]} of shape {shapes[key]}, expected {dtype} of shape {shape}"
+                f"{name}: trial.{key} is {found.dtype} of shape {tuple(found.shape)}, expected {dtype} of shape {shape}"
             )
+    if not torch.isfinite(tensors["anomaly_map"]).all():
+        raise CheckpointError(f"{name}: trial.anomaly_map holds values that are not finite")
+    return Trial(**tensors)
 
 
 def check_target(path: str | Path) -> None:
@@ -219,11 +228,9 @@ def _write(path: str | Path, checkpoint: Checkpoint) -> None:
     trial = checkpoint.trial
     tensors = dict(checkpoint.state)
     if trial is not None:
-        shapes = dict(images=tuple(trial.images.shape), anomaly_map=tuple(trial.anomaly_map.shape))
-        names = {torch.uint8: "U8", torch.float16: "F16"}
-        dtypes = {key: names.get(getattr(trial, key).dtype, "other") for key in shapes}
-        _check_trial(checkpoint.config, shapes, dtypes, str(path))
-        tensors |= {_TRIAL + key: getattr(trial, key) for key in shapes}
+        parts = dict(images=trial.images, anomaly_map=trial.anomaly_map)
+        _trial_of(parts, checkpoint.config, str(path))
+        tensors |= {_TRIAL + key: value for key, value in parts.items()}
     metadata = {
         "format": FORMAT,
         "version": VERSIONS[trial is not None],  # the oldest that can say it, so that older releases read what they can
@@ -281,16 +288,35 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
                     f"{path}: checkpoint version {metadata.get('version')!r} is not supported (this dfengine reads "
                     f"versions {' and '.join(VERSIONS)})"
                 )
-            config = ModelConfig.from_dict(_json(metadata, "config", path))
-            trial = _load_trial(file, config, metadata["version"] == "2", path)
-            names = [name for name in file.keys() if trial is None or not name.startswith(_TRIAL)]  # noqa: SIM118 (not a dict)
-            state = {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: {_damage(path, error)}") from None
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError:
+        raise CheckpointError(f"{path}: {_damage(path)}") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from None
+        raise CheckpointError(f"{path}: {os_reason(error)}") from None
+    with ThreadPoolExecutor(1) as beside:  # either takes longer than reading the file
+        found = beside.submit(_checksum, metadata, tensors) if _SUM in metadata else None
+        try:
+            checkpoint, error = _checked(metadata, tensors, path), None
+        except CheckpointError as refusal:
+            checkpoint, error = None, refusal
+    if found is not None and found.result() != metadata[_SUM]:  # which says more than what it led to
+        raise CheckpointError(f"{path}: is damaged: its content is not what was written; {_REMEDY}")
+    if error is not None:
+        raise error
+    return checkpoint
+
+
+def _checked(metadata: Mapping[str, str], tensors: dict[str, Tensor], path: Path) -> Checkpoint:
+    """What a file of this content holds. Raises `CheckpointError` where it does not fit together."""
+    try:
+        config = ModelConfig.from_dict(_json(metadata, "config", path))
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    trial = None
+    if metadata["version"] == "2":
+        parts = {name: value for name, value in tensors.items() if name.startswith(_TRIAL)}
+        trial = _trial_of({name.removeprefix(_TRIAL): value for name, value in parts.items()}, config, str(path))
+        tensors = {name: value for name, value in tensors.items() if name not in parts}
     training = _json(metadata, "training", path)
     if not isinstance(training, dict):
         raise CheckpointError(f"{path}: metadata field 'training' is not a table of fields")
@@ -305,17 +331,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     for name, record in verified.items():
         if not _are_ranges(record.get("ranges", {})):
             raise CheckpointError(f"{path}: the ranges verified for {name} are not pairs of numbers around 0")
-    tensors = dict(state)
-    if trial is not None:
-        tensors |= {_TRIAL + key: getattr(trial, key) for key in ("images", "anomaly_map")}
-    with ThreadPoolExecutor(1) as beside:  # either takes longer than reading the file
-        found = beside.submit(_checksum, metadata, tensors) if _SUM in metadata else None
-        check_state(config, state, str(path))
-    if found is not None and found.result() != metadata[_SUM]:
-        raise CheckpointError(
-            f"{path}: is damaged: its content is not what was written (sha256 differs); copy it again or train anew"
-        )
-    return Checkpoint(config, state, training, calibration, trial, verified)
+    check_state(config, tensors, str(path))
+    return Checkpoint(config, tensors, training, calibration, trial, verified)
 
 
 def _are_ranges(ranges: Any) -> bool:
@@ -332,9 +349,8 @@ def _checked_path(path: Any) -> Path:
     path = path_of("a checkpoint", path)
     try:
         kind = None if path.is_file() else "no such file"
-    except (OSError, ValueError) as error:
-        reason = os_reason(error) if isinstance(error, OSError) else "not a file name"
-        raise CheckpointError(f"{str(path)!r}: {reason}") from None
+    except OSError as error:
+        raise CheckpointError(f"{str(path)!r}: {os_reason(error)}") from None
     if kind and path.is_dir():
         kind = "is a folder, not a checkpoint"
     elif kind and path.is_symlink():
@@ -355,24 +371,14 @@ def _check_name(path: Path) -> None:
         raise CheckpointError(f"{path}: a checkpoint's name must be valid UTF-8; rename it") from None
 
 
-def _load_trial(file: Any, config: ModelConfig, has_one: bool, path: Path) -> Trial | None:
-    """The trial in an open safetensors file, read once its shapes are known to be right. Raises `CheckpointError`."""
-    if not has_one:
-        return None
-    parts = {name.removeprefix(_TRIAL): file.get_slice(name) for name in file.keys() if name.startswith(_TRIAL)}  # noqa: SIM118
-    shapes = {key: tuple(part.get_shape()) for key, part in parts.items()}
-    _check_trial(config, shapes, {key: part.get_dtype() for key, part in parts.items()}, str(path))
-    trial = Trial(**{key: file.get_tensor(_TRIAL + key) for key in parts})
-    if not torch.isfinite(trial.anomaly_map).all():
-        raise CheckpointError(f"{path}: trial.anomaly_map holds values that are not finite")
-    return trial
-
-
-def _damage(path: Path, error: SafetensorError) -> str:
+def _damage(path: Path) -> str:
+    """What is wrong with a file that safetensors does not read."""
     with path.open("rb") as file:
         start = file.read(9)
     if not start:
         return "the file is empty"
     if start[8:] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
         return "a PyTorch pickle, not a safetensors checkpoint; import DiffusionAD weights with `dfengine convert`"
-    return f"not a readable safetensors file: truncated or damaged ({error})"
+    if start[8:] == b"{":
+        return f"is damaged: cut short or overwritten; {_REMEDY}"
+    return "not a safetensors checkpoint, or overwritten at its start"

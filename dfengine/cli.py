@@ -134,14 +134,21 @@ def calibrate(
         float | None, typer.Option(help="Wanted share of normals above the threshold (default: 0.01).")
     ] = None,
     alarms_per_km: Annotated[float | None, typer.Option(help="The same, as alarms per km of track.")] = None,
-    fasteners_per_km: Annotated[float, typer.Option(help="Fasteners per km, for --alarms-per-km.")] = 6667,
+    fasteners_per_km: Annotated[
+        float | None, typer.Option(help="Fasteners per km, for --alarms-per-km (default: 6667).")
+    ] = None,
     threshold: Annotated[float | None, typer.Option(help="Set the threshold by hand: 0 to 1.")] = None,
     top_k: Annotated[
         float | None,
-        typer.Option(help="Let scores average so many of a map's 65,536 largest pixels: few for small defects."),
+        typer.Option(
+            help="Let scores average so many of a map's 65,536 largest pixels: few for small defects. The threshold is "
+            "set anew."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the result here (default: into CKPT).")] = None,
-    half: Annotated[bool, typer.Option("--half", help="Store the weights in half precision: half the size.")] = False,
+    half: Annotated[
+        bool, typer.Option("--half", help="Store the weights in half precision: half the size; needs no images.")
+    ] = False,
     batch_size: BatchOption = 16,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
@@ -344,6 +351,9 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # for names of files that are not in the system's encoding
+    if "" in (sys.argv[1:] if arguments is None else arguments):  # as a path it would be the current folder
+        print("dfengine: an argument is empty: perhaps a variable of the shell that is not set", file=sys.stderr)
+        return UsageError.exit_code
     log, lines = logging.getLogger("dfengine"), logging.StreamHandler()
     lines.setFormatter(logging.Formatter("dfengine: warning: %(message)s"))
     log.addHandler(lines)

@@ -20,6 +20,7 @@ from dfengine.files import os_reason
 from dfengine.models import ModelConfig, build_model
 from dfengine.models import preset as preset_config
 from dfengine.torch_file import LegacyTorchFile, TensorRecord, ZipTorchFile, open_torch_file, printable
+from dfengine.wording import counted
 
 _PUBLIC_TOP_K = 50
 _MAX_NUMBER = 2**31  # no setting of the public code comes near it
@@ -40,7 +41,7 @@ class ConvertSummary:
     def __str__(self) -> str:
         c, epoch = self.config, "" if self.epoch is None else f", epoch {self.epoch}"
         return (
-            f"{self.out}: {c.preset}, {c.image_size}x{c.image_size}, base {c.base}, {c.heads} heads{epoch}; "
+            f"{self.out}: {c.preset}, {c.image_size}x{c.image_size}, base {c.base}, {counted(c.heads, 'head')}{epoch}; "
             f"{self.tensors} tensors, {self.parameters:,} parameters. Not calibrated."
         )
 
@@ -257,7 +258,7 @@ def _read_state(
     for names, what in ((missing, "missing"), (unexpected, "unexpected"), (wrong, "of the wrong shape")):
         if names:
             listed = ", ".join(_listed(names, records, expected))
-            raise CheckpointError(f"{len(names)} tensors {what}: {listed}")
+            raise CheckpointError(f"{counted(len(names), 'tensor')} {what}: {listed}")
     state = {}
     for name, tensor in expected.items():
         if name in records:

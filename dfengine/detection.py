@@ -19,6 +19,7 @@ import numpy as np
 from dfengine.arguments import path_of
 from dfengine.evaluation.calibration import Calibration
 from dfengine.files import atomic_write
+from dfengine.wording import counted
 
 UNCALIBRATED_PIXEL_THRESHOLD = 0.5
 """Where a map pixel counts as anomalous without a calibration: the map is a probability."""
@@ -189,7 +190,7 @@ class Detection:
         )
 
     def __repr__(self) -> str:
-        parts = [f"{len(self)} images"]
+        parts = [counted(len(self), "image")]
         if len(self):
             parts.append(f"pred_score {self.pred_score.min():.4f} to {self.pred_score.max():.4f}")
         if self.calibration is None:

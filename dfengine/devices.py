@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from dfengine.errors import UsageError
+from dfengine.wording import counted
 
 
 def cpu_has_bfloat16() -> bool:
@@ -28,12 +29,16 @@ def resolve_device(device: str) -> torch.device:
         raise UsageError(f"device must be auto, cpu, cuda or cuda:N, not {device!r}") from None
     if resolved.type not in ("cpu", "cuda"):
         raise UsageError(f"device must be auto, cpu, cuda or cuda:N, not {device!r}")
+    if resolved.type == "cpu":
+        if resolved.index:
+            raise UsageError(f"device {device}: all processors are one device, cpu")
+        return torch.device("cpu")
     if resolved.type == "cuda":
         count = torch.cuda.device_count()
         if not torch.cuda.is_available() or count == 0:
             raise UsageError(f"device {device}: torch finds no CUDA GPU on this machine")
         if (resolved.index or 0) >= count:
-            raise UsageError(f"device {device}: this machine has {count} GPU{'s' if count > 1 else ''}, counted from 0")
+            raise UsageError(f"device {device}: this machine has {counted(count, 'GPU')}, counted from 0")
     return resolved
 
 

@@ -41,10 +41,11 @@ def available() -> bool:
 
 
 def status() -> str:
-    """One line: how the extension was built and what it uses here, or why it is missing."""
+    """One line: how the extension was built and what this processor runs of it, or why it is missing."""
     if module is None:
         return f"dfengine._native is not available: {reason}"
-    levels = ", ".join(f"{name} {'yes' if usable else 'no'}" for name, usable in cpu_levels().items())
+    usable = cpu_levels() | bfloat16_products()
+    levels = ", ".join(f"{name} {'yes' if runs else 'no'}" for name, runs in usable.items())
     cuda = "with" if hasattr(module, "cuda_kernels") else "without"
     return f"dfengine._native built with {module.compiler}, {cuda} CUDA kernels; instruction sets: {levels}"
 
@@ -55,6 +56,15 @@ def cpu_levels() -> dict[str, bool]:
         return {}
     levels = module.cpu_levels()
     return {name: levels[name] for name in ("base", "avx2", "avx512") if name in levels}
+
+
+def bfloat16_products() -> dict[str, bool]:
+    """Instructions that multiply bfloat16, slower first, and whether they are compiled in and run here; {} when the
+    extension is missing."""
+    if not hasattr(module, "product_supported"):
+        return {}
+    codes = {"avx512_bf16": 1, "amx": 2}  # csrc/cpu/product.h
+    return {name: module.product_supported(code) for name, code in codes.items()}
 
 
 class Bound:

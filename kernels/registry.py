@@ -101,7 +101,8 @@ class Op:
                 reasons.append(f"{name}: {error}")
                 continue
             return name
-        by = f"{ENVIRONMENT}={forced}: " if forced and not backend else ""
+        # A program hands on what it read there.
+        by = f"{ENVIRONMENT}={forced}: " if forced and forced == os.environ.get(ENVIRONMENT) else ""
         raise CannotRunError(f"{by}op {self.name} on {device}: " + "; ".join(reasons))
 
     def run_unforced(self, first: torch.Tensor, *args) -> None:

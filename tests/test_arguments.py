@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 import dfengine
 from dfengine.checkpoint import Checkpoint
@@ -15,10 +16,14 @@ from tests.helpers import tiny_model
 IMAGE = np.full((32, 32, 3), 7, np.uint8)
 
 
-@pytest.fixture(scope="module")
-def checkpoint() -> Checkpoint:
+def a_checkpoint() -> Checkpoint:
     model = tiny_model()
     return Checkpoint(model.config, model.state_dict())
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return a_checkpoint()
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +48,13 @@ WRONG = {
     "by_hand(None)": (lambda d: Calibration.by_hand(None), TypeError, "the threshold must be a number, not None"),
     "rate '1%'": (lambda d: calibrate([0.1], "1%"), TypeError, "the false-alarm rate must be a number"),
     "scores 'abc'": (lambda d: calibrate("abc", 0.1), TypeError, "scores must be an array of numbers"),
+    "load('')": (lambda d: dfengine.load(""), ValueError, "a checkpoint is named by a path, not by an empty text"),
+    "device cpu:9": (lambda d: Detector(a_checkpoint(), "cpu:9"), ValueError, "device cpu:9: all processors are one"),
+    "save('')": (lambda d: d.detect(IMAGE).save(""), ValueError, "a folder is named by a path, not by an empty text"),
+    "save(zero byte)": (lambda d: d.detect(IMAGE).save("a\0b"), ValueError, r"not by 'a\\x00b'"),
+    "detect('')": (lambda d: d.detect(""), dfengine.DfengineError, "^batch: an empty text is no path"),
+    "detect(meta)": (lambda d: d.detect(torch.empty(3, 32, 32, device="meta")), dfengine.DfengineError,
+                     "^batch: a tensor on the device meta, which has no pixels"),
     "save(None)": (lambda d: d.detect(IMAGE).save(None), TypeError, "a folder is named by a path"),
     "save_heatmaps(5)": (lambda d: d.detect(IMAGE).save_heatmaps(5), TypeError, "a folder is named by a path"),
 }
@@ -76,3 +88,7 @@ def test_numbers_of_numpy_are_numbers(checkpoint, detector):
     other.threshold = None
     assert other.calibration is None
     assert calibrate([0.1, 0.2, 0.3], np.float64(0.3)).false_alarm_rate == 0.3
+
+
+def test_the_first_processor_is_the_processor(checkpoint):
+    assert Detector(checkpoint, "cpu:0", "float32").device == torch.device("cpu")

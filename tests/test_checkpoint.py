@@ -10,7 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dfengine.checkpoint import Checkpoint, Trial, load_checkpoint, save_checkpoint, update_checkpoint
+from dfengine.checkpoint import (
+    Checkpoint,
+    Trial,
+    load_checkpoint,
+    save_checkpoint,
+    shipped_checkpoint,
+    update_checkpoint,
+)
 from dfengine.errors import CheckpointError, DfengineError
 from dfengine.evaluation.calibration import Calibration, calibrate
 from tests.helpers import tiny_config, tiny_model
@@ -75,10 +82,10 @@ def test_a_trial_that_does_not_fit_is_neither_written_nor_read(tmp_path):
     for trial, reason in (
         (a_trial(5), "not 1 to 4 images"),
         (a_trial(0), "not 1 to 4 images"),
-        (a_trial(size=64), r"expected U8 of shape \(3, 32, 32, 3\)"),
-        (Trial(images, maps[:2]), r"expected F16 of shape \(3, 32, 32\)"),
-        (Trial(images.float(), maps), "expected U8"),
-        (Trial(images, maps.float()), "expected F16"),
+        (a_trial(size=64), r"expected torch.uint8 of shape \(3, 32, 32, 3\)"),
+        (Trial(images, maps[:2]), r"expected torch.float16 of shape \(3, 32, 32\)"),
+        (Trial(images.float(), maps), "expected torch.uint8"),
+        (Trial(images, maps.float()), "expected torch.float16"),
     ):
         with pytest.raises(CheckpointError, match=reason):
             save_checkpoint(path, replace(a_checkpoint(), trial=trial))
@@ -156,11 +163,11 @@ DAMAGE = {
     "wrong shape": (lambda p: rewrite(p, lambda t: t | {KEY: torch.zeros(7)}), rf"{KEY} has shape \(7,\)"),
     "wrong dtype": (lambda p: rewrite(p, lambda t: t | {KEY: t[KEY].int()}), "floating-point"),
     "not finite": (lambda p: rewrite(p, lambda t: t | {KEY: t[KEY] * float("nan")}), "not finite"),
-    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "truncated or damaged"),
-    "cut in the header": (lambda p: p.write_bytes(p.read_bytes()[:20]), "truncated or damaged"),
+    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "is damaged: cut short or overwritten"),
+    "cut in the header": (lambda p: p.write_bytes(p.read_bytes()[:20]), "is damaged: cut short or overwritten"),
     "empty": (lambda p: p.write_bytes(b""), "the file is empty"),
-    "text": (lambda p: p.write_text("hello, I am a checkpoint"), "truncated or damaged"),
-    "huge header": (lambda p: p.write_bytes(struct.pack("<Q", 2**62) + b"{}"), "truncated or damaged"),
+    "text": (lambda p: p.write_text("hello, I am a checkpoint"), "not a safetensors checkpoint"),
+    "huge header": (lambda p: p.write_bytes(struct.pack("<Q", 2**62) + b"{}"), "is damaged: cut short or overwritten"),
     "a pickle": (lambda p: torch.save({"a": torch.zeros(1)}, p), "dfengine convert"),
     "missing": (lambda p: p.unlink(), "no such file"),
 }  # fmt: skip
@@ -225,17 +232,31 @@ def test_a_changed_byte_is_noticed(tmp_path):
     assert {"trial.images", "trial.anomaly_map", KEY} <= set(changed)
     for name in ("trial.images", "trial.anomaly_map", KEY, max(place, key=place.get)):
         path.write_bytes(sound[: place[name]] + changed[name] + sound[place[name] + 1 :])
-        with pytest.raises(CheckpointError, match=r"a\.safetensors: is damaged: .*sha256") as caught:
+        with pytest.raises(CheckpointError, match=r"a\.safetensors: is damaged: its content") as caught:
             load_checkpoint(path)
         assert "\n" not in str(caught.value)
-    at = sound.index(b'threshold\\": 0.5') + len('threshold\\": 0.')
-    path.write_bytes(sound[:at] + b"4" + sound[at + 1 :])
-    with pytest.raises(CheckpointError, match="is damaged"):
+    # In the header too, where it breaks what is read before the tensors: a number, a field, the JSON, a name.
+    for known, other in ((b'threshold\\": 0.5', b'threshold\\": 0.4'), (b'\\"base\\"', b'\\"bass\\"'),
+                         (b'\\"base\\":', b'\\"base\\";'), (KEY.encode(), KEY.encode().upper())):  # fmt: skip
+        path.write_bytes(sound.replace(known, other, 1))
+        assert path.read_bytes() != sound
+        with pytest.raises(CheckpointError, match="is damaged: its content is not what was written"):
+            load_checkpoint(path)
+    at = sound.index(b'"dtype"')
+    path.write_bytes(sound[:at] + bytes(64) + sound[at + 64 :])
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: is damaged: cut short or overwritten; copy it again"):
         load_checkpoint(path)
     # Of an older release, which wrote no checksum, the same file is read.
     path.write_bytes(sound)
     rewrite(path)
     assert "sha256" not in metadata_of(path) and load_checkpoint(path).calibration.threshold == 0.5
+
+
+@pytest.mark.parametrize("name", ["fastener-tiny.safetensors", "rail-eclip-tiny.safetensors"])
+def test_shipped_checkpoints_carry_a_checksum(name):
+    path = shipped_checkpoint(name)
+    load_checkpoint(path)
+    assert len(metadata_of(path)["sha256"]) == 64
 
 
 def test_values_whose_sum_overflows_are_finite(tmp_path):

@@ -152,12 +152,12 @@ UNFIT = {
     "not a tensor": (lambda: changed(unet_model_state_dict=lambda s: {**s, "x": 3}), "other than tensors"),
     "tensor missing": (
         lambda: changed(unet_model_state_dict=without("up.3.0.in_layers.2.weight")),
-        "1 tensors missing: unet up.3.0.in_layers.2.weight",
+        "1 tensor missing: unet up.3.0.in_layers.2.weight",
     ),
     "first conv missing": (lambda: changed(unet_model_state_dict=without("down.0.0.weight")), "unet down.0.0.weight"),
     "tensor unexpected": (
         lambda: changed(seg_model_state_dict=lambda s: {**s, "extra": torch.zeros(1)}),
-        "1 tensors unexpected: seg extra",
+        "1 tensor unexpected: seg extra",
     ),
     "wrong shape": (
         lambda: changed(seg_model_state_dict=lambda s: {**s, "decoder_segment.fin_out.0.bias": torch.zeros(2)}),
@@ -191,7 +191,7 @@ UNFIT = {
     "T printing endlessly": (lambda: public_content(public_args(T=bloated())), "'T'.*not a number in range: Ordered"),
     "name of many lines": (
         lambda: changed(unet_model_state_dict=lambda s: {**s, "a\n\udc80" + "b" * 10**5: torch.zeros(1)}),
-        r"1 tensors unexpected: unet a\\n\\udc80bbb.*\.\.\.$",
+        r"1 tensor unexpected: unet a\\n\\udc80bbb.*\.\.\.$",
     ),
     "heads": (lambda: public_content(public_args(num_heads=3)), "divisible by heads"),
 }

@@ -51,7 +51,7 @@ void channel_attention(std::array<int64_t, 4> shape, int type, uintptr_t x, uint
     p.stream = stream;
     plan_channel_attention(p);
     const auto passes = DFE_AT_LEVEL(level_named(level), channel_attention)(p);
-    py::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     run_passes(p, passes, threads);
 }
 

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../cpu/parallel.h"
+#include "unlocked.h"
 
 namespace py = pybind11;
 

@@ -56,7 +56,7 @@ void group_norm(std::array<int64_t, 4> shape, int type, int activation, float ep
     p.stream = stream;
     plan_group_norm(p);
     const auto passes = DFE_AT_LEVEL(level_named(level), group_norm_forward)(p);
-    py::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     run_passes(p, passes, threads);
 }
 
@@ -69,7 +69,7 @@ void group_norm_backward(std::array<int64_t, 4> shape, int type, int activation,
     p.dshift = pointer<float>(dshift);
     plan_group_norm(p);
     const auto passes = DFE_AT_LEVEL(level_named(level), group_norm_backward)(p);
-    py::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     std::vector<double> parts(static_cast<size_t>(2 * p.batch * p.channels));
     p.dweight = parts.data();
     p.dbias = parts.data() + p.batch * p.channels;

@@ -22,7 +22,7 @@ void group_norm_moments(uintptr_t x, int type, std::array<int64_t, 3> shape, int
     plan_moments(p);
     const int64_t items = p.batch * p.tiles;
     const MomentsTiles run = DFE_AT_LEVEL(level_named(level), moments_tiles)(p);
-    py::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     const Scratch scratch(p.scratch_floats, pieces_of(items, threads));
     parallel_for(items, threads, [&](int piece, int64_t begin, int64_t end) { run(p, begin, end, scratch.of(piece)); });
 }
@@ -77,7 +77,7 @@ void group_norm_apply(std::array<std::array<uintptr_t, 3>, 2> sources, int type,
     plan_apply(p);
     const int64_t items = p.batch * p.lines;
     const ApplyLines run = DFE_AT_LEVEL(level_named(level), apply_lines)(p);
-    py::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     const Scratch scratch(p.scratch_floats, pieces_of(items, threads));
     parallel_for(items, threads, [&](int piece, int64_t begin, int64_t end) { run(p, begin, end, scratch.of(piece)); });
 }

@@ -28,7 +28,7 @@ void ingest(uintptr_t images, int pixel_type, std::array<int64_t, 4> shape, std:
     const int64_t tiles = plan_tiles(p);
     const IngestTiles run = DFE_AT_LEVEL(level_named(level), ingest_tiles);
 
-    py::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     const Scratch scratch(p.scratch_floats, pieces_of(tiles, threads));
     parallel_for(tiles, threads, [&](int piece, int64_t begin, int64_t end) { run(p, stream, begin, end, scratch.of(piece)); });
 }

@@ -23,7 +23,7 @@ void one_step(uintptr_t x_t, uintptr_t eps, uintptr_t x_0, uintptr_t pair, uintp
     plan_one_step(p);
     const OneStepTiles run = DFE_AT_LEVEL(level_named(level), one_step_tiles);
 
-    py::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     const Scratch scratch(p.scratch_floats, pieces_of(p.tiles, threads));
     parallel_for(p.tiles, threads, [&](int piece, int64_t begin, int64_t end) { run(p, stream, begin, end, scratch.of(piece)); });
 }

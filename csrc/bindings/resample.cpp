@@ -17,7 +17,7 @@ ResampleArguments resample_arguments(uintptr_t x, uintptr_t y, int type, std::ar
 
 void run_rows(const ResampleArguments& p, ResampleRows run, int64_t rows, int64_t scratch_floats, int threads) {
     if (p.batch * p.width * p.channels == 0) return;
-    py::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     const Scratch scratch(scratch_floats, pieces_of(rows, threads));
     parallel_for(rows, threads, [&](int piece, int64_t begin, int64_t end) { run(p, begin, end, scratch.of(piece)); });
 }

@@ -21,7 +21,7 @@ void reverse_step(uintptr_t x_t, uintptr_t eps, uintptr_t out, int image_type, i
     plan_reverse_step(p);
     const ReverseStepTiles run = DFE_AT_LEVEL(level_named(level), reverse_step_tiles);
 
-    py::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     const Scratch scratch(p.scratch_floats, pieces_of(p.tiles, threads));
     parallel_for(p.tiles, threads, [&](int piece, int64_t begin, int64_t end) { run(p, begin, end, scratch.of(piece)); });
 }

@@ -20,7 +20,7 @@ void score(uintptr_t logits, int type, std::array<int64_t, 3> shape, int64_t str
     p.groups = (p.pixels + SCORE_GROUP - 1) / SCORE_GROUP;
     const ScorePasses passes = DFE_AT_LEVEL(level_named(level), score_passes)(p);
 
-    py::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     parallel_for(p.batch * p.groups, threads, [&](int, int64_t begin, int64_t end) { passes.groups(p, begin, end); });
     const Scratch room(p.pixels + 1, pieces_of(p.batch, threads));
     parallel_for(p.batch, threads, [&](int piece, int64_t begin, int64_t end) {

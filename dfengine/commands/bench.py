@@ -16,7 +16,8 @@ from dfengine.engine.measure import trial_images
 from dfengine.engine.modules import ModuleRunner
 from dfengine.engine.timing import interleaved
 from dfengine.errors import DfengineError
-from dfengine.files import atomic_write
+from dfengine.files import atomic_write, check_writable
+from dfengine.wording import counted
 
 ROTATED_INPUTS = 4
 
@@ -25,6 +26,8 @@ def run_bench(
     checkpoint: Path, batch: list[int], device: str, precision: str, seconds: float, out: Path | None
 ) -> None:
     """Prints images/s and latencies of detection, images in memory to results, by batch size; writes them to `out`."""
+    if out is not None:
+        check_writable(out)
     loaded = load_checkpoint(checkpoint)
     detector = Detector(loaded, device, precision)
     modules = ModuleRunner(loaded.build(), detector.device, detector.precision, detector.seed)
@@ -55,7 +58,8 @@ def _rows(detector: Detector, modules: ModuleRunner, batch: int, seconds: float)
         images = [(trial_images(batch, size, 3, seed) * 255).round().to(torch.uint8) for seed in range(ROTATED_INPUTS)]
         units = [(part.float() / 255).to(detector.device) for part in images]
     except (RuntimeError, MemoryError):  # on a CPU torch has no error of its own for it
-        raise DfengineError(f"{detector.device}: no memory for batches of {batch} images; use a smaller one") from None
+        wanted = f"batches of {counted(batch, 'image')}"
+        raise DfengineError(f"{detector.device}: no memory for {wanted}; use a smaller one") from None
     arrays = [list(part.numpy()) for part in images]
 
     def plain(unit: torch.Tensor) -> None:

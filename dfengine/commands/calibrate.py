@@ -8,15 +8,24 @@ from pathlib import Path
 
 import numpy as np
 
-from dfengine.checkpoint import TRIAL_IMAGES, Checkpoint, load_checkpoint, save_checkpoint, update_checkpoint
+from dfengine.checkpoint import (
+    TRIAL_IMAGES,
+    Checkpoint,
+    check_target,
+    load_checkpoint,
+    save_checkpoint,
+    update_checkpoint,
+)
 from dfengine.commands.scoring import Scoring, say, warn
 from dfengine.data.folders import Sample, content_digest, open_dataset
 from dfengine.data.inputs import collect_inputs
 from dfengine.detector import Detector
 from dfengine.devices import resolve_device
 from dfengine.errors import DataError, UsageError
-from dfengine.evaluation.calibration import Calibration, calibrate, false_alarm_rate_from_km
+from dfengine.evaluation.calibration import FASTENERS_PER_KM, Calibration, calibrate, false_alarm_rate_from_km
+from dfengine.files import check_writable
 from dfengine.precision import with_trial
+from dfengine.wording import counted
 
 DEFAULT_RATE = 0.01
 
@@ -26,7 +35,7 @@ def run_calibrate(
     data: Path | None,
     false_alarm_rate: float | None,
     alarms_per_km: float | None,
-    fasteners_per_km: float,
+    fasteners_per_km: float | None,
     threshold: float | None,
     top_k: float | None,
     out: Path | None,
@@ -36,17 +45,24 @@ def run_calibrate(
     precision: str,
     seed: int,
 ) -> int:
-    """Calibrates and writes the checkpoint (in place without `out`); returns the exit status."""
-    if sum(value is not None for value in (false_alarm_rate, alarms_per_km, threshold)) > 1:
-        raise UsageError("give only one of --false-alarm-rate, --alarms-per-km and --threshold")
-    if data is None and threshold is None:
-        raise UsageError("give a folder of normal images, or --threshold")
+    """Calibrates and writes the checkpoint (in place without `out`); returns the exit status.
+
+    `half` alone leaves the threshold as it is, and says so.
+    """
+    _check_options(data, false_alarm_rate, alarms_per_km, fasteners_per_km, threshold, top_k, half)
+    fasteners_per_km = FASTENERS_PER_KM if fasteners_per_km is None else fasteners_per_km
+    keep = data is None and threshold is None  # the threshold as it is
     loaded = seen = load_checkpoint(checkpoint)
+    target = out or checkpoint
+    check_target(target)  # both better before the work than after it
+    check_writable(target)
     trial = loaded.trial.images if half and loaded.trial else None  # the images whose maps have to be made again
     loaded = _as_wanted(loaded, half, top_k)
     status = 0
     if threshold is not None:
         calibration = Calibration.by_hand(threshold)
+    elif keep:
+        calibration = loaded.calibration
     else:
         rate = DEFAULT_RATE if false_alarm_rate is None else false_alarm_rate
         if alarms_per_km is not None:
@@ -66,7 +82,6 @@ def run_calibrate(
         trial = np.concatenate(shown)
     if trial is not None:
         loaded = with_trial(loaded, trial, resolve_device(device))
-    target = out or checkpoint
     if os.path.realpath(target) != os.path.realpath(checkpoint):
         save_checkpoint(target, loaded.with_calibration(calibration))
     else:
@@ -74,18 +89,53 @@ def run_calibrate(
         def change(present: Checkpoint) -> Checkpoint:
             present = _as_wanted(present, half, top_k)
             present = present if trial is None else replace(present, trial=loaded.trial)
-            return present.with_calibration(calibration)
+            return present if keep else present.with_calibration(calibration)
 
-        before, _ = update_checkpoint(target, seen, change)
-        if before.calibration != seen.calibration:
+        before, after = update_checkpoint(target, seen, change)
+        if not keep and before.calibration != seen.calibration:
             warn(f"{target}: another run set a threshold meanwhile; the one of this run takes its place")
+        calibration = after.calibration
+    if keep:
+        kept = "no threshold is" if calibration is None else f"threshold {calibration.threshold:.6g}, as it was,"
+        say(f"weights in half precision and {kept} written to {target}")
+        return status
     say(calibration.message)
     if alarms_per_km is not None:
         most = calibration.bound_95 * fasteners_per_km
-        wanted = f"{alarms_per_km:g} alarms a km wanted, at most {_few_digits(most)} alarms a km with 95% confidence"
-        say(f"With {fasteners_per_km:g} fasteners per km of track: {wanted}.")
+        wanted = f"alarms a km: {alarms_per_km:g} wanted, at most {_few_digits(most)} with 95% confidence"
+        say(f"With {fasteners_per_km:g} fasteners per km of track, {wanted}.")
     say(f"threshold {calibration.threshold:.6g}, written to {target}")
     return status
+
+
+def _check_options(
+    data: Path | None,
+    false_alarm_rate: float | None,
+    alarms_per_km: float | None,
+    fasteners_per_km: float | None,
+    threshold: float | None,
+    top_k: float | None,
+    half: bool,
+) -> None:
+    """Raises `UsageError` for options that contradict each other, lack another, or would change nothing."""
+    if sum(value is not None for value in (false_alarm_rate, alarms_per_km, threshold)) > 1:
+        raise UsageError("give only one of --false-alarm-rate, --alarms-per-km and --threshold")
+    if fasteners_per_km is not None and alarms_per_km is None:
+        raise UsageError("--fasteners-per-km goes with --alarms-per-km")
+    if threshold is not None:
+        if data is not None:
+            raise UsageError(f"--threshold is set without images; leave out {data}, or --threshold")
+        return
+    if data is not None:
+        return
+    named = {"--false-alarm-rate": false_alarm_rate, "--alarms-per-km": alarms_per_km}
+    for name, value in named.items():
+        if value is not None:
+            raise UsageError(f"{name} needs a folder of normal images to set the threshold from")
+    if top_k is not None:
+        raise UsageError("--top-k changes every score: give normal images for a new threshold, or --threshold")
+    if not half:
+        raise UsageError("give a folder of normal images to set the threshold from, or --threshold, or --half")
 
 
 def _as_wanted(checkpoint: Checkpoint, half: bool, top_k: float | None) -> Checkpoint:
@@ -108,14 +158,14 @@ def held_out_normals(data: Path, training: dict) -> list[Sample]:
     trained = set(map(str, trained)) if isinstance(trained, list) else set()
     unique = {_digest(sample.path): sample for sample in reversed(normals)}
     if len(unique) < len(normals):
-        say(f"{len(normals) - len(unique)} copies of other images are left out")
+        say(f"{counted(len(normals) - len(unique), 'copy of another image', 'copies of other images')} left out")
     if not dataset.train:
         say(f"{data} has no training images: test/good sets the threshold, and false alarms there will look too rare")
     held_out = [sample for digest, sample in reversed(unique.items()) if digest not in trained]
     if not held_out:
         raise DataError(f"{data}: the model was trained on all of these images; give normals that it has not seen")
     if len(held_out) < len(unique):
-        say(f"{len(unique) - len(held_out)} images that the model was trained on are left out")
+        say(f"{counted(len(unique) - len(held_out), 'image')} that the model was trained on left out")
     return held_out
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from dfengine.commands.scoring import Outputs, Scoring, open_detector, report_items, say, say_error
+from dfengine.commands.scoring import Outputs, Scoring, open_detector, report_items, say, say_error, warn
 from dfengine.data.inputs import InputImage, collect_inputs
 from dfengine.report.report import ReportItem, write_report
+from dfengine.wording import counted
 
 
 def run_detect(
@@ -25,6 +27,9 @@ def run_detect(
     """Scores `inputs` (files and folders) and returns the exit status: 0, 3 (some refused) or 1 (nothing scored)."""
     detector = open_detector(checkpoint, device, precision, seed, threshold)
     images = collect_inputs(inputs[0] if len(inputs) == 1 else list(inputs))
+    again = len(images) - len({os.path.realpath(image.path or image.name) for image in images})
+    if again:
+        warn(f"{counted(again, 'image')} given more than once, and counted each time")
     with Outputs(out, images) as outputs:
         return _detect(Scoring(detector, batch_size, original_size), images, outputs, heatmaps, checkpoint, inputs)
 
@@ -63,10 +68,10 @@ def _detect(
         report = outputs.attempt(report_file)
     except KeyboardInterrupt:
         outputs.rows(rows)
-        say_error(f"{len(rows)} of {len(images)} images were scored; they are in {out / 'results.csv'}")
+        say_error(f"{len(rows)} of {counted(len(images), 'image')} scored; the results are in {out / 'results.csv'}")
         raise
     outputs.rows(rows)
-    say(f"{scoring.summary()}; {alarms} alarms (threshold {detector.threshold:.4g})")
+    say(f"{scoring.summary()}; {counted(alarms, 'alarm')} (threshold {detector.threshold:.4g})")
     if report:
         say(f"report: {report}")
     return outputs.status(scoring)

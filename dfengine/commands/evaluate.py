@@ -23,6 +23,7 @@ from dfengine.errors import DataError, ImageError, UsageError
 from dfengine.evaluation.evaluate import evaluate, write_metrics
 from dfengine.evaluation.robustness import perturbed_scores, robustness_table
 from dfengine.report.report import ReportItem, write_report
+from dfengine.wording import counted
 
 MAX_PIXELS = 40_000_000
 """Pixel metrics are taken at the images' own size, reduced so that all maps together have at most this many pixels."""
@@ -131,7 +132,7 @@ def _evaluate(
             if dataset.missing_masks:
                 result["notes"].append("No mask for " + ", ".join(s.path.name for s in dataset.missing_masks[:5]) + ".")
             if reduced:
-                result["notes"].append(f"{reduced} images are reduced for the pixel metrics, to bound memory.")
+                result["notes"].append(f"Reduced for the pixel metrics, to bound memory: {counted(reduced, 'image')}.")
             if robustness:
                 result.update(_robustness(scoring, images, dict(zip(names, scores, strict=True)), samples))
 
@@ -180,7 +181,7 @@ def print_metrics(result: dict[str, Any]) -> None:
     )
     for row in result["per_defect"]:
         say(
-            f"  {row['defect']}: {row['n']} images, image AUROC {number(row['image_auroc'])}, "
+            f"  {row['defect']}: {counted(row['n'], 'image')}, image AUROC {number(row['image_auroc'])}, "
             f"recall {number(row['recall'])}"
         )
     for reason in dict.fromkeys(result["undefined"].values()):
@@ -215,13 +216,15 @@ def print_robustness(table: dict[str, Any]) -> None:
             number(row["mean_shift"], "+.4f"),
             number(row["image_auroc"], ".4f"),
         )
+    good = counted(table["n_good"], "good image")
     say(
-        f"robustness of the {table['n_good']} good images (clean 90% quantile {table['quantile_threshold']:.4f}, "
-        f"threshold {number(table['threshold'], '.4f')}):"
+        f"robustness, {good} (clean 90% quantile {table['quantile_threshold']:.4f}, threshold "
+        f"{number(table['threshold'], '.4f')}):"
     )
     Console(highlight=False).print(shown)
     failed = [row["change"] for row in table["rows"] if not row["passes"]]
-    goal = f"false alarms at most {table['goal_ratio']:g} times those of the unchanged images"
+    at = f"at the clean 90% quantile {table['quantile_threshold']:.4f}"
+    goal = f"{at}, false alarms at most {table['goal_ratio']:g} times those of the unchanged images"
     say(f"{goal}: " + (f"not under {', '.join(failed)}" if failed else "under every change"))
 
 

@@ -9,6 +9,7 @@ from rich.progress import Progress
 
 from dfengine.data.fasteners import write_fasteners
 from dfengine.errors import UsageError
+from dfengine.wording import counted
 
 
 def run_fasteners(out: Path, train: int, test_good: int, per_defect: int, size: int, seed: int, variety: float) -> None:
@@ -26,7 +27,7 @@ def run_fasteners(out: Path, train: int, test_good: int, per_defect: int, size: 
             lambda done, total: progress.update(task, completed=done, total=total),
         )  # fmt: skip
     console.print(
-        f"{train} normal training images, {test_good} normal and {3 * per_defect} defective test images with masks in "
-        f"{out} (seed {seed})",
+        f"{counted(train, 'normal training image')}, {test_good} normal and "
+        f"{counted(3 * per_defect, 'defective test image')} with masks in {out} (seed {seed})",
         soft_wrap=True, highlight=False, markup=False,
     )  # fmt: skip

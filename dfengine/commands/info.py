@@ -18,7 +18,9 @@ from dfengine.checkpoint import load_checkpoint
 from dfengine.commands.plan import aligned, run_plan
 from dfengine.commands.scoring import say
 from dfengine.errors import UsageError
+from dfengine.kernels.registry import ENVIRONMENT
 from dfengine.models import PRESETS, cost
+from dfengine.wording import counted
 
 _PACKAGES = ("torch", "triton", "numpy", "cupy-cuda13x", "cupy-cuda12x", "nvtx")
 
@@ -71,6 +73,7 @@ def installation() -> dict[str, Any]:
         "devices": devices,
         "native": native.status(),
         "kernels": {kind: kernels.table(kind) for kind in kinds},
+        "forced_backend": kernels.forced_backend(None),
         "presets": list(PRESETS),
     }
 
@@ -106,7 +109,7 @@ def _print_checkpoint(console: Console, facts: dict[str, Any]) -> None:
         lines["threshold"] = f"{calibration['threshold']:.6g}" + (f", set with {', '.join(made)}" if made else "")
         lines[""] = facts["calibration_note"]
     lines["precision"] = _passed(facts["verified"]) + (
-        f"; {facts['trial_images']} trial images, by which \"auto\" decides" if facts["trial_images"] else ""
+        f"; {counted(facts['trial_images'], 'trial image')}, by which \"auto\" decides" if facts["trial_images"] else ""
     )
     lines |= _trained(facts["training"])
     lines["more"] = "every field: --json; every op that runs: --plan"
@@ -141,10 +144,10 @@ def _trained(record: dict[str, Any]) -> dict[str, str]:
     if "images" in data:
         held_out = data.get("held_out")
         kept = f" ({len(held_out)} of them held out)" if isinstance(held_out, list) else ""
-        lines["trained on"] = f"{data['images']} images of {data.get('name', 'a folder')}{kept}"
+        lines["trained on"] = f"{counted(data['images'], 'image')} of {data.get('name', 'a folder')}{kept}"
     if "steps" in record:
         start = f", starting from {config['init']}" if config.get("init") else ""
-        amount = [f"{record['steps']} steps{start}"]
+        amount = [f"{counted(record['steps'], 'step')}{start}"]
         amount += [f"{record['seconds'] / 60:.1f} min"] if isinstance(record.get("seconds"), (int, float)) else []
         amount += [f"{name} {record[name]}" for name in ("seed", "precision") if name in record]
         lines["for"] = ", ".join([*amount, *([str(record["hardware"])] if "hardware" in record else [])])
@@ -176,5 +179,7 @@ def _print_installation(console: Console, facts: dict[str, Any]) -> None:
         say("\n".join(aligned(lines, left=range(4))))
         for backend, reason in reasons.items():
             console.print(escape(f"  {backend}: {reason}"))
+    if facts["forced_backend"]:
+        say(f"{ENVIRONMENT}={facts['forced_backend']} forces this backend on every op")
     say("")
     console.print("presets: " + ", ".join(facts["presets"]))

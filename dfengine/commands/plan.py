@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dfengine.commands.programs import Bound, bound_program
 from dfengine.engine.measure import Plan, Row, measure, unmeasured
+from dfengine.wording import counted
 
 
 def run_plan(checkpoint: Path, batch: int, device: str, precision: str, measured: bool, as_json: bool) -> None:
@@ -59,7 +60,7 @@ def plan_lines(bound: Bound, plan: Plan) -> Iterator[str]:
     yield (
         f"a run takes {plan.run_seconds * 1e3:.2f} ms ({program.batch / plan.run_seconds:.1f} images/s, "
         f"{program.flops / plan.run_seconds / 1e9:.1f} GFLOP/s), {plan.percent:.1f}% of the roofline; its ops "
-        f"{plan.op_seconds * 1e3:.2f} ms; medians of {plan.rounds} runs"
+        f"{plan.op_seconds * 1e3:.2f} ms; medians of {counted(plan.rounds, 'run')}"
     )
     yield ceiling_line(plan)
 

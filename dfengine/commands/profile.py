@@ -12,8 +12,9 @@ from dfengine.commands.plan import aligned
 from dfengine.commands.programs import Bound, bound_program
 from dfengine.engine.profile import Timeline, captured, timeline
 from dfengine.errors import UsageError
-from dfengine.files import atomic_write
+from dfengine.files import atomic_write, check_writable
 from dfengine.kernels.registry import ENVIRONMENT
+from dfengine.wording import counted
 
 TOP = 15
 """Ops that are printed."""
@@ -29,6 +30,8 @@ def run_profile(
         on_gpu = bound.executor.device.type == "cuda"
         if on_gpu and out is not None:
             raise UsageError("--out goes with a CPU; on a GPU nsys and ncu write the profile")
+        if not on_gpu:
+            check_writable(out or TRACE)
         bound.executor.annotate()
         times = timeline(bound.executor, iterations)
         if on_gpu:
@@ -41,7 +44,7 @@ def run_profile(
     out = out or TRACE
     atomic_write(out, json.dumps(times.chrome_trace(**bound.facts())))
     ops = len(bound.executor.program.ops)
-    print(f"{iterations} runs of {ops} ops in {out}; open it in chrome://tracing or Perfetto")
+    print(f"{counted(iterations, 'run')} of {counted(ops, 'op')} in {out}; open it in chrome://tracing or Perfetto")
 
 
 def top_lines(times: Timeline) -> list[str]:

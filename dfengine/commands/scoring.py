@@ -23,6 +23,7 @@ from dfengine.errors import DfengineError, UsageError
 from dfengine.evaluation.calibration import Calibration
 from dfengine.files import OUTPUT_MARKER, atomic_write, locked, os_reason
 from dfengine.report.report import ReportItem
+from dfengine.wording import counted
 
 UNCALIBRATED = "the checkpoint is not calibrated: a threshold of 0.5 is used; set one with `dfengine calibrate`"
 
@@ -123,9 +124,9 @@ class Scoring:
 
     def summary(self) -> str:
         """One line: how many images, refusals, and how fast."""
-        pace = f", {self.scored / self.seconds:.1f} images/s" if self.seconds else ""
+        pace = f", {self.scored / self.seconds:.1f} images/s" if self.scored and self.seconds else ""
         refused = f", {self.inputs_refused} refused" if self.inputs_refused else ""
-        return f"{self.scored} images scored{refused}{pace}"
+        return f"{counted(self.scored, 'image')} scored{refused}{pace}"
 
     def meta(self, checkpoint: Path, sources: str) -> dict[str, object]:
         """What the report says about the run."""
@@ -242,5 +243,5 @@ class Outputs:
     def status(self, scoring: Scoring) -> int:
         """The command's exit status: that of the scoring, or 3 where some output could not be written."""
         if self.failed:
-            say_error(f"{self.failed} output files could not be written")
+            say_error(f"{counted(self.failed, 'output file')} could not be written")
         return scoring.status or (3 if self.failed else 0)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from dfengine.commands.plan import aligned
 from dfengine.commands.programs import Bound, bound_program
-from dfengine.errors import UsageError
+from dfengine.engine.tactics import check_cache
+from dfengine.errors import DfengineError, UsageError
 from dfengine.files import check_writable
 from dfengine.kernels.registry import ENVIRONMENT
+from dfengine.wording import counted
 
 
 def run_tune(
@@ -21,10 +23,16 @@ def run_tune(
     seconds: float | None,
     out: Path | None,
 ) -> None:
-    """Prints what was found and writes it to the cache, or to `out`. Raises DfengineError where there is no program."""
+    """Prints what was found and writes it to the cache, or to `out`. Raises DfengineError where there is no program, or
+    what is measured could not be kept."""
     sizes = sorted(set(batch), reverse=True)  # the largest needs the memory that all share
     tactics = "exhaustive" if exhaustive else "tuned"
-    if out is not None:
+    if out is None:
+        try:
+            check_cache()
+        except DfengineError as error:
+            raise DfengineError(f"{error}; name a file with --out to keep what is measured") from None
+    else:
         check_writable(out)
     with bound_program(checkpoint, sizes[0], device, precision, 0, tactics, seconds) as bound:
         if bound.runner.tactics is None:
@@ -37,15 +45,15 @@ def run_tune(
         if out is not None:
             known.write(out)
         elif bound.runner.choices:
-            known.save()  # where it could not be, the error ends the command: nothing is remembered
-        print(f"{len(known)} tactics known for this device; measured ones are in {out or known.path}")
+            known.save()
+        print(f"{counted(len(known), 'tactic')} known for this device; measured ones are in {out or known.path}")
 
 
 def found_lines(bound: Bound) -> list[str]:
     """A table of the ops for which another choice than the default is quicker, and the sum over all."""
     choices, left = bound.runner.choices, bound.runner.unmeasured
     if not choices:
-        return [f"no time for {left} ops" if left else "nothing was left to measure"]
+        return [f"no time for {counted(left, 'op')}" if left else "nothing was left to measure"]
     changed = [c for c in choices if c.tactic.microseconds < c.default]
     lines = [["op", "kernel", "shape", "quickest", "us", "default us", "tried"]]
     for choice in sorted(changed, key=lambda c: c.tactic.microseconds - c.default):
@@ -55,7 +63,7 @@ def found_lines(bound: Bound) -> list[str]:
     before, after = sum(c.default for c in choices), sum(c.tactic.microseconds for c in choices)
     refused = sum(len(c.refused) for c in choices)
     summary = (
-        f"{len(choices)} ops measured, {len(changed)} quicker than by default: {before / 1e3:.2f} ms to "
-        f"{after / 1e3:.2f} ms" + (f"; {refused} candidates were wrong and not taken" if refused else "")
-    ) + (f"; no time for {left} ops" if left else "")
+        f"{counted(len(choices), 'op')} measured, {len(changed)} quicker than by default: {before / 1e3:.2f} ms to "
+        f"{after / 1e3:.2f} ms" + (f"; {counted(refused, 'candidate')} wrong and not taken" if refused else "")
+    ) + (f"; no time for {counted(left, 'op')}" if left else "")
     return [*(aligned(lines, left=(0, 1, 2, 3)) if changed else []), summary]

@@ -138,7 +138,7 @@ def _folder(root: Path) -> tuple[list[Sample], list[Sample]]:
     if labelled and len(subfolders) > 1:
         raise DataError(f"{root}: holds folder {labelled[0]} among others; expected train/good and test/<defect>")
     _refuse_defects(root.resolve(), root)
-    images = _images(root, recursive=True)
+    images = _images(root, recursive=True, others=True)
     if not images:
         raise DataError(f"{root}: no train/good, no Data/Images (VisA), no Train + Test (DAGM), no images ({FORMATS})")
     return [Sample(path, 0, "good") for path in images], []
@@ -179,15 +179,15 @@ def _mvtec(root: Path) -> tuple[list[Sample], list[Sample]]:
         good = folder.name.lower() in GOOD_NAMES
         masks = {} if good else _mask_files(root / "ground_truth" / folder.name)
         test += [Sample(path, 0, "good") if good else Sample(path, 1, folder.name, masks.get(_key(path, folder)))
-                 for path in _images(folder, recursive=True)]
+                 for path in _images(folder, recursive=True, others=True)]
     return [Sample(path, 0, "good") for path in train], test
 
 
 def _train_images(folder: Path) -> list[Path]:
     """train/good where it exists (several good names add up), else the images of train/ itself."""
     good = [sub for sub in _subfolders(folder) if sub.name.lower() in GOOD_NAMES]
-    images = [path for sub in good for path in _images(sub, recursive=True)]
-    loose = _images(folder)
+    images = [path for sub in good for path in _images(sub, recursive=True, others=True)]
+    loose = _images(folder, others=not good)
     if good and loose:
         raise DataError(f"{loose[0]}: lies beside {good[0].name}/; put all normal images in one of the two places")
     if not good and not loose and _subfolders(folder):
@@ -280,12 +280,12 @@ def _key(path: Path, folder: Path) -> str:
     return path.relative_to(folder).with_suffix("").as_posix()
 
 
-def _images(folder: Path, recursive: bool = False) -> list[Path]:
-    """`list_images`, or nothing where the folder is missing or holds none."""
+def _images(folder: Path, recursive: bool = False, others: bool = False) -> list[Path]:
+    """`list_images` (others: as there), or nothing where the folder is missing or holds none."""
     if not folder.is_dir():
         return []
     try:
-        return list_images(folder, recursive)
+        return list_images(folder, recursive, others)
     except DataError as error:
         if isinstance(error.__cause__, OSError):
             raise

@@ -12,9 +12,11 @@ Conventions:
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import cv2
@@ -23,6 +25,7 @@ import numpy as np
 from dfengine.data.decode import FORMATS, MAX_PIXELS, MIN_SIDE, STRIP_VALUES, check_dtype, check_range, decode_file
 from dfengine.errors import DataError, ImageError
 from dfengine.files import OUTPUT_MARKER, os_reason
+from dfengine.wording import counted
 
 __all__ = [
     "FORMATS", "IMAGE_SUFFIXES", "MAX_PIXELS", "MIN_SIDE", "list_images", "load_uint8", "load_unit", "natural_key",
@@ -130,11 +133,12 @@ def load_uint8(path: str | os.PathLike, size: int) -> np.ndarray:
     return np.rint(load_unit(path, size) * 255).astype(np.uint8)
 
 
-def list_images(folder: str | os.PathLike, recursive: bool = True) -> list[Path]:
+def list_images(folder: str | os.PathLike, recursive: bool = True, others: bool = False) -> list[Path]:
     """The image files of a folder (by suffix), in natural order: frame2 before frame10.
 
     Hidden names and subfolders that dfengine wrote are passed over, and so are those of ground-truth masks, with a
     warning; linked folders are followed once. Whether a file is readable shows when it is read.
+    others: warn of files that are passed over too, for a suffix may be mistyped; not of what systems leave in folders.
     Raises DataError when the folder is missing, unreadable or holds no image.
     """
     folder = Path(folder)
@@ -144,7 +148,7 @@ def list_images(folder: str | os.PathLike, recursive: bool = True) -> list[Path]
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: {os_reason(error)}") from error
 
-    images, masks, seen = [], [], set()
+    images, masks, odd, seen = [], [], [], set()
     for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         identity = os.path.realpath(parent)
         folders[:] = sorted(f for f in folders if recursive and _is_input(Path(parent, f)))
@@ -154,14 +158,40 @@ def list_images(folder: str | os.PathLike, recursive: bool = True) -> list[Path]
         seen.add(identity)
         masks += [Path(parent, f) for f in folders if _holds_masks(Path(parent, f))]
         folders[:] = [f for f in folders if Path(parent, f) not in masks]
-        suffixes = IMAGE_SUFFIXES | UNREADABLE_SUFFIXES
-        images += [Path(parent, f) for f in files if not f.startswith(".") and Path(f).suffix.lower() in suffixes]
+        for name in files:
+            listed = not name.startswith(".") and _has_suffix(name)
+            (images if listed else odd).append(Path(parent, name))
+    odd = sorted((path for path in odd if not _is_litter(path.name)), key=natural_key)
     if not images:
-        raise DataError(f"{folder}: no image in this folder ({FORMATS})")
+        held = f"; it holds {_some(path.name for path in odd)}" if odd else ""
+        raise DataError(f"{folder}: no image in this folder ({FORMATS}){held}")
     if masks:
-        named = ", ".join(map(str, masks[:3])) + (", ..." if len(masks) > 3 else "")
-        log.warning("%s: holds ground-truth masks, which are left out", named)
+        log.warning("%s: holds ground-truth masks, which are left out", _some(map(str, masks)))
+    if others and odd:
+        _say_left_out(folder, counted(len(odd), "file"), _some(str(path.relative_to(folder)) for path in odd))
     return sorted(images, key=natural_key)
+
+
+@functools.lru_cache(64)
+def _say_left_out(folder: Path, count: str, names: str) -> None:
+    """Once: a folder may be looked at several times."""
+    log.warning("%s: %s left out, no image by name: %s", folder, count, names)
+
+
+def _has_suffix(name: str) -> bool:
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES | UNREADABLE_SUFFIXES
+
+
+def _is_litter(name: str) -> bool:
+    """Whether a file is what operating systems leave in folders: hidden ones, but for a hidden image, are."""
+    if name.startswith("."):
+        return name.startswith("._") or not _has_suffix(name)
+    return name.lower() in ("thumbs.db", "ehthumbs.db", "desktop.ini")
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _is_input(folder: Path) -> bool:

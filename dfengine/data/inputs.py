@@ -131,8 +131,10 @@ def _expand(item: Any, name: str) -> list[InputImage]:
         return [item]
     if isinstance(item, (str, os.PathLike)):
         given = os.fsdecode(item)
+        if not given:
+            raise ImageError(name, "an empty text is no path")
         if os.path.isdir(given):
-            return [InputImage(str(path), path=path) for path in list_images(given)]
+            return [InputImage(str(path), path=path) for path in list_images(given, others=True)]
         # Not through Path, which would tidy the name: "./a.png" is shown as it was given.
         return [InputImage(given, path=given)]
     if isinstance(item, Image.Image):
@@ -175,6 +177,8 @@ def _tensor(tensor: torch.Tensor, name: str, channels_first: bool = False) -> np
     if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
         kind = str(tensor.dtype).removeprefix("torch.")
         raise ImageError(name, f"pixels of type {kind}; expected a dense uint8, uint16 or float tensor in [0, 1]")
+    if tensor.device.type == "meta":
+        raise ImageError(name, "a tensor on the device meta, which has no pixels")
     last = tensor[..., None] if tensor.ndim == 2 else tensor
     if channels_first and tensor.ndim in (3, 4):
         last = tensor.movedim(-3, -1)
@@ -182,7 +186,8 @@ def _tensor(tensor: torch.Tensor, name: str, channels_first: bool = False) -> np
     if last.device.type != "cpu":
         return last
     # NumPy has no bfloat16; resolve_neg because a lazily negated tensor has no memory to share.
-    return (last.float() if last.dtype == torch.bfloat16 else last.resolve_neg()).numpy()
+    whole = last.float() if last.dtype == torch.bfloat16 else last.resolve_neg()
+    return _adopt(whole.numpy, name)  # a subclass may have no memory of its own
 
 
 def _check_shape(array, name: str, given, channels_first: bool = False):

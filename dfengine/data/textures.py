@@ -12,6 +12,7 @@ import numpy as np
 from dfengine.data.images import list_images, load_uint8
 from dfengine.data.perlin import perlin_noise
 from dfengine.errors import DataError, ImageError
+from dfengine.wording import counted
 
 CACHE_BYTES = 256 * 2**20  # a process keeps decoded textures up to this many bytes
 
@@ -70,7 +71,8 @@ class TextureSource:
             if len(self._cache) < self._cache_limit:
                 self._cache[index] = image
             return image
-        raise DataError(f"no readable texture image among {len(self.paths)} files, the first is {self.paths[0]}")
+        files = counted(len(self.paths), "file")
+        raise DataError(f"no readable texture image among {files}, the first is {self.paths[0]}")
 
 
 def procedural_texture(size: int, rng: np.random.Generator) -> np.ndarray:

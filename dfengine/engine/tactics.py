@@ -141,6 +141,21 @@ def cache_folder() -> Path:
         return Path(tempfile.gettempdir()) / f"dfengine-{os.getuid()}" / "tactics"
 
 
+def check_cache() -> None:
+    """Raises `DfengineError` where nothing can be kept in `cache_folder`, which is left as it is."""
+    folder = cache_folder()
+    try:
+        there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        reason = None if there.is_dir() else "is a file, not a folder"
+        if reason is None and not os.access(there, os.W_OK | os.X_OK):
+            reason = "cannot be written to: permission denied"
+    except OSError as error:
+        there, reason = folder, os_reason(error)
+    if reason:
+        named = there == Path(os.environ.get(CACHE, ""))
+        raise DfengineError(f"{_cache_variable()}{reason}" if named else f"{_cache_variable()}{there}: {reason}")
+
+
 def _cache_variable() -> str:
     """What the user set to name the folder, before it in a message; "" where nothing is set."""
     return f"{CACHE}={os.environ[CACHE]}: " if os.environ.get(CACHE) else ""
@@ -152,6 +167,22 @@ def _say_unread(path: Path, reason: str) -> None:
     log.warning("%s%s: what was measured before is left unread: %s", _cache_variable(), path, reason)
 
 
+@functools.cache
+def _say_lost(trouble: str) -> None:
+    """Once, likewise."""
+    log.warning("%s: what is measured holds for this run alone", trouble)
+
+
+def warn_of_cache() -> bool:
+    """Whether `cache_folder` can keep what is measured; says once why not."""
+    try:
+        check_cache()
+    except DfengineError as error:
+        _say_lost(str(error))
+        return False
+    return True
+
+
 def file_name(device: str) -> str:
     """The name of a device's file."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
@@ -161,13 +192,16 @@ class Tactics:
     """The tactics known for a device: `find` and `record` by op; `save` keeps what was recorded.
 
     Raises UsageError where the file that DFENGINE_TACTICS names cannot be used. A damaged file of the cache is left
-    alone with a warning, and written anew by `save`.
+    alone with a warning, and written anew by `save`. That the folder which DFENGINE_CACHE names can be none is said at
+    once; one that is there may be read-only, for others to use.
     """
 
     def __init__(self, device: str | torch.device):
         self.environment = environment(torch.device(device))
         name = file_name(self.environment["device"])
         self.path = cache_folder() / name
+        if os.environ.get(CACHE) and not self.path.parent.is_dir():
+            warn_of_cache()
         self._known: dict[str, Tactic] = {}
         shipped, named = SHIPPED / name, os.environ.get(FILE)
         if shipped.is_file():
@@ -198,16 +232,15 @@ class Tactics:
     def record(self, op: Op, tactic: Tactic) -> None:
         self._known[signature(op)] = self._measured[signature(op)] = tactic
 
-    def save(self) -> Path:
-        """Writes what was measured here to the cache, with what another process wrote meanwhile; returns its path."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            where = f"{_cache_variable()}{self.path.parent}"
-            raise DfengineError(f"{where}: cannot make the folder: {os_reason(error)}") from None
+    def save(self) -> None:
+        """Writes what was measured here to the cache, with what another process wrote meanwhile.
+
+        With `warn_of_cache`'s warning where that cannot be; raises `DfengineError` for a failing disk.
+        """
+        if not warn_of_cache():
+            return
         with locked(self.path):
             self.write(self.path, self._remembered() | self._measured)
-        return self.path
 
     def write(self, path: Path, tactics: dict[str, Tactic] | None = None) -> None:
         """Writes a file of the same form elsewhere: to ship it, or for DFENGINE_TACTICS."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from dfengine.arguments import real_number
 from dfengine.errors import ArgumentTypeError, CheckpointError, DataError, UsageError
+from dfengine.wording import counted
 
 FASTENERS_PER_KM = 6667
 """Both rails, two fasteners a rail seat, sleepers 0.6 m apart: 4 / 0.6 m."""
@@ -87,14 +88,14 @@ class Calibration:
         if self.false_alarm_rate is None:
             return "The threshold was set by hand; no false-alarm rate is known for it."
         wanted = _percent(self.false_alarm_rate)
+        normals = counted(self.n_normals, "normal image")
         bound = f"with 95% confidence the true rate is at most {_percent(self.bound_95)}"
         if self.estimated:
-            return f"Threshold for a false-alarm rate of {wanted}, from {self.n_normals} normal images; {bound}."
+            return f"Threshold for a false-alarm rate of {wanted}, from {normals}; {bound}."
         least = math.ceil(1 / self.false_alarm_rate - 1e-9) - 1
         return (
-            f"A false-alarm rate of {wanted} cannot be estimated from {self.n_normals} normal image"
-            f"{'s' if self.n_normals > 1 else ''} (it takes at least {least}). The threshold is the largest normal "
-            f"score; {bound} (rule of three)."
+            f"A false-alarm rate of {wanted} cannot be estimated from {normals} (it takes at least {least}). The "
+            f"threshold is the largest normal score; {bound} (rule of three)."
         )
 
     def decide(self, scores) -> np.ndarray:

@@ -14,6 +14,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 from dfengine.evaluation.metrics import UndefinedMetric, auroc, bootstrap_auroc, image_metrics, pixel_metrics
 from dfengine.evaluation.plots import pr_plot, roc_plot
 from dfengine.files import atomic_write
+from dfengine.wording import counted
 
 NO_MASKS = "no ground-truth masks"
 
@@ -62,7 +63,7 @@ def evaluate(
         pixel = pixel_metrics([mask for _, mask in usable], [maps[i] for i, _ in usable])
         undefined |= pixel.pop("undefined")
         if without_mask:
-            notes.append(f"{without_mask} anomalous image(s) without a mask are left out of the pixel metrics.")
+            notes.append(f"Left out of the pixel metrics: {counted(without_mask, 'anomalous image')} without a mask.")
     else:
         undefined |= dict.fromkeys(pixel, NO_MASKS)
 

@@ -76,6 +76,14 @@ class World:
         dist.all_reduce(shared, op=dist.ReduceOp.MIN)
         return float(shared)
 
+    def from_main(self, text: str) -> str:
+        """The main process's `text`."""
+        if self.size == 1:
+            return text
+        shared = [text]
+        dist.broadcast_object_list(shared)
+        return shared[0]
+
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """The mean of `values` over the processes."""
         if self.size > 1:

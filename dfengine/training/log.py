@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from dfengine.errors import DfengineError
 from dfengine.files import OUTPUT_MARKER, atomic_path, atomic_write
+from dfengine.wording import counted
 
 COLUMNS = (
     "step stage progress seconds images noise_loss mask_loss grad_norm rate segmentation_rate "
@@ -67,9 +68,13 @@ class RunLog:
         """One line for the user."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def warn(self, text: str) -> None:
+        """`say`, with the beginning that the warnings of all commands have."""
+        self.say(f"dfengine: warning: {text}")
+
     def begin(self, progress: float, seconds_left: float | None, steps_left: int | None) -> None:
         """Shows how much is left before the first step: time, or steps where their pace is not known yet."""
-        left = f"{steps_left} steps left" if seconds_left is None else f"{_duration(seconds_left)} left"
+        left = f"{counted(steps_left, 'step')} left" if seconds_left is None else f"{_duration(seconds_left)} left"
         if self._bar:
             self._bar.update(self._task, completed=progress, losses=left)
         else:
@@ -128,7 +133,7 @@ class RunLog:
             reason = str(error)
             if reason not in self._warned:
                 self._warned.add(reason)
-                self.say(f"warning: the training log cannot be written: {reason}")
+                self.warn(f"the training log cannot be written: {reason}")
 
 
 def read_log(path: Path) -> list[dict[str, float]]:

@@ -10,7 +10,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from dfengine.training.schedule import Budget, Clock, stage_of
 from dfengine.training.state import RunState, TrainingInterrupted, check_identity, load_state, read_state
 from dfengine.training.trainer import Trainer, TrainingDiverged
 from dfengine.training.validation import run, validate, verdict
+from dfengine.wording import counted
 
 MAX_VALIDATION_NORMALS = 64
 MAX_VALIDATING = 0.05  # share of a budget of minutes
@@ -98,13 +99,27 @@ def train(
     threads = torch.get_num_threads()
     if config.threads:
         torch.set_num_threads(config.threads)
-    folder = run_folder_of(Path(out))
-    busy = f"{folder}: another run is writing into it; wait for its end, or choose another --out"
     try:
-        with World(config.device) as world, locked(folder, busy) if world.is_main else nullcontext():
+        with World(config.device) as world, _held(run_folder_of(Path(out)), world):
             return _Run(config, model_config, Path(data), Path(out), world, resume, console).go(stop)
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def _held(folder: Path, world: World) -> Iterator[None]:
+    """For `with`: no other run writes into `folder`. The main process locks it; all are refused with its reason."""
+    with ExitStack() as stack:
+        refusal = ""
+        if world.is_main:
+            busy = f"{folder}: another run is writing into it; wait for its end, or choose another --out"
+            try:
+                stack.enter_context(locked(folder, busy))
+            except DfengineError as error:
+                refusal = str(error)
+        if refusal := world.from_main(refusal):
+            raise DfengineError(refusal)
+        yield
 
 
 class _Run:
@@ -169,6 +184,13 @@ class _Run:
 
     def go(self, stop: Callable[[int], bool] | None) -> TrainResult:
         """Trains to the end of the budget and writes the checkpoint."""
+        try:
+            return self._go(stop)
+        except KeyboardInterrupt:
+            done = counted(self.state.step, "step")
+            raise TrainingInterrupted(f"training stopped at once, after {done}; {self._kept()}") from None
+
+    def _go(self, stop: Callable[[int], bool] | None) -> TrainResult:
         record = {}
         with ExitStack() as stack:
             stack.callback(self.trainer.close)
@@ -218,14 +240,20 @@ class _Run:
                     self.trainer.save(self.state_path)
                 self.world.barrier()  # nobody may go on, and perhaps resume, before the state is there
                 stopped = TrainingInterrupted(
-                    f"training stopped at step {state.step} ({100 * progress:.1f}%); the state is saved in "
-                    f"{self.folder}: the same command with --resume goes on"
+                    f"training stopped at step {state.step} ({100 * progress:.1f}%); {self._kept()}"
                 )
                 stopped.exit_code = 128 + (self._signalled or signal.SIGINT)
                 raise stopped
             self.trainer.step(stage_of(config, progress), progress)
             asked = stop is not None and stop(state.step)
             before = progress
+
+    def _kept(self) -> str:
+        """In words, what there is to go on from."""
+        if not self.state_path.exists():
+            return "nothing was saved"
+        step = read_state(self.state_path).step
+        return f"the state at step {step} is saved in {self.folder}: the same command with --resume goes on"
 
     def _begin(self, log: RunLog) -> None:
         budget, state = self.budget, self.state
@@ -269,7 +297,7 @@ class _Run:
             weights = self.trainer.average.state_dict()
             save_checkpoint(self.best_path, Checkpoint(self.model_config, weights, self._record(self._validated)))
         except DfengineError as error:
-            log.say(f"warning: {error}")
+            log.warn(str(error))
         else:
             self.state.best = self._validated | {"best_score": max(best, score)}
 
@@ -280,7 +308,7 @@ class _Run:
         except TrainingDiverged:
             raise
         except DfengineError as error:
-            log.say(f"warning: {error}")
+            log.warn(str(error))
 
     def _finish(self, log: RunLog) -> dict[str, Any]:
         """Writes the checkpoint: best or last weights, training record, and a first calibration. Returns the record.
@@ -321,12 +349,12 @@ class _Run:
     def _report_data(self) -> None:
         normals = self.normals
         for name, reason in normals.skipped:
-            self._say(f"skipped {name}: {reason}")
-        self._say(f"{len(normals.train)} normal images to train on, {len(normals.held_out)} held out")
+            self._say(f"dfengine: warning: skipped {name}: {reason}")
+        self._say(f"{counted(len(normals.train), 'normal image')} to train on, {len(normals.held_out)} held out")
         if normals.overlap:
             self._say(
-                f"{normals.overlap} of the held-out images are also trained on, in this run or before it: validation "
-                "and threshold are optimistic"
+                f"the weights see {normals.overlap} of the held-out images, in this run or before it: validation and "
+                "threshold are optimistic"
             )
 
     def _identity(self) -> dict[str, Any]:
@@ -346,8 +374,8 @@ class _Run:
         threads = torch.get_num_threads()
         if state.threads != threads:
             self._say(
-                f"resuming with {threads} threads instead of {state.threads}: results will agree to rounding, not bit "
-                "for bit"
+                f"resuming with {counted(threads, 'thread')} instead of {state.threads}: results will agree to "
+                "rounding, not bit for bit"
             )
         return state, tensors
 

@@ -19,6 +19,7 @@ from dfengine.training.distributed import World
 from dfengine.training.probe import agreed_precision, images_per_flop, images_per_second
 from dfengine.training.record import hardware
 from dfengine.training.state import read_state
+from dfengine.wording import counted
 
 FIRST_NEEDS = 60_000  # training images below which a run with the smallest model is told to take more time
 IMAGES_NEEDED = 210_000  # training images that a larger model must see to be worth its size: what the papers' saw
@@ -143,7 +144,7 @@ def pick(wanted: ModelConfig | Automatic, config: TrainConfig, data: Path, state
         return 1 / images_per_flop(config.resolve(model), model)
 
     side = side if wanted.image_size is None else np.inf
-    where = f"in {config.minutes:g} minute{'' if config.minutes == 1 else 's'} on {_machine(world)}"
+    where = f"in {config.minutes:g} {'minute' if config.minutes == 1 else 'minutes'} on {_machine(world)}"
     return choose(candidates, side, measured, cost, CLOSE[world.device.type], where)
 
 
@@ -185,7 +186,7 @@ def choose(
 
 def _machine(world: World) -> str:
     threads = torch.get_num_threads()
-    cpu = f"this CPU ({threads} thread{'s' if threads > 1 else ''})"
+    cpu = f"this CPU ({counted(threads, 'thread')})"
     name = cpu if world.device.type == "cpu" else hardware(world.device)
     return name if world.size == 1 else f"{name}, {world.size} processes"
 

@@ -14,6 +14,7 @@ from dfengine.training.config import TrainConfig
 from dfengine.training.data import Normals
 from dfengine.training.distributed import World
 from dfengine.training.state import RunState
+from dfengine.wording import counted
 
 
 def training_record(
@@ -74,4 +75,4 @@ def hardware(device: torch.device) -> str:
     except OSError:
         pass
     threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{name}, {counted(threads, 'thread')}"

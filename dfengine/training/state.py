@@ -20,7 +20,7 @@ VERSION = 2
 
 
 class TrainingInterrupted(DfengineError):
-    """Training was stopped from outside after saving its state; the message says how to go on."""
+    """Training was stopped from outside; the message says what was saved, and how to go on."""
 
     exit_code = 130
 

@@ -54,12 +54,12 @@ def verdict(metrics: dict[str, float], trained: int = 0) -> list[str]:
     cases = int(100 * share + 1e-9)  # rounded down: 100 of 100 is said of no detector that ever fails
     lines = [
         "on held-out images with synthetic defects the detector ranks a defective above a sound image in "
-        f"{cases} of 100 cases" + (f" (optimistic: {trained} of them were also trained on)" if trained else "")
+        f"{cases} of 100 cases" + (f" (optimistic: the weights have seen {trained} of them)" if trained else "")
     ]
     if share < DOUBTFUL:
         lines.append(
-            "warning: that is not reliable; more minutes or more images would help; look at the last panel before "
-            "trusting it"
+            "dfengine: warning: that is not reliable; more minutes or more images would help; look at the last panel "
+            "before trusting it"
         )
     return lines
 

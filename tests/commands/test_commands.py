@@ -112,6 +112,16 @@ def test_heatmaps_of_an_earlier_run_are_not_scored(checkpoint, data, capsys):
     assert "choose another folder" in capsys.readouterr().err
 
 
+def test_images_given_twice_are_said(checkpoint, data, tmp_path, capsys):
+    good = data / "test" / "good"
+    assert main(["detect", str(checkpoint), str(good), str(good / "0_d.png"), "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == "dfengine: warning: 1 image given more than once, and counted each time\n"
+    assert printed.out.startswith("5 images scored")
+    assert main(["detect", str(checkpoint), str(good), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("theirs", ["results.csv", "heatmaps/00000_a.png", "site1/gray.png"])
 def test_a_folder_of_somebody_elses_is_refused_and_left(checkpoint, data, tmp_path, theirs, capsys):
     """The marker of results would hide its images from later runs."""
@@ -138,7 +148,7 @@ def test_an_interrupted_run_keeps_what_was_scored(number, word, checkpoint, data
     assert main(arguments) == 128 + number
     assert len(rows_of(out / "results.csv")) == 3
     printed = capsys.readouterr().err
-    assert "3 of 10 images were scored" in printed and printed.endswith(f"dfengine: {word}\n")
+    assert "3 of 10 images scored; the results are in" in printed and printed.endswith(f"dfengine: {word}\n")
     assert signal.getsignal(number) is before
     monkeypatch.undo()
     assert main(arguments) == 0 and len(rows_of(out / "results.csv")) == 10
@@ -166,7 +176,7 @@ def test_evaluate_agrees_with_the_scores(checkpoint, data, tmp_path, capsys):
     assert metrics["n_images"] == 10 and metrics["n_groups"] == 4 and metrics["threshold"] == 0.5
     assert [row["defect"] for row in metrics["per_defect"]] == ["bent", "gone"]
     assert 0 <= metrics["aupro"] <= 1 and 0 <= metrics["pixel_auroc"] <= 1
-    assert "3 anomalous image(s) without a mask" in " ".join(metrics["notes"])
+    assert "3 anomalous images without a mask" in " ".join(metrics["notes"])
     assert {path.name for path in out.iterdir()} == {
         "metrics.json", "per_defect.csv", "roc.png", "pr.png", "report.html", "results.csv", "results.jsonl",
         ".dfengine-output",
@@ -189,6 +199,7 @@ def test_evaluate_measures_robustness(tmp_path, capsys):
     assert [float(row["rate"]) for row in rows_of(out / "robustness.csv")] == [row["rate"] for row in table["rows"]]
     for row in table["rows"]:
         assert f"{row['change']} " in printed.out and f"{row['alarms']}/4" in printed.out
+    assert f"at the clean 90% quantile {table['quantile_threshold']:.4f}, false alarms at most 2 times" in printed.out
     assert "<h2>Robustness</h2>" in (out / "report.html").read_text()
     # From Python the same, and the unchanged images are those of the results.
     anomalous = [sample.path for sample in open_dataset(data).test if sample.label]
@@ -249,7 +260,7 @@ def test_calibrate_leaves_out_what_was_trained_on(checkpoint, data, tmp_path, ca
     calibration = load_checkpoint(checkpoint).calibration
     assert (calibration.n_normals, calibration.seed, calibration.precision) == (2, 3, "float32")
     assert calibration.threshold == pytest.approx(calibrate(scores, 0.4).threshold, abs=1e-5)
-    assert "3 images that the model was trained on are left out" in capsys.readouterr().out
+    assert "3 images that the model was trained on left out" in capsys.readouterr().out
     # Another seed than the threshold's is worth a warning.
     assert main(["detect", str(checkpoint), str(data / "test"), "--out", str(tmp_path / "out")]) == 0
     assert "the threshold was set with seed 3, but seed 0 is used" in capsys.readouterr().err
@@ -265,12 +276,55 @@ def test_calibrate_leaves_out_what_was_trained_on(checkpoint, data, tmp_path, ca
     assert "was trained on all of these images" in capsys.readouterr().err
 
 
-def test_calibrate_by_hand_into_another_file_keeps_the_weights(checkpoint, data, tmp_path):
+def test_calibrate_by_hand_into_another_file_keeps_the_weights(checkpoint, tmp_path):
     other = tmp_path / "other.safetensors"
-    assert main(["calibrate", str(checkpoint), str(data), "--threshold", "0.25", "--out", str(other)]) == 0
+    assert main(["calibrate", str(checkpoint), "--threshold", "0.25", "--out", str(other)]) == 0
     before, after = load_checkpoint(checkpoint), load_checkpoint(other)
     assert (before.calibration.threshold, after.calibration.threshold) == (0.5, 0.25)
     assert all((before.state[name] == after.state[name]).all() for name in before.state)
+
+
+def test_half_precision_needs_no_images_and_leaves_the_threshold(checkpoint, tmp_path, capsys):
+    before, other = load_checkpoint(checkpoint), tmp_path / "half.safetensors"
+    assert main(["calibrate", str(checkpoint), "--half", "--out", str(other)]) == 0
+    assert f"threshold 0.5, as it was, written to {other}" in capsys.readouterr().out
+    assert main(["calibrate", str(checkpoint), "--half"]) == 0
+    for after in map(load_checkpoint, (checkpoint, other)):
+        assert after.calibration == before.calibration and after.same_weights(before.half())
+    save_checkpoint(checkpoint, before.with_calibration(None))
+    assert main(["calibrate", str(checkpoint), "--half"]) == 0
+    assert "no threshold" in capsys.readouterr().out and load_checkpoint(checkpoint).calibration is None
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ([], "give a folder of normal images to set the threshold from, or --threshold, or --half"),
+        (["--top-k", "50"], "--top-k changes every score: give normal images for a new threshold, or --threshold"),
+        (["--half", "--top-k", "50"], "--top-k changes every score"),
+        (["--half", "--alarms-per-km", "3"], "--alarms-per-km needs a folder of normal images"),
+        (["{data}", "--threshold", "0.5"], "--threshold is set without images; leave out {data}"),
+        (["{data}", "--fasteners-per-km", "3000"], "--fasteners-per-km goes with --alarms-per-km"),
+    ],
+)
+def test_calibrate_says_what_its_options_lack(options, reason, checkpoint, data, capsys):
+    before = checkpoint.read_bytes()
+    assert main(["calibrate", str(checkpoint), *(option.format(data=data) for option in options)]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"dfengine: {reason.format(data=data)}") and printed.count("\n") == 1
+    assert checkpoint.read_bytes() == before
+
+
+def test_calibrate_scores_nothing_for_a_file_that_cannot_be_written(checkpoint, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Scoring, "batches", None)
+    (tmp_path / "notes.txt").write_text("mine")
+    for out, reason in ((tmp_path / "notes.txt", "is there already and is not a dfengine checkpoint"),
+                        (data, "is a folder, not a file")):  # fmt: skip
+        assert main(["calibrate", str(checkpoint), str(data), "--out", str(out)]) == 1
+        assert reason in capsys.readouterr().err
+    checkpoint.chmod(0o444)
+    assert main(["calibrate", str(checkpoint), str(data)]) == 1
+    assert f"{checkpoint}: cannot be written: is write-protected" in capsys.readouterr().err
 
 
 def test_calibrate_sets_how_many_pixels_a_score_averages(checkpoint, data, capsys):
@@ -346,7 +400,7 @@ def test_calibrate_drops_copies_and_says_when_it_uses_test_images(checkpoint, da
         path.unlink()
     assert main(["calibrate", str(checkpoint), str(data), "--false-alarm-rate", "0.3"]) == 0
     printed = capsys.readouterr().out
-    assert "1 copies of other images are left out" in printed and "test/good sets the threshold" in printed
+    assert "1 copy of another image left out" in printed and "test/good sets the threshold" in printed
     assert load_checkpoint(checkpoint).calibration.n_normals == 4
     # So few normals are worth a warning at every use.
     assert main(["calibrate", str(checkpoint), str(data), "--false-alarm-rate", "0.01"]) == 0
@@ -369,4 +423,5 @@ def test_help_and_wrong_usage(capsys):
     assert main(["detect", "--help"]) == 0
     assert main(["nonsense"]) == 2
     assert main(["detect"]) == 2
+    assert main(["detect", "model.safetensors", "photos", "--out", ""]) == 2
     assert "Traceback" not in capsys.readouterr().err

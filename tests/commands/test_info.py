@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from PIL import Image
 
+from dfengine import native
 from dfengine.checkpoint import load_checkpoint, save_checkpoint, shipped_checkpoint
 from dfengine.cli import main
+from dfengine.kernels.conv2d_cpu import default_product
 
 
 @pytest.mark.parametrize("name", ["fastener-tiny.safetensors", "rail-eclip-tiny.safetensors"])
@@ -24,6 +28,32 @@ def test_the_installation_in_80_columns(capsys):
     out = capsys.readouterr().out
     assert "kernels on cpu" in out and "diff-fastener-tiny" in out
     assert max(map(len, out.splitlines())) <= 80
+
+
+def test_the_instructions_that_multiply_bfloat16_are_named(capsys):
+    if not native.available():
+        pytest.skip(native.status())
+    assert main(["info"]) == 0
+    usable = "yes" if default_product(torch.bfloat16) == "tiles" else "no"
+    assert f", amx {usable}" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.parametrize("forced, status", [("cuda", 1), ("nonsense", 2)])
+def test_every_command_names_the_variable_that_forces_a_backend(forced, status, tmp_path, capsys, monkeypatch):
+    path, photos, out = str(shipped_checkpoint()), tmp_path / "photos", str(tmp_path / "out")
+    photos.mkdir()
+    for name in ("0.png", "1.png", "2.png"):
+        Image.effect_noise((64, 64), 50).save(photos / name)
+    monkeypatch.setenv("DFENGINE_BACKEND", forced)
+    plan = ["info", path, "--plan", "--no-measure"]
+    detect = ["detect", path, str(photos), "--out", out]
+    train = ["train", str(photos), "--out", f"{out}.safetensors", "--steps", "1", "--workers", "0"]
+    for command in (plan, detect, ["verify", path], ["tune", path], ["bench", path], ["profile", path], train):
+        assert main([*command, "--device", "cpu"]) == status
+        assert f"dfengine: DFENGINE_BACKEND={forced}: " in capsys.readouterr().err
+    assert main(["info"]) == (0 if status == 1 else 2)
+    printed = capsys.readouterr()
+    assert f"DFENGINE_BACKEND={forced}" in printed.out + printed.err
 
 
 def test_a_training_record_of_another_form_is_shown_as_it_is(tmp_path, capsys):

@@ -35,16 +35,25 @@ def test_what_is_measured_is_remembered_and_taken(tiny, tmp_path, capsys):
 def test_a_cache_that_cannot_be_written_loses_nothing(tiny, tmp_path, capsys, caplog, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DFENGINE_CACHE", str(tmp_path / "file"))
-    assert main(["tune", str(tiny), "--batch", "1", "--out", str(tmp_path / "here.json")]) == 0
+    assert main(["tune", str(tiny), "--batch", "1", "--batch", "2", "--out", str(tmp_path / "here.json")]) == 0
     assert len(json.loads((tmp_path / "here.json").read_text())["tactics"]) > 10
-    assert "cannot make the folder" in caplog.text and "for this run alone" in caplog.text
+    (record,) = caplog.records
+    assert "is a file, not a folder: what is measured holds for this run alone" in record.getMessage()
     capsys.readouterr()
-    assert main(["tune", str(tiny), "--batch", "1", "--seconds", "0.5"]) == 1
+    assert main(["tune", str(tiny), "--batch", "1"]) == 1  # before anything is measured
     printed = capsys.readouterr()
-    assert f"dfengine: DFENGINE_CACHE={tmp_path / 'file'}: " in printed.err
-    assert "known for this device" not in printed.out
+    assert printed.err.startswith(f"dfengine: DFENGINE_CACHE={tmp_path / 'file'}: is a file, not a folder; name a file")
+    assert printed.err.count("\n") == 1 and not printed.out
     assert main(["tune", str(tiny), "--batch", "1", "--out", str(tmp_path)]) == 1  # before anything is measured
     assert "is a folder, not a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["bench", "profile", "roofline"])
+def test_a_result_that_cannot_be_written_is_refused_before_it_is_measured(command, tiny, tmp_path, capsys):
+    (tmp_path / "folder.png").mkdir()
+    assert main([command, str(tiny), "--batch", "1", "--out", str(tmp_path / "folder.png")]) == 1
+    refusal = "cannot be written: is a folder, not a file"
+    assert capsys.readouterr() == ("", f"dfengine: {tmp_path / 'folder.png'}: {refusal}\n")
 
 
 def test_no_time_is_said(tiny, capsys):

@@ -402,6 +402,19 @@ def test_list_images_refuses_what_is_no_folder_of_images(tmp_path, monkeypatch):
         list_images(tmp_path / "empty")
 
 
+def test_what_is_passed_over_is_counted_once_where_it_is_asked_for(tmp_path, caplog):
+    touch(tmp_path, "a.png", "IMG_10.jpgg", "day2/IMG_2", ".b.png", "._a.png", ".DS_Store", "Thumbs.db", ".cache/c.tx")
+    list_images(tmp_path)
+    assert not caplog.records
+    for _ in range(2):
+        assert [path.name for path in list_images(tmp_path, others=True)] == ["a.png"]
+    (record,) = caplog.records
+    names = ".b.png, day2/IMG_2, IMG_10.jpgg"
+    assert record.getMessage() == f"{tmp_path}: 3 files left out, no image by name: {names}"
+    with pytest.raises(DataError, match=r"day2: no image in this folder \(.*\); it holds IMG_2$"):
+        list_images(tmp_path / "day2")
+
+
 def test_masks_of_a_data_set_are_left_out_and_named(tmp_path, caplog):
     for name in ("test/bad/0.png", "ground_truth/bad/0_mask.png", "visa/Data/Images/Normal/1.png",
                  "visa/Data/Masks/Anomaly/2.png", "dagm/Train/3.png", "dagm/Train/Label/3_label.png", "Label/4.png"):

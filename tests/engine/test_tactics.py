@@ -15,7 +15,7 @@ from dfengine.engine.execute import Executor
 from dfengine.engine.lower import Lowering
 from dfengine.engine.program import Op
 from dfengine.engine.tactics import Tactic, Tactics, signature, usable
-from dfengine.errors import DfengineError, UsageError
+from dfengine.errors import UsageError
 from tests.helpers import tiny_model
 
 
@@ -49,7 +49,8 @@ def test_what_was_recorded_is_found_again(cache):
     first, conv = Tactics("cpu"), op("down.0")
     assert len(first) == 0 and first.find(conv) is None and conv not in first
     first.record(conv, Tactic("library", {}, 12.5))
-    assert first.save().parent == cache
+    first.save()
+    assert first.path.parent == cache and first.path.is_file()
     again = Tactics("cpu")
     assert again.find(conv) == Tactic("library", {}, 12.5) and conv in again and len(again) == 1
     assert again.find(op("out")) is None
@@ -111,11 +112,33 @@ def test_two_that_save_at_once_wait_for_each_other(monkeypatch):
     assert [file.name for file in one.path.parent.iterdir()] == [one.path.name]
 
 
-def test_a_cache_that_cannot_be_made_names_the_variable(monkeypatch, tmp_path):
+@pytest.mark.parametrize("below", ["", "below"])
+def test_a_cache_that_cannot_be_made_is_said_once_and_names_the_variable(below, monkeypatch, tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(tactics_module.CACHE, str(tmp_path / "file"))
-    with pytest.raises(DfengineError, match=f"^{tactics_module.CACHE}={tmp_path / 'file'}: .*cannot make the folder"):
-        Tactics("cpu").save()
+    cache = tmp_path / "file" / below
+    monkeypatch.setenv(tactics_module.CACHE, str(cache))
+    known = Tactics("cpu")
+    said = [record.getMessage() for record in caplog.records]
+    where = f"{cache}: {tmp_path / 'file'}" if below else cache
+    reason = "is a file, not a folder: what is measured holds for this run alone"
+    assert said == [f"{tactics_module.CACHE}={where}: {reason}"]
+    known.save()
+    Tactics("cpu").save()
+    assert len(caplog.records) == 1 and (tmp_path / "file").read_text() == ""
+
+
+def test_a_cache_that_others_fill_may_be_read_only(monkeypatch, caplog):
+    known = Tactics("cpu")
+    known.record(op("down.0"), Tactic("library"))
+    known.save()
+    monkeypatch.setattr(tactics_module.os, "access", lambda path, mode: False)  # what it says to others than root
+    again = Tactics("cpu")
+    assert len(again) == 1 and not caplog.records
+    again.record(op("out"), Tactic("library"))
+    again.save()
+    assert len(Tactics("cpu")) == 1
+    (record,) = caplog.records
+    assert "cannot be written to: permission denied" in record.getMessage()
 
 
 def test_a_named_file_ranks_first_and_a_shipped_one_last(monkeypatch, tmp_path):

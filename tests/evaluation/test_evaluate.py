@@ -57,7 +57,7 @@ def test_missing_masks():
     assert evaluate(SCORES, LABELS, DEFECTS, maps, none_for_good, 0.5)["aupro"] == whole["aupro"]
     without_one = evaluate(SCORES, LABELS, DEFECTS, maps, [*masks[:6], None], 0.5)
     assert without_one["aupro"] == pixel_metrics(masks[:6], maps[:6])["aupro"]
-    assert without_one["notes"] == ["1 anomalous image(s) without a mask are left out of the pixel metrics."]
+    assert without_one["notes"] == ["Left out of the pixel metrics: 1 anomalous image without a mask."]
     without_any = evaluate(SCORES, LABELS, DEFECTS, maps, [None] * 7, 0.5)
     assert without_any["undefined"]["pixel_auroc"] == "no ground-truth masks"
     with pytest.raises(DataError, match="mask of image"):

@@ -164,17 +164,44 @@ from dfengine import native
 
 torch.set_num_threads(4)
 native.module.with_helpers(4, lambda: None)
-thread = threading.Thread(target=lambda: native.module.with_helpers(4, lambda: threading.Event().wait()), daemon=True)
-thread.start()
-while not thread.is_alive():
-    pass
+standing = threading.Event()
+
+def stand():
+    standing.set()
+    threading.Event().wait()
+
+threading.Thread(target=lambda: native.module.with_helpers(4, stand), daemon=True).start()
+standing.wait()
+print("ended")
+"""
+
+
+BUSY = """
+import sys, threading, torch
+from dfengine import native
+from dfengine.kernels import ingest
+
+images, started = torch.full((1, 256, 256, 3), 0.5), threading.Event()
+out = torch.empty_like(images), torch.empty((2, *images.shape))
+
+def run():
+    ingest._run_cpu(images, *out, 1.0, 0.0, [0.5, 0.5], [0.5, 0.5], 3, 0, 0)
+    started.set()
+
+def loop():
+    while True:
+        native.module.with_helpers(2, run) if sys.argv[1] == "helpers" else run()
+
+torch.set_num_threads(2)
+threading.Thread(target=loop, daemon=True).start()
+started.wait()
 print("ended")
 """
 
 
 @compiled
-def test_the_interpreter_ends_while_helpers_stand_by(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", EXIT], cwd=tmp_path, text=True, capture_output=True, timeout=60
-    )
+@pytest.mark.parametrize("script", [[EXIT], [BUSY, "helpers"], [BUSY, "alone"]], ids=["waits", "helpers", "alone"])
+def test_the_interpreter_ends_while_a_daemon_thread_is_within_the_extension(script, tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", *script]
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=60)
     assert done.returncode == 0 and done.stdout == "ended\n", done.stderr

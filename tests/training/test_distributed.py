@@ -71,8 +71,15 @@ def test_one_process_without_memory_for_a_model_decides_for_both(folder):
     assert "2 processes" in state.plan["picked"] and "does not fit into memory" in state.plan["picked"]
 
 
+def test_a_taken_run_folder_ends_both_with_the_same_line(folder):
+    first, second = ((folder / f"refused-{rank}.txt").read_text() for rank in range(2))
+    assert first == second and first.startswith(f"{folder / 'taken.run'}: another run is writing into it")
+    assert not (folder / "taken.safetensors").exists()
+
+
 def test_one_process_needs_no_group():
     with World("cpu") as world:
         assert (world.rank, world.size, world.is_main) == (0, 1, True)
         assert world.agree(True, 2.5) == (True, 2.5)
         assert world.minimum(2.5) == 2.5
+        assert world.from_main("no") == "no"

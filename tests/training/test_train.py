@@ -147,6 +147,26 @@ def test_a_signal_finishes_the_step_and_saves(normals, tmp_path, number):
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_second_ctrl_c_stops_at_once_and_says_what_was_saved(normals, tmp_path, monkeypatch, saved):
+    out, honest = tmp_path / "net.safetensors", trainer_module.Trainer._next
+
+    def impatient(self, stage, part):
+        if self.state.step == 3:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+        return honest(self, stage, part)
+
+    monkeypatch.setattr(trainer_module.Trainer, "_next", impatient)
+    if not saved:
+        monkeypatch.setattr(trainer_module.Trainer, "save", lambda self, path: None)
+    reason = "the state at step 2 is saved in .*--resume goes on" if saved else "nothing was saved$"
+    config = CONFIG.replace(validations=4)
+    with pytest.raises(TrainingInterrupted, match=f"training stopped at once, after 3 steps; {reason}") as stopped:
+        train(config, tiny_config(), normals, out)
+    assert stopped.value.exit_code == 130 and run_folder_of(out).is_dir() and not out.exists()
+
+
 def test_a_step_is_finished_without_the_workers_that_a_signal_has_ended(straight, normals, tmp_path, monkeypatch):
     out = tmp_path / "net.safetensors"
     honest = trainer_module.Trainer._next
@@ -232,7 +252,7 @@ def test_a_full_disk_is_reported_and_training_goes_on(normals, tmp_path, monkeyp
     monkeypatch.setattr(trainer_module, "save_state", full)
     out = tmp_path / "net.safetensors"
     train(CONFIG, tiny_config(), normals, out, console=lines)
-    assert "warning" in lines.file.getvalue() and "no space left on device" in lines.file.getvalue()
+    assert "dfengine: warning: " in lines.file.getvalue() and "no space left on device" in lines.file.getvalue()
     assert load_checkpoint(out).training["steps"] == 8
 
 
@@ -246,8 +266,8 @@ def test_unreadable_images_are_named_and_too_few_refused(normals, tmp_path, line
     shutil.copy(normals / "01.png", folder)
     config = CONFIG.replace(steps=2, validations=1)
     result = train(config, tiny_config(), folder, tmp_path / "net.safetensors", console=lines)
-    assert "skipped bad.png" in lines.file.getvalue()
-    assert "2 of the held-out images are also trained on" in lines.file.getvalue()
+    assert "dfengine: warning: skipped bad.png" in lines.file.getvalue()
+    assert "the weights see 2 of the held-out images" in lines.file.getvalue()
     assert result.record["data"]["skipped"] == ["bad.png"]
     assert result.record["data"]["held_out_also_trained"] == 2
 

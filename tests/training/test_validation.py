@@ -20,7 +20,7 @@ def test_the_verdict_counts_cases_and_warns_below_85(auroc, cases, doubtful):
 
 
 def test_the_verdict_says_where_it_is_optimistic_or_missing():
-    assert verdict({"val_image_auroc": 0.9}, trained=2)[0].endswith("(optimistic: 2 of them were also trained on)")
+    assert verdict({"val_image_auroc": 0.9}, trained=2)[0].endswith("(optimistic: the weights have seen 2 of them)")
     assert verdict({"val_noise_loss": 0.1}) == [
         "no verdict on quality: these weights were never tried on synthetic defects"
     ]

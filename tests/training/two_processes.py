@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -11,7 +12,17 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from dfengine.training import Automatic, TrainConfig, TrainingInterrupted, plan, probe, train  # noqa: E402
+from dfengine.errors import DfengineError  # noqa: E402
+from dfengine.files import locked  # noqa: E402
+from dfengine.training import (  # noqa: E402
+    Automatic,
+    TrainConfig,
+    TrainingInterrupted,
+    plan,
+    probe,
+    run_folder_of,
+    train,
+)
 from dfengine.training.trainer import Trainer  # noqa: E402
 from tests.helpers import tiny_config  # noqa: E402
 
@@ -47,6 +58,14 @@ def main(folder: Path, data: Path) -> None:
     try:
         train(config, Automatic(), data, folder / "picked.safetensors", stop=lambda step: True)
     except TrainingInterrupted:
+        dist.barrier()
+    taken = folder / "taken.safetensors"
+    with locked(run_folder_of(taken)) if rank == 0 else nullcontext():  # as by another run
+        dist.barrier()
+        try:
+            train(CONFIG, model, data, taken)
+        except DfengineError as error:
+            (folder / f"refused-{rank}.txt").write_text(str(error))
         dist.barrier()
     dist.destroy_process_group()
 
