@@ -14,6 +14,15 @@ from tests.kernels import cuda_on_host
 KERNELS = {"float16_64": 64, "float16_128": 128, "bfloat16_256": 256}
 MODES = {0: 0, 128: 1, 64: 2, 32: 3}
 """Bytes of a swizzled row: bits 62 and 63 of a matrix descriptor."""
+LAYOUTS = [
+    (0, 128, 256, 0),
+    (4112, 4096, 128, 0),
+    (48, 144, 304, 0),
+    (2048, 16, 1024, 128),
+    (512, 16, 512, 64),
+    (256, 16, 256, 32),
+]
+"""Start, leading, stride and swizzle, in bytes."""
 MISTAKES = dict(
     no_wait=1, no_fence=2, no_proxy_fence=3, other_b=4, other_a=5, other_sums=6, other_descriptor=7, early=8
 )  # fmt: skip
@@ -29,8 +38,8 @@ def probe() -> ctypes.CDLL:
 
 
 def image_of(b: torch.Tensor, start: int, leading: int, stride: int, swizzle: int) -> torch.Tensor:
-    """b (16, N) as bytes of shared memory: element (k, n) of a K-major matrix, in units of 16 bytes ((8, n), 2) with the
-    strides ((1, stride), leading), or ((swizzle / 16, stride), 1), of whose address bits 4 to 6 are changed by 7 to 9."""
+    """b (16, N) as bytes of shared memory, K-major: in units of 16 bytes ((8, n), 2) with the strides ((1, stride),
+    leading), or ((swizzle / 16, stride), 1) where bits 4 to 6 of the address are changed by bits 7 to 9."""
     bits = b.view(torch.int16)
     image = torch.full((64 * 1024 // 2,), 0x7FFF, dtype=torch.int16)
     for n in range(b.shape[1]):
@@ -62,11 +71,7 @@ def product(probe, kernel: str, layout=(256, 128, 256, 0), as_if=None, mistake: 
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize(
-    "layout",
-    [(0, 128, 256, 0), (4112, 4096, 128, 0), (48, 144, 304, 0), (2048, 16, 1024, 128), (512, 16, 512, 64), (256, 16, 256, 32)],
-    ids=lambda layout: f"swizzle{layout[3]}-{layout[1]}-{layout[2]}",
-)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"swizzle{layout[3]}-{layout[1]}-{layout[2]}")
 def test_products_of_every_layout(probe, kernel, layout):
     for backwards in (False, True):
         torch.testing.assert_close(*product(probe, kernel, layout, backwards=backwards), rtol=1e-5, atol=1e-5)
