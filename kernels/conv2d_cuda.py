@@ -273,8 +273,15 @@ def _chosen(device, shape, channels, reach, tile_pixels) -> Placement:
     return placement_for(shape, channels, reach, tile_pixels, capability_of(device), multiprocessors_of(device))
 
 
-def _kernel(x: Tensor, tile: Tile) -> str:
-    return f"conv2d_{NAMES[x.dtype]}_{tile.name}"
+def _kernel(dtype: torch.dtype, tile: Tile) -> str:
+    return f"conv2d_{NAMES[dtype]}_{tile.name}"
+
+
+def tiles_on(device: torch.device, dtype: torch.dtype) -> tuple[Tile, ...]:
+    """TILES, and those of WGMMA_TILES that run there."""
+    if capability_of(device) not in WGMMA_DEVICES:
+        return TILES
+    return TILES + tuple(tile for tile in WGMMA_TILES if cuda_launch.runs(_kernel(dtype, tile), device))
 
 
 def geometry(weight, resample, residual, residual_resample, y) -> tuple[int, tuple[int, int, int, int]]:
@@ -321,7 +328,7 @@ def _run_cuda(
         RESAMPLES[resample], ACTIVATIONS[prologue_act], RESAMPLES[residual_resample], ACTIVATIONS[act],
         place.width.bit_length() - 1, run, aligned,
     )  # fmt: skip
-    kernel = "conv2d_half_sums_128x64" if half_sums else _kernel(x, place.tile)
+    kernel = "conv2d_half_sums_128x64" if half_sums else _kernel(x.dtype, place.tile)
     cuda_launch.launch(
         place.tile.op, kernel, place.grid(shape), (place.tile.threads, 1, 1),
         (
@@ -359,11 +366,7 @@ def _configurations(
     """Every legal tile, in its best shape."""
     reach, shape = geometry(weight, resample, residual, residual_resample, y)
     wanted = tile_pixels if moments is not None else 0
-    capability = capability_of(x.device)
-    tiles = list(TILES)
-    if capability in WGMMA_DEVICES:
-        tiles += [tile for tile in WGMMA_TILES if cuda_launch.runs(_kernel(x, tile), x.device)]
-    found = placements(shape[1:3], reach, capability, wanted, tiles)
+    found = placements(shape[1:3], reach, capability_of(x.device), wanted, tiles_on(x.device, x.dtype))
     legal = [place for place in found if max(place.grid(shape)[1:]) <= 65535]
     return [{"tile": place.tile.name, "width": place.width} for place in legal]
 

@@ -10,7 +10,7 @@ from dfengine.kernels import CannotRunError, conv2d, cuda_launch
 from dfengine.kernels import conv2d_cuda as cuda
 from tests.kernels import launchers
 from tests.kernels.contract import assert_numeric_contract
-from tests.kernels.test_conv2d import Case, check_contract, check_moments, make, run_into_nan, through_torch
+from tests.kernels.test_conv2d import Case, check_contract, check_moments, make, on, run_into_nan, through_torch
 from tests.kernels.test_conv2d_cuda import HALVES, cases, launcher_of, placement
 
 HOPPER = (9, 0)
@@ -119,8 +119,11 @@ def test_it_is_never_taken_by_rule():
 def test_tactics_try_it_where_it_runs(monkeypatch):
     case = Case((1, 8, 16), (16,), 24, 3, 1, True, "gelu")
     arguments = make(case, torch.float16)
+    device = "cuda" if launchers.GPU else "cpu"
     exact, plain = (through_torch(arguments, dtype) for dtype in (torch.float64, torch.float16))
-    y, moments = torch.empty((1, 8, 16, 24), dtype=torch.float16), torch.empty((1, 8, 2, 24))
+    arguments = tuple(on(value, device) for value in arguments)
+    y = torch.empty((1, 8, 16, 24), dtype=torch.float16, device=device)
+    moments = torch.empty((1, 8, 2, 24), device=device)
     implementation, asked = conv2d.OP.implementations["cuda"], []
 
     def names(runs: bool) -> set[str]:
@@ -131,8 +134,8 @@ def test_tactics_try_it_where_it_runs(monkeypatch):
     assert set(asked) == {f"conv2d_float16_{name}" for name in TILE}
     options = next(o for o in implementation.configurations(*arguments, y, moments, 16) if o["tile"] == "64x64")
     launcher_of(monkeypatch, tile="wgmma_64x128", width=options["width"]).run(conv2d.OP, *arguments, y, moments, 16)
-    assert_numeric_contract(y, exact, plain)
-    check_moments(y, moments, 16)
+    assert_numeric_contract(y.cpu(), exact, plain)
+    check_moments(y.cpu(), moments.cpu(), 16)
     monkeypatch.setattr(cuda, "capability_of", lambda device: (8, 9))
     assert not names(True) & set(TILE)
     with pytest.raises(CannotRunError, match="does not fit this device"):
