@@ -70,8 +70,11 @@ __device__ __forceinline__ void conv2d_wgmma_block(const Conv2dCall<T>& call, un
 #pragma unroll
                 for (int m = 0; m < Tile::FRAGMENTS; ++m) wgmma<T>(sums[m], a[m], stage + step * (Tile::STEP_BYTES / 16));
                 wgmma_commit();
-                // The chunk to come was copied AHEAD taps ago.
-                if (step == 1 && tap >= AHEAD && more) loader.finish(chunk + 1, next, (tap - AHEAD) * RUNS, (tap - AHEAD + 1) * RUNS);
+                // The copies of the chunk to come were started AHEAD taps ago or more.
+                if (step == 1 && tap >= AHEAD && more) {
+                    loader.finish(chunk + 1, next, (tap - AHEAD) * RUNS, (tap - AHEAD + 1) * RUNS);
+                    __syncwarp();
+                }
                 wgmma_wait<1>();
             }
             ring = ring + 1 == STAGES ? 0 : ring + 1;

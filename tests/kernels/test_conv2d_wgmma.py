@@ -67,7 +67,9 @@ def test_a_sample_does_not_depend_on_its_batch(monkeypatch):
     assert torch.equal(run_into_nan(launcher, part)[0], whole[order])
 
 
-PART = "tap >= AHEAD && more) loader.finish(chunk + 1, next, (tap - AHEAD) * RUNS, (tap - AHEAD + 1) * RUNS);"
+PART = "loader.finish(chunk + 1, next, (tap - AHEAD) * RUNS, (tap - AHEAD + 1) * RUNS);"
+CHUNK = f"tap >= AHEAD && more) {{\n                    {PART}"
+EARLY = CHUNK.replace(">= AHEAD", "== 0").replace(PART, "loader.finish(chunk + 1, next);")
 MISTAKES = {
     "no wait for the sums": ("    wgmma_wait<0>();\n", ""),
     "pixels loaded while they are multiplied": ("wgmma_wait<1>();", "wgmma_wait<2>();"),
@@ -75,8 +77,8 @@ MISTAKES = {
     "weights not shown to the products": ("            async_proxy_fence();\n", ""),
     "a place of the ring too early": (" 2 ? ring + STAGES - 2 : ring - 2", " 1 ? ring + STAGES - 1 : ring - 1"),
     "weights not waited for": ("copy_async_wait<AHEAD - 1>();", "copy_async_wait<AHEAD>();"),
-    "a chunk finished before it has arrived": (PART, "tap == 0 && more) loader.finish(chunk + 1, next);"),
-    "a chunk not finished": (PART, "false) ;"),
+    "a chunk finished before it has arrived": (CHUNK, EARLY),
+    "a chunk not finished": (PART, ""),
     "a chunk of a single tap not waited for": ("if (taps == 1 || chunk == 0) {", "if (chunk == 0) {"),
 }
 
