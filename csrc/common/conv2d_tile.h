@@ -43,11 +43,11 @@ struct Conv2dTile {
     F(128x16, 128, 16, 32, 8, 1, 4, 4, 2)
 
 // The same for conv2d_wgmma.cu: four warps along pixels are a warpgroup.
-#define DFE_CONV2D_WGMMA_TILES(F)                 \
-    F(wgmma_128x256, 128, 256, 64, 8, 1, 4, 8, 1) \
+#define DFE_CONV2D_WGMMA_TILES(F)                  \
+    F(wgmma_128x256, 128, 256, 64, 8, 1, 4, 8, 1)  \
     F(wgmma_256x128, 256, 128, 64, 8, 1, 4, 13, 1) \
     F(wgmma_128x128, 128, 128, 64, 4, 1, 3, 15, 2) \
-    F(wgmma_128x64, 128, 64, 64, 8, 1, 4, 8, 2)   \
+    F(wgmma_128x64, 128, 64, 64, 8, 1, 4, 8, 2)    \
     F(wgmma_64x128, 64, 128, 64, 4, 1, 3, 9, 2)
 
 // The loader's run v = thread + i * threads: a pixel of the halo and a group of 8 channels. Eight neighbouring threads take two groups of four pixels
@@ -99,13 +99,13 @@ DFE_HD int fragment_offset(int lane, int step) {
     return lane / 16 * 16 + step * 32;
 }
 
-// Bytes from the start of a stage of weights to a lane's 16: both registers of two fragments of 8 outputs. For wgmma the 16 bytes are 8 channels of an
-// output, in core matrices of 8 outputs: two, for both halves of a step, are a fragment.
+// Bytes from the start of a stage of weights to a lane's 16: both registers of two fragments of 8 outputs.
 template <typename Tile>
 DFE_HD int weight_offset(int step, int pair, int lane) {
     return ((step * (Tile::OUTPUTS / 16) + pair) * 32 + lane) * 16;
 }
 
+// Of wgmma's core matrices: bytes from the first 8 channels of a step to the others, and from 8 outputs to the next.
 constexpr int WEIGHT_LEADING = 128, WEIGHT_STRIDE = 256;
 
 // The epilogue's staging: where a lane writes two sums of a fragment's row lane / 4 (and 8 below), and where it reads half a group of 8 outputs. The

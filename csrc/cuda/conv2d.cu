@@ -65,59 +65,46 @@ __device__ __forceinline__ void multiply_stage(float (&sums)[Tile::FRAGMENTS][2 
 template <typename T, typename Tile, bool HalfSums>
 __device__ __forceinline__ void conv2d_block(const Conv2dCall<T>& call, unsigned char* shared) {
     const int lane = this_thread<Tile>() % 32, warp_n = this_thread<Tile>() / 32 % Tile::WARPS_N;
-    const int first = static_cast<int>(blockIdx.x) * Tile::OUTPUTS, sample = static_cast<int>(blockIdx.z);
-    const Conv2dPlace place = place_of<T, Tile>(call, static_cast<int>(blockIdx.y));
-    const int halo_pixels = halo_pixels_of<T, Tile>(call, place), buffer_bytes = halo_pixels * Tile::PITCH;
-    unsigned char* const inputs = shared + Tile::STAGES * Tile::STAGE_BYTES;
+    Conv2dBlock<T, Tile, Tile::STAGES - 1> block(call, shared);
     uint32_t input[Tile::FRAGMENTS];
-    first_reads<Tile>(place, shared_address(inputs), input);
+    first_reads<Tile>(block.place, shared_address(block.inputs), input);
     const unsigned char* const weights = shared + weight_offset<Tile>(0, warp_n * Tile::PAIRS, lane);
-
-    InputLoader<T, Tile> loader(call, place, sample, halo_pixels, inputs + 2 * buffer_bytes);
-    WeightCopier<T, Tile> copier(call, first, shared_address(shared));
-    const int taps = call.kernel * call.kernel, chunks = loader.chunks();
-    int stages_to_copy = chunks * taps, ring = 0;
-    loader.copy(0, inputs);
-#pragma unroll 1
-    for (int stage = 0; stage < Tile::STAGES - 1; ++stage) {
-        if (stages_to_copy-- > 0) copier.copy(call, stage);
-        copy_async_commit();
-    }
+    const int taps = block.taps, chunks = block.loader.chunks();
+    int ring = 0;
 
     float sums[Tile::FRAGMENTS][2 * Tile::PAIRS][4] = {};
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
-        const int buffer = chunk % 2 * buffer_bytes;
+        const int buffer = chunk % 2 * block.buffer_bytes;
         // The chunk was copied beside the last chunk's first tap: long ago, where there are more taps than stages.
         if (taps == 1 || chunk == 0) {
             copy_async_wait<0>();
             __syncthreads();
         }
-        loader.finish(chunk, inputs + buffer);
+        block.loader.finish(chunk, block.inputs + buffer);
         TapWalk tap(buffer);
 #pragma unroll 1
         for (int left = taps; left > 0; --left) {
             // The stage has arrived for all threads, and so has the input; those before are read by none, and their places are free.
             copy_async_wait<Tile::STAGES - 2>();
             __syncthreads();
-            if (left == taps && chunk + 1 < chunks) loader.copy(chunk + 1, inputs + buffer_bytes - buffer);
-            if (stages_to_copy-- > 0) copier.copy(call, ring == 0 ? Tile::STAGES - 1 : ring - 1);
-            copy_async_commit();
+            if (left == taps && chunk + 1 < chunks) block.loader.copy(chunk + 1, block.inputs + block.buffer_bytes - buffer);
+            block.copy_stage(ring == 0 ? Tile::STAGES - 1 : ring - 1);
             multiply_stage<T, Tile, HalfSums>(sums, input, tap.offset, weights + ring * Tile::STAGE_BYTES);
             ring = ring + 1 == Tile::STAGES ? 0 : ring + 1;
-            tap.advance<T, Tile>(call, place);
+            tap.advance<T, Tile>(call, block.place);
         }
     }
 
-    write_block<T, Tile>(call, sample, first, sums, shared);
+    write_block<T, Tile>(call, block.sample, block.first, sums, shared);
 }
 
 }  // namespace dfe
 
-#define DFE_CONV2D_TILE(NAME, ...)                                       \
-    namespace dfe {                                                      \
-    using Conv2d_##NAME = Conv2dTile<__VA_ARGS__>;                       \
-    }                                                                    \
+#define DFE_CONV2D_TILE(NAME, ...)                                                 \
+    namespace dfe {                                                                \
+    using Conv2d_##NAME = Conv2dTile<__VA_ARGS__>;                                 \
+    }                                                                              \
     DFE_CONV2D(float16_##NAME, dfe::half, Conv2d_##NAME, dfe::conv2d_block, false) \
     DFE_CONV2D(bfloat16_##NAME, dfe::bfloat16, Conv2d_##NAME, dfe::conv2d_block, false)
 

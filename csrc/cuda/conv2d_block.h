@@ -47,6 +47,43 @@ struct TapWalk {
     }
 };
 
+// What a block's main loop needs, and how it begins: copies of the first chunk of input and of Ahead stages of weights are under way.
+template <typename T, typename Tile, int Ahead>
+struct Conv2dBlock {
+    const Conv2dCall<T>& call;
+    const int first, sample;  // of the outputs
+    const Conv2dPlace place;
+    const int halo_pixels, buffer_bytes;  // of one of the two buffers of input
+    unsigned char* const inputs;
+    InputLoader<T, Tile> loader;
+    WeightCopier<T, Tile> copier;
+    const int taps;
+    int stages_to_copy;
+
+    __device__ __forceinline__ Conv2dBlock(const Conv2dCall<T>& given, unsigned char* shared)
+        : call(given),
+          first(static_cast<int>(blockIdx.x) * Tile::OUTPUTS),
+          sample(static_cast<int>(blockIdx.z)),
+          place(place_of<T, Tile>(given, static_cast<int>(blockIdx.y))),
+          halo_pixels(halo_pixels_of<T, Tile>(given, place)),
+          buffer_bytes(halo_pixels * Tile::PITCH),
+          inputs(shared + Tile::STAGES * Tile::STAGE_BYTES),
+          loader(given, place, sample, halo_pixels, inputs + 2 * buffer_bytes),
+          copier(given, first, shared_address(shared)),
+          taps(given.kernel * given.kernel),
+          stages_to_copy(loader.chunks() * taps) {
+        loader.copy(0, inputs);
+#pragma unroll 1
+        for (int stage = 0; stage < Ahead; ++stage) copy_stage(stage);
+    }
+
+    // Starts the copy of the next stage of weights to a place of the ring.
+    __device__ __forceinline__ void copy_stage(int ring) {
+        if (stages_to_copy-- > 0) copier.copy(call, ring);
+        copy_async_commit();
+    }
+};
+
 // What follows the main loop, whose shared memory it takes.
 template <typename T, typename Tile>
 __device__ __forceinline__ void write_block(const Conv2dCall<T>& call, int sample, int first,

@@ -17,37 +17,26 @@ __device__ __forceinline__ void conv2d_wgmma_block(const Conv2dCall<T>& call, un
     constexpr int STAGES = Tile::STAGES, AHEAD = STAGES - 2;  // the last step of the stage before is still multiplied
     constexpr int PARTS = 9 - AHEAD, RUNS = (Tile::VECTORS + PARTS - 1) / PARTS;  // of the next chunk, from tap AHEAD on
     static_assert(AHEAD >= 1 && Tile::STEPS % 2 == 0 && Tile::WARPS_N == 1 && Tile::WARPS_M % 4 == 0, "not a tile of warpgroups");
+    static_assert(PARTS * RUNS <= 16, "the loader knows 16 runs");
 
-    const int first = static_cast<int>(blockIdx.x) * Tile::OUTPUTS, sample = static_cast<int>(blockIdx.z);
-    const Conv2dPlace place = place_of<T, Tile>(call, static_cast<int>(blockIdx.y));
-    const int halo_pixels = halo_pixels_of<T, Tile>(call, place), buffer_bytes = halo_pixels * Tile::PITCH;
-    unsigned char* const inputs = shared + STAGES * Tile::STAGE_BYTES;
+    Conv2dBlock<T, Tile, AHEAD> block(call, shared);  // whose stages to copy are those to multiply less AHEAD
     uint32_t input[Tile::FRAGMENTS];
-    first_reads<Tile>(place, shared_address(inputs), input);
+    first_reads<Tile>(block.place, shared_address(block.inputs), input);
     const uint64_t weights = matrix_descriptor(shared_address(shared), WEIGHT_LEADING, WEIGHT_STRIDE);
-
-    InputLoader<T, Tile> loader(call, place, sample, halo_pixels, inputs + 2 * buffer_bytes);
-    WeightCopier<T, Tile> copier(call, first, shared_address(shared));
-    const int taps = call.kernel * call.kernel;
-    int stages_to_copy = loader.chunks() * taps, ring = 0;  // those to multiply are AHEAD more
-    loader.copy(0, inputs);
-#pragma unroll 1
-    for (int stage = 0; stage < AHEAD; ++stage) {
-        if (stages_to_copy-- > 0) copier.copy(call, stage);
-        copy_async_commit();
-    }
+    const int taps = block.taps;
+    int ring = 0;
 
     float sums[Tile::FRAGMENTS][2 * Tile::PAIRS][4] = {};
     uint32_t pixels[2][Tile::FRAGMENTS][4];
 #pragma unroll 1
-    for (int chunk = 0; stages_to_copy > -AHEAD; ++chunk) {
-        const bool more = stages_to_copy > taps - AHEAD;  // chunks to come
-        const int buffer = chunk % 2 * buffer_bytes;
-        unsigned char* const next = inputs + buffer_bytes - buffer;
+    for (int chunk = 0; block.stages_to_copy > -AHEAD; ++chunk) {
+        const bool more = block.stages_to_copy > taps - AHEAD;  // chunks to come
+        const int buffer = chunk % 2 * block.buffer_bytes;
+        unsigned char* const next = block.inputs + block.buffer_bytes - buffer;
         if (taps == 1 || chunk == 0) {
             copy_async_wait<0>();
             __syncthreads();
-            loader.finish(chunk, inputs + buffer);
+            block.loader.finish(chunk, block.inputs + buffer);
         }
         TapWalk walk(buffer);
 #pragma unroll 1
@@ -57,9 +46,8 @@ __device__ __forceinline__ void conv2d_wgmma_block(const Conv2dCall<T>& call, un
             copy_async_wait<AHEAD - 1>();
             async_proxy_fence();
             __syncthreads();
-            if (tap == 0 && more) loader.copy(chunk + 1, next);
-            if (stages_to_copy-- > 0) copier.copy(call, ring < 2 ? ring + STAGES - 2 : ring - 2);
-            copy_async_commit();
+            if (tap == 0 && more) block.loader.copy(chunk + 1, next);
+            block.copy_stage(ring < 2 ? ring + STAGES - 2 : ring - 2);
             const uint64_t stage = weights + ring * (Tile::STAGE_BYTES / 16);
 #pragma unroll
             for (int step = 0; step < Tile::STEPS; ++step) {
@@ -72,19 +60,19 @@ __device__ __forceinline__ void conv2d_wgmma_block(const Conv2dCall<T>& call, un
                 wgmma_commit();
                 // The copies of the chunk to come were started AHEAD taps ago or more.
                 if (step == 1 && tap >= AHEAD && more) {
-                    loader.finish(chunk + 1, next, (tap - AHEAD) * RUNS, (tap - AHEAD + 1) * RUNS);
+                    block.loader.finish(chunk + 1, next, (tap - AHEAD) * RUNS, (tap - AHEAD + 1) * RUNS);
                     __syncwarp();
                 }
                 wgmma_wait<1>();
             }
             ring = ring + 1 == STAGES ? 0 : ring + 1;
-            walk.advance<T, Tile>(call, place);
+            walk.advance<T, Tile>(call, block.place);
         }
     }
     wgmma_wait<0>();
 #pragma unroll
     for (int m = 0; m < Tile::FRAGMENTS; ++m) arrived(sums[m]);
-    write_block<T, Tile>(call, sample, first, sums, shared);
+    write_block<T, Tile>(call, block.sample, block.first, sums, shared);
 }
 
 }  // namespace dfe

@@ -67,9 +67,9 @@ def test_a_sample_does_not_depend_on_its_batch(monkeypatch):
     assert torch.equal(run_into_nan(launcher, part)[0], whole[order])
 
 
-PART = "loader.finish(chunk + 1, next, (tap - AHEAD) * RUNS, (tap - AHEAD + 1) * RUNS);"
+PART = "block.loader.finish(chunk + 1, next, (tap - AHEAD) * RUNS, (tap - AHEAD + 1) * RUNS);"
 CHUNK = f"tap >= AHEAD && more) {{\n                    {PART}"
-EARLY = CHUNK.replace(">= AHEAD", "== 0").replace(PART, "loader.finish(chunk + 1, next);")
+EARLY = CHUNK.replace(">= AHEAD", "== 0").replace(PART, "block.loader.finish(chunk + 1, next);")
 MISTAKES = {
     "no wait for the sums": ("    wgmma_wait<0>();\n", ""),
     "pixels loaded while they are multiplied": ("wgmma_wait<1>();", "wgmma_wait<2>();"),
