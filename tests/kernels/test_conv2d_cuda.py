@@ -357,7 +357,8 @@ def test_gpu_meets_the_contract_at_the_shapes_of_the_networks(dtype):
         y = torch.empty((*case.size, case.outputs), device="meta")
         _, _, weight, *_, resample, residual, residual_resample, _ = arguments
         _, shape = cuda.geometry(weight, resample, residual, residual_resample, y)
-        for place in cuda.placements(shape[1:3], reach, torch.cuda.get_device_capability()):
+        tiles = cuda.tiles_on(torch.device("cuda"), dtype)
+        for place in cuda.placements(shape[1:3], reach, torch.cuda.get_device_capability(), tiles=tiles):
             launcher = launchers.Launcher("cuda", "cuda", {"placement": place})
             first, again = (check_contract(launcher, case, dtype)[0] for _ in range(2))
             assert torch.equal(first, again)
