@@ -148,7 +148,7 @@ if [ "$stage" = sanitize ]; then
     begin
     for tool in memcheck racecheck; do
         run "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m pytest -q -p no:cacheprovider -o pythonpath= \
-            -o addopts="--import-mode=importlib -ra" -o timeout=0 tests/kernels/test_conv2d_cuda.py -k every_tile
+            -o addopts="--import-mode=importlib -ra" -o timeout=0 tests/kernels/test_conv2d_{cuda,wgmma}.py -k every_tile
     done
 fi
 if wants check && missing kernels_check.json; then

@@ -1,5 +1,5 @@
-"""Compile every Triton kernel (for sm_89 and sm_90) and .cu file (for sm_80 and sm_86 too), without a GPU; report
-registers and spills.
+"""Compile every Triton kernel (for sm_89 and sm_90) and .cu file (for sm_80 and sm_86 too, or for the one architecture
+whose instructions it has), without a GPU; report registers and spills.
 
     python bench/kernels_check.py [--json OUT] [--quick] [--only OP ...] [--backend triton|cuda]
 
@@ -35,6 +35,7 @@ from dfengine.kernels import cuda_launch  # noqa: E402
 
 OPS = sorted(path.stem for path in (Path(__file__).parent / "kernels").glob("[!_]*.py"))
 ARCHITECTURES = {"triton": (89, 90), "cuda": (80, 86, 89, 90)}
+"""For the files of cuda_launch.ARCHITECTURES there is but the one that stands there."""
 ONES = "sizes 1,"
 FIELDS = ("registers", "shared", "stack", "local")
 
@@ -114,8 +115,13 @@ def disassembled(cubin: Path) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def check_cuda(source: Path, architecture: int, nvcc: str) -> list[dict]:
-    name = f"bench.kernels.{source.stem}"
+def architectures_of(source: Path) -> tuple[int | str, ...]:
+    only = cuda_launch.ARCHITECTURES.get(source.stem)
+    return (only.removeprefix("sm_"),) if only else ARCHITECTURES["cuda"]
+
+
+def check_cuda(source: Path, architecture: int | str, nvcc: str) -> list[dict]:
+    name = f"bench.kernels.{source.stem.removesuffix('_wgmma')}"
     module = importlib.import_module(name) if importlib.util.find_spec(name) else None
     read = getattr(module, "read_sass", None)
     launches = module.cuda_launches() if hasattr(module, "cuda_launches") else {}
@@ -131,7 +137,8 @@ def check_cuda(source: Path, architecture: int, nvcc: str) -> list[dict]:
         rows.append({"op": source.stem, "backend": "cuda", "architecture": architecture, "kernel": kernel, **row})
         if kernel in launches:
             threads, shared = launches[kernel]
-            blocks = occupancy(row["registers"], threads, row["shared"] + shared, architecture)
+            number = int(str(architecture).rstrip("a"))
+            blocks = occupancy(row["registers"], threads, row["shared"] + shared, number)
             rows[-1] |= {"shared": shared, "threads": threads, "blocks": blocks}
         if read:
             rows[-1] |= read(kernel, sass.instructions(text[kernel]))
@@ -150,7 +157,7 @@ def find_nvrtc() -> ctypes.CDLL | None:
     return None
 
 
-def check_nvrtc(nvrtc: ctypes.CDLL, source: Path, architecture: int) -> str:
+def check_nvrtc(nvrtc: ctypes.CDLL, source: Path, architecture: int | str) -> str:
     """Compile a .cu file as kernels/cuda_launch.py has cupy do; the compiler's messages where that fails, else ""."""
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     text = source.read_text(encoding="utf-8").encode()
@@ -185,21 +192,23 @@ def main() -> int:
     sources = [source for source in sources if not arguments.only or source.stem in arguments.only]
     ops = [op for op in OPS if not arguments.only or op in arguments.only] if arguments.backend != "cuda" else []
     refused = []
-    for architecture in sorted({*ARCHITECTURES["triton"], *ARCHITECTURES["cuda"]}):
+    plain = {*ARCHITECTURES["triton"], *ARCHITECTURES["cuda"]}
+    for architecture in [*sorted(plain), *{only for source in sources for only in architectures_of(source)} - plain]:
         for op in ops if architecture in ARCHITECTURES["triton"] else []:
             rows += check_triton(op, architecture, arguments.quick)
-        if architecture not in ARCHITECTURES["cuda"]:
-            continue
-        for source in sources if nvcc else []:
+        mine = [source for source in sources if architecture in architectures_of(source)]
+        for source in mine if nvcc else []:
             rows += check_cuda(source, architecture, nvcc)
-        for source in sources if nvrtc and not (arguments.quick and architecture != ARCHITECTURES["cuda"][0]) else []:
+        for source in mine if nvrtc else []:
+            if arguments.quick and architecture != architectures_of(source)[0]:
+                continue
             message = check_nvrtc(nvrtc, source, architecture)
             refused += [f"NVRTC refuses {source.name} for sm_{architecture}: {message}"] if message else []
     print(f"{'op':14} {'backend':8} {'kernel':44} {'sm':>3} {'registers':>9} {'shared':>7} {'stack':>6} {'spills':>6}")
     for row in rows:
         blocks = f"  {row['blocks']} blocks of {row['threads']} threads" if "blocks" in row else ""
         print(
-            f"{row['op']:14} {row['backend']:8} {row['kernel']:44} {row['architecture']:3} {row['registers']:9} "
+            f"{row['op']:14} {row['backend']:8} {row['kernel']:44} {row['architecture']:>3} {row['registers']:9} "
             f"{row['shared']:7} {row['stack']:6} {row['local']:6}{blocks}"
         )
     for row in (row for row in rows if "loop" in row):

@@ -1,8 +1,9 @@
-"""conv2d on tensor cores: the table of tiles, packing of the weight and the launcher of csrc/cuda/conv2d.cu (formula:
-kernels/conv2d.py).
+"""conv2d on tensor cores: the table of tiles, packing of the weight and the launcher of csrc/cuda/conv2d.cu and
+conv2d_wgmma.cu (formula: kernels/conv2d.py).
 
 A thread block makes PIXELS pixels, as rows of a power of two of them, times a block of outputs; input channels come in
-chunks, each source's last one filled up with zeros. float16 and bfloat16, devices from sm_80 on.
+chunks, each source's last one filled up with zeros. float16 and bfloat16, devices from sm_80 on; with `wgmma`, which
+only sm_90a has, where a measurement chose it.
 """
 
 from __future__ import annotations
@@ -46,6 +47,13 @@ class Tile:
     stages: int
     vectors: int
     blocks: int
+    warpgroups: bool = False
+    """Whether warps multiply by fours, by wgmma (csrc/cuda/conv2d_wgmma.cu)."""
+
+    @property
+    def op(self) -> str:
+        """The file of csrc/cuda with its kernels."""
+        return "conv2d_wgmma" if self.warpgroups else "conv2d"
 
     @property
     def threads(self) -> int:
@@ -81,6 +89,15 @@ TILES = (
 )
 """In order of preference, not yet timed on a device: 256x128 stands behind the others of 128 outputs, as its epilogue
 has no second block on the multiprocessor to hide behind."""
+WGMMA_TILES = (
+    Tile("wgmma_128x256", 128, 256, 64, (8, 1), 4, 8, 1, True),
+    Tile("wgmma_256x128", 256, 128, 64, (8, 1), 4, 13, 1, True),
+    Tile("wgmma_128x128", 128, 128, 64, (4, 1), 3, 15, 2, True),
+    Tile("wgmma_128x64", 128, 64, 64, (8, 1), 4, 8, 2, True),
+    Tile("wgmma_64x128", 64, 128, 64, (4, 1), 3, 9, 2, True),
+)
+"""Never taken by rule: they were not run on a device yet. Tactics try them where the device has wgmma."""
+WGMMA_DEVICES = ((9, 0),)
 FAST_TENSOR_CORES = ((8, 0), (9, 0), (10, 0))
 """Devices that make more than two products of mma.m16n8k16 in the time of one read of 512 bytes of shared memory: there
 the tiles that read less for a product come first."""
@@ -110,7 +127,10 @@ class Placement:
         return math.prod(self.grid(shape))
 
     def fits(self, reach: int, capability: tuple[int, int]) -> bool:
-        """Whether registers hold a thread's part of the halo, and shared memory the tile."""
+        """Whether the device has the instructions, registers hold a thread's part of the halo, and shared memory the
+        tile."""
+        if self.tile.warpgroups and capability not in WGMMA_DEVICES:
+            return False
         halo = self.halo_pixels(reach)
         runs = -(-halo // 8) * self.tile.channels  # 8 pixels of a group of 8 channels stay together
         limit = SHARED_BYTES.get(capability, min(SHARED_BYTES.values()))
@@ -140,12 +160,16 @@ def shapes_of(tile: Tile, reach: int, capability: tuple[int, int]) -> list[Place
 
 
 def placements(
-    size: tuple[int, int], reach: int, capability: tuple[int, int], tile_pixels: int = 0
+    size: tuple[int, int],
+    reach: int,
+    capability: tuple[int, int],
+    tile_pixels: int = 0,
+    tiles: Sequence[Tile] = TILES,
 ) -> Iterator[Placement]:
-    """For each of TILES that can serve images of `size` (H, W), the shape that covers them with least to compute, then
-    with least to read. tile_pixels: of the moments, 0 for none."""
+    """For each of `tiles` that can serve images of `size` (H, W), the shape that covers them with least to compute,
+    then with least to read. tile_pixels: of the moments, 0 for none."""
     fast = capability in FAST_TENSOR_CORES
-    for tile in sorted(TILES, key=lambda tile: -tile.outputs * fast * tile.products_of_a_read):
+    for tile in sorted(tiles, key=lambda tile: -tile.outputs * fast * tile.products_of_a_read):
         legal = [p for p in shapes_of(tile, reach, capability) if not tile_pixels or p.moment_run(size, tile_pixels)]
         if legal:
             yield min(legal, key=lambda p: (p.blocks((1, *size, 1)), p.halo_pixels(reach), -p.width))
@@ -207,26 +231,29 @@ def moment_tile_on(device: torch.device, shape, channels: tuple[int, ...], reach
     return moment_tile(shape, channels, reach, None, capability_of(device), multiprocessors_of(device))
 
 
-def pack(packed: Tensor, channels: Sequence[int], chunk: int) -> Tensor:
-    """The weight (K, K, C, O) in the order of the fragments of mma.m16n8k16, zeros where there is no channel or output.
+def pack(packed: Tensor, channels: Sequence[int], chunk: int, warpgroups: bool = False) -> Tensor:
+    """The weight (K, K, C, O) in the order in which the kernels read it, zeros where there is no channel or output.
 
-    (chunks, taps, chunk / 16, ceil(O / 16), 32, 8): for each lane the two registers of one fragment of 8 outputs, then
-    those of the next; register b of lane l holds the channels 8 b + 2 (l % 4) + (0, 1) of output l / 4.
+    (chunks, taps, chunk / 16, ceil(O / 16), 32, 8), the last two being 16 channels of 16 outputs: for mma.m16n8k16 for
+    each lane the two registers of one fragment of 8 outputs, then those of the next, where register b of lane l holds
+    the channels 8 b + 2 (l % 4) + (0, 1) of output l / 4; for wgmma (warpgroups) core matrices of 8 outputs by 8
+    channels, K-major: outputs 0 to 7 with the first 8 channels, then with the others, then outputs 8 to 15.
     """
     taps, outputs = packed.shape[0] * packed.shape[1], packed.shape[3]
     parts = packed.reshape(taps, -1, outputs).split(list(channels), dim=1)
     parts = [F.pad(part, (0, -outputs % 16, 0, -part.shape[1] % chunk)) for part in parts]
     weight = torch.cat(parts, dim=1).reshape(taps, -1, chunk // 16, 2, 4, 2, -(-outputs // 16), 2, 8)
     # taps, chunks, steps, register, quad, half, fragments of 16, fragment of 8, output
-    weight = weight.permute(1, 0, 2, 6, 8, 4, 7, 3, 5).reshape(-1, taps, chunk // 16, -(-outputs // 16), 32, 8)
+    order = (7, 3, 8, 4, 5) if warpgroups else (8, 4, 7, 3, 5)
+    weight = weight.permute(1, 0, 2, 6, *order).reshape(-1, taps, chunk // 16, -(-outputs // 16), 32, 8)
     return weight.contiguous()
 
 
-def prepacked(weight: ConvWeight, channels: Sequence[int], chunk: int) -> Tensor:
-    """`pack` of the weight, made once."""
-    key = f"cuda {chunk} {'+'.join(map(str, channels))}"
+def prepacked(weight: ConvWeight, channels: Sequence[int], tile: Tile) -> Tensor:
+    """`pack` of the weight for a tile, made once."""
+    key = f"{'wgmma' if tile.warpgroups else 'cuda'} {tile.channels} {'+'.join(map(str, channels))}"
     if key not in weight.prepacked:
-        weight.prepacked[key] = pack(weight.taps(), channels, chunk)
+        weight.prepacked[key] = pack(weight.taps(), channels, tile.channels, tile.warpgroups)
     return weight.prepacked[key]
 
 
@@ -244,6 +271,17 @@ def multiprocessors_of(device: torch.device) -> int:
 
 def _chosen(device, shape, channels, reach, tile_pixels) -> Placement:
     return placement_for(shape, channels, reach, tile_pixels, capability_of(device), multiprocessors_of(device))
+
+
+def _kernel(dtype: torch.dtype, tile: Tile) -> str:
+    return f"conv2d_{NAMES[dtype]}_{tile.name}"
+
+
+def tiles_on(device: torch.device, dtype: torch.dtype) -> tuple[Tile, ...]:
+    """TILES, and those of WGMMA_TILES that run there."""
+    if capability_of(device) not in WGMMA_DEVICES:
+        return TILES
+    return TILES + tuple(tile for tile in WGMMA_TILES if cuda_launch.runs(_kernel(dtype, tile), device))
 
 
 def geometry(weight, resample, residual, residual_resample, y) -> tuple[int, tuple[int, int, int, int]]:
@@ -266,7 +304,7 @@ def _run_cuda(
     reach, shape = geometry(weight, resample, residual, residual_resample, y)
     wanted = tile_pixels if moments is not None else 0
     if tile:
-        placement = Placement(next(known for known in TILES if known.name == tile), width)
+        placement = Placement(next(known for known in TILES + WGMMA_TILES if known.name == tile), width)
     place = placement or _chosen(x.device, shape, channels, reach, wanted)
     if not place.fits(reach, capability_of(x.device)) or place.width & (place.width - 1) or place.width < 8:
         raise CannotRunError(f"the tile {place.tile.name} in rows of {place.width} does not fit this device")
@@ -290,11 +328,11 @@ def _run_cuda(
         RESAMPLES[resample], ACTIVATIONS[prologue_act], RESAMPLES[residual_resample], ACTIVATIONS[act],
         place.width.bit_length() - 1, run, aligned,
     )  # fmt: skip
-    kind = "half_sums" if half_sums else NAMES[x.dtype]
+    kernel = "conv2d_half_sums_128x64" if half_sums else _kernel(x.dtype, place.tile)
     cuda_launch.launch(
-        "conv2d", f"conv2d_{kind}_{place.tile.name}", place.grid(shape), (place.tile.threads, 1, 1),
+        place.tile.op, kernel, place.grid(shape), (place.tile.threads, 1, 1),
         (
-            x, x2, prepacked(weight, channels, place.tile.channels), bias, scale, offset, residual, y, moments,
+            x, x2, prepacked(weight, channels, place.tile), bias, scale, offset, residual, y, moments,
             *map(np.int32, numbers),
         ),
         shared=place.tile.shared_bytes(place.halo_pixels(reach)),
@@ -329,7 +367,7 @@ def _configurations(
     """Every legal tile, in its best shape."""
     reach, shape = geometry(weight, resample, residual, residual_resample, y)
     wanted = tile_pixels if moments is not None else 0
-    found = placements(shape[1:3], reach, capability_of(x.device), wanted)
+    found = placements(shape[1:3], reach, capability_of(x.device), wanted, tiles_on(x.device, x.dtype))
     legal = [place for place in found if max(place.grid(shape)[1:]) <= 65535]
     return [{"tile": place.tile.name, "width": place.width} for place in legal]
 

@@ -1,7 +1,8 @@
 """Launching the CUDA C++ kernels of csrc/cuda by name: from dfengine._native, else compiled at run time through cupy.
 
 The kernels are in the extension where it was built with nvcc for the device at hand. Elsewhere csrc/cuda/<op>.cu is
-compiled by NVRTC (`cupy.RawModule`, which keeps the result on disk), the same source.
+compiled by NVRTC (`cupy.RawModule`, which keeps the result on disk), the same source. Files of ARCHITECTURES are for
+one architecture only, in both ways.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +22,11 @@ from dfengine.kernels.registry import CannotRunError
 
 Argument = torch.Tensor | np.generic | None
 """A pointer (None is the null pointer), or an np.int32, np.int64, np.uint32 or np.float32 value."""
+
+
+ARCHITECTURES = {"conv2d_wgmma": "sm_90a"}
+"""Of the files of csrc/cuda whose instructions no other architecture has, by op. cupy compiles for that of the device
+without its features, `sm_90`."""
 
 
 def available(device: str) -> None:
@@ -58,6 +66,14 @@ def launch(
         values = tuple(_address(argument) if _is_pointer(argument) else argument for argument in arguments)
         with cupy.cuda.ExternalStream(stream):
             function(grid, block, values, shared_mem=shared)
+
+
+def runs(kernel: str, device: torch.device) -> bool:
+    """Whether there is a way to launch a kernel on a device of its architecture: compiled in, or by cupy."""
+    if importlib.util.find_spec("cupy") is not None:
+        return True
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _in_extension(kernel, index)
 
 
 def packed(arguments: Sequence[Argument]) -> bytes:
@@ -113,5 +129,31 @@ def _function(op: str, kernel: str, device: int):
 def _compiled(op: str, device: int):
     import cupy
 
-    source = native.source_folder() / "cuda" / f"{op}.cu"
-    return cupy.RawModule(code=source.read_text(encoding="utf-8"), options=compile_options())
+    text = (native.source_folder() / "cuda" / f"{op}.cu").read_text(encoding="utf-8")
+    if op in ARCHITECTURES:
+        return cupy.RawModule(path=str(_cubin(op, text, (*compile_options(), f"-arch={ARCHITECTURES[op]}"))))
+    return cupy.RawModule(code=text, options=compile_options())
+
+
+def _cubin(op: str, text: str, options: tuple[str, ...]) -> Path:
+    """The file that NVRTC made of a source, now or before, beside those that cupy keeps."""
+    from cupy.cuda import nvrtc
+
+    key = hashlib.sha256(repr((text, options, nvrtc.getVersion())).encode()).hexdigest()
+    folder = Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
+    path = folder / f"dfengine_{op}_{key[:32]}.cubin"
+    if path.is_file():
+        return path
+    program = nvrtc.createProgram(text, f"{op}.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, options)
+        code = nvrtc.getCUBIN(program)
+    except nvrtc.NVRTCError as error:
+        raise RuntimeError(f"NVRTC refuses {op}.cu: {nvrtc.getProgramLog(program)}") from error
+    finally:
+        nvrtc.destroyProgram(program)
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = path.with_suffix(f".{os.getpid()}")  # another process may write the same one
+    whole.write_bytes(code)
+    whole.replace(path)
+    return path

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import sass
 from bench.kernels import TRITON_TYPES, Case
+from bench.kernels._conv2d_sass import cuda_launches, read_sass  # noqa: F401 (for bench/kernels_check.py)
 from dfengine.kernels import conv2d, conv2d_cuda, group_norm_apply, group_norm_moments
 from dfengine.kernels.conv2d_triton import (
     HALF_CONFIGURATIONS,
@@ -109,7 +109,7 @@ def half_block(device: str, size, sources, outputs: int, kernel_size: int, dilat
 
     rivals = {"kernel": kernel_block, "torch": torch_block, "applied": applied_block}
     if device == "cuda":
-        rivals |= cuda_block_rivals(shape, kernel_size, dilation)
+        rivals |= cuda_block_rivals(shape, dtype, kernel_size, dilation)
     moved, flops, label = _numbers(size, sources, outputs, kernel_size, dilation, dtype)
     residual_bytes = size[0] * size[1] * size[2] * outputs * dtype.itemsize
     return Case(shape, dtype, moved + residual_bytes, make_all, rivals, f"{label}, half block", flops)
@@ -129,9 +129,8 @@ class Tensors:
         if full.device.type == "cpu":
             kernel(self)  # packs the weight
         else:  # before the calls are captured in a graph
-            for chunk in sorted({tile.channels for tile in conv2d_cuda.TILES}):
-                conv2d_cuda.prepacked(self.weight, tuple(x.shape[3] for x in xs), chunk)
-
+            for tile in conv2d_cuda.tiles_on(full.device, full.dtype):
+                conv2d_cuda.prepacked(self.weight, tuple(x.shape[3] for x in xs), tile)
 
     def moments(self, pixels: int) -> Tensor:
         """Of tiles of so many pixels, the same in every call: those that were captured in a graph keep their place."""
@@ -205,7 +204,7 @@ def applied_block(case: Tensors) -> None:
     group_norm_moments.OP(y, case.tile_pixels, case.moments(case.tile_pixels))
 
 
-def cuda_block_rivals(shape, kernel_size: int, dilation: int) -> dict:
+def cuda_block_rivals(shape, dtype, kernel_size: int, dilation: int) -> dict:
     """The half block in each of the CUDA kernel's tiles that leaves moments, in the shape with the longest run of
     them; {} where it is not available."""
     if conv2d.OP.status("cuda")["cuda"]:
@@ -215,7 +214,7 @@ def cuda_block_rivals(shape, kernel_size: int, dilation: int) -> dict:
         shape = (shape[0], 1, shape[1] * shape[2], shape[3])
     run = conv2d.OP.implementations["cuda"].run
     rivals = {}
-    for tile in conv2d_cuda.TILES:
+    for tile in conv2d_cuda.tiles_on(torch.device("cuda"), dtype):
         places = conv2d_cuda.shapes_of(tile, reach, conv2d_cuda.capability_of(torch.device("cuda")))
         runs = {place: conv2d_cuda.moment_tile(shape, (), reach, place) for place in places}
         if not any(runs.values()):
@@ -253,61 +252,13 @@ def cuda_rivals(shape, dtype, kernel_size: int, dilation: int) -> dict:
         return call
 
     rivals = {}
-    for place in conv2d_cuda.placements(shape[1:3], reach, capability):
+    tiles = conv2d_cuda.tiles_on(torch.device("cuda"), dtype)
+    for place in conv2d_cuda.placements(shape[1:3], reach, capability, tiles=tiles):
         name = f"cuda {place.tile.name}"
         rivals |= {name: rival(place, False), f"{name} chain": rival(place, True)}
         if dtype == torch.float16 and place.tile.name == "128x64":
             rivals[f"{name} half sums"] = rival(place, False, True)
     return rivals
-
-
-def cuda_launches() -> dict[str, tuple[int, int]]:
-    """Threads and bytes of dynamic shared memory of a block for each kernel of csrc/cuda/conv2d.cu: 3x3, dilation 1."""
-    launches = {}
-    for place in conv2d_cuda.placements((256, 256), 1, (8, 9)):
-        shared = place.tile.shared_bytes(place.halo_pixels(1))
-        for kind in (*conv2d_cuda.NAMES.values(), "half_sums"):
-            launches[f"conv2d_{kind}_{place.tile.name}"] = (place.tile.threads, shared)
-    return launches
-
-
-CUDA_LOOP = {"LDSM", "HMMA", "LDGSTS", "LDS", "BAR"}
-"""What the innermost loop with products of every kernel of csrc/cuda/conv2d.cu is made of."""
-MOST_OF_A_TURN = {
-    "128x128": 88, "128x128w4": 106, "256x128": 118, "128x64": 56, "128x64x16": 36, "64x64": 58, "128x16": 34,
-}  # fmt: skip
-"""Instructions of one turn of that loop, of one tap, where no chunk begins; by tile."""
-MOST_OF_A_TURN_IN_HALVES = 122
-"""The same where products are summed in float16."""
-MOST_OF_GELU = 150
-"""Instructions for 8 values: 104 FFMA, 16 FMNMX, 12 to unpack and to pack, and what fetches and puts them back."""
-
-
-def read_sass(kernel: str, lines: list[sass.Instruction]) -> dict:
-    """What bench/kernels_check.py adds to the row of a kernel of csrc/cuda/conv2d.cu.
-
-    loop: instructions by opcode of the loop of products; turn: instructions of a turn; gelu: of the loop that activates
-    8 values; wrong: what is not as it should be. Nothing from global memory may be under way when the products begin:
-    the scoreboards of such loads are those of the loop's own reads, which would wait for them.
-    """
-    loop = sass.loop_of(lines, "HMMA")
-    turn, counts = sass.shortest_turn(loop), sass.mix(loop)
-    kind, tile = kernel.removeprefix("conv2d_").rsplit("_", 1)
-    most = MOST_OF_A_TURN_IN_HALVES if kind == "half_sums" else MOST_OF_A_TURN[tile]
-    activation = (
-        len(each)
-        for each, mix in ((each, sass.mix(each)) for each in sass.loops(lines))
-        if mix.get("FMNMX") == 16 and mix["FFMA"] >= 104 and not {"HMMA", "LDG"} & set(mix)
-    )
-    gelu = min(activation, default=0)
-    wrong = [f"the loop lacks {name}" for name in sorted(CUDA_LOOP - set(counts))]
-    wrong += [f"the loop has {name}" for name in ("LDG", "LDL", "STL") if name in counts]
-    wrong += [f"a load on scoreboard {board} is under way" for board in sass.loads_under_way(lines, loop[0].address)]
-    together = sass.loads_together(lines, "LDG.E.128")
-    wrong += [f"{together} of the four loads of a 2 x 2 mean are under way together"] if together < 4 else []
-    wrong += [f"{len(turn)} instructions a turn"] if len(turn) > most else []
-    wrong += [f"GELU takes {gelu} instructions"] if not 0 < gelu <= MOST_OF_GELU else []
-    return {"loop": counts, "turn": len(turn), "gelu": gelu, "wrong": wrong}
 
 
 def compilations():

@@ -22,7 +22,7 @@ struct Conv2dTile {
     static constexpr int GROUPS = CHANNELS / 8;    // of 8 channels, in a chunk
     static constexpr int PITCH = 2 * CHANNELS + 16;  // bytes of a pixel
     static constexpr int FACTORS = 2 * CHANNELS;     // of the prologue, for a chunk
-    static constexpr int STAGE_BYTES = 2 * CHANNELS * OUTPUTS;
+    static constexpr int STEP_BYTES = 32 * OUTPUTS, STAGE_BYTES = STEPS * STEP_BYTES;  // of weights
     static constexpr int STAGE_RUNS = STAGE_BYTES / 16;
     // The epilogue passes fragments through shared memory: 16 rows of float32 for each warp, 32 bytes longer than their outputs.
     static constexpr int STAGING_PITCH = 4 * WARP_OUTPUTS + 32, STAGING_BYTES = 16 * STAGING_PITCH;
@@ -41,6 +41,14 @@ struct Conv2dTile {
     F(128x64x16, 128, 64, 16, 4, 2, 4, 2, 2)  \
     F(64x64, 64, 64, 32, 2, 2, 4, 5, 4)       \
     F(128x16, 128, 16, 32, 8, 1, 4, 4, 2)
+
+// The same for conv2d_wgmma.cu: four warps along pixels are a warpgroup.
+#define DFE_CONV2D_WGMMA_TILES(F)                  \
+    F(wgmma_128x256, 128, 256, 64, 8, 1, 4, 8, 1)  \
+    F(wgmma_256x128, 256, 128, 64, 8, 1, 4, 13, 1) \
+    F(wgmma_128x128, 128, 128, 64, 4, 1, 3, 15, 2) \
+    F(wgmma_128x64, 128, 64, 64, 8, 1, 4, 8, 2)    \
+    F(wgmma_64x128, 64, 128, 64, 4, 1, 3, 9, 2)
 
 // The loader's run v = thread + i * threads: a pixel of the halo and a group of 8 channels. Eight neighbouring threads take two groups of four pixels
 // two apart: whole sectors of 32 bytes to load, eight different groups of banks to store.
@@ -97,6 +105,9 @@ DFE_HD int weight_offset(int step, int pair, int lane) {
     return ((step * (Tile::OUTPUTS / 16) + pair) * 32 + lane) * 16;
 }
 
+// Of wgmma's core matrices: bytes from the first 8 channels of a step to the others, and from 8 outputs to the next.
+constexpr int WEIGHT_LEADING = 128, WEIGHT_STRIDE = 256;
+
 // The epilogue's staging: where a lane writes two sums of a fragment's row lane / 4 (and 8 below), and where it reads half a group of 8 outputs. The
 // halves change places in every second row (of wide rows: in every second 128 bytes), so that no two of eight lanes meet in a bank.
 template <typename Tile>
@@ -109,7 +120,7 @@ DFE_HD int staging_row(int lane, int pass) {
 }
 template <typename Tile>
 DFE_HD int staging_swapped(int lane) {
-    return Tile::OUTPUT_GROUPS == 8 ? lane / 4 % 2 : lane / Tile::OUTPUT_GROUPS % 2;
+    return Tile::OUTPUT_GROUPS >= 8 ? lane / 4 % 2 : lane / Tile::OUTPUT_GROUPS % 2;
 }
 template <typename Tile>
 DFE_HD int staging_read(int lane, int pass, int turn) {

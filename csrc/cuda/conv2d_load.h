@@ -138,19 +138,20 @@ struct InputLoader {
         }
     }
 
-    // The copies of the chunk to `to` have arrived, the factors for all threads: it becomes what the product reads.
-    __device__ __forceinline__ void finish(int chunk, unsigned char* to) const {
+    // The copies of the chunk to `to` have arrived, the factors for all threads: it becomes what the product reads. Of the thread's runs, those from
+    // `begin` to `end`.
+    __device__ __forceinline__ void finish(int chunk, unsigned char* to, int begin = 0, int end = Tile::VECTORS) const {
         const int thread = computed_anew(this_thread<Tile>());
         const Channels at = channels_of(computed_anew(chunk), thread);
         unsigned char* const mine = to + first_run(thread);
         const bool down = call.resample == RESAMPLE_DOWN;
         const int* const pixels = sources + loader_pixel<Tile>(thread);
-        if (!at.copied && !down) gather(at, pixels, mine);
+        if (!at.copied && !down) gather(at, pixels, mine, begin, end);
         if (call.scale == nullptr && call.prologue == 0 && !down) return;
-        if (call.prologue == ACT_GELU) apply<ACT_GELU>(at, pixels, mine, down);
-        else if (call.prologue == ACT_SILU) apply<ACT_SILU>(at, pixels, mine, down);
-        else if (call.prologue == ACT_RELU) apply<ACT_RELU>(at, pixels, mine, down);
-        else apply<0>(at, pixels, mine, down);
+        if (call.prologue == ACT_GELU) apply<ACT_GELU>(at, pixels, mine, down, begin, end);
+        else if (call.prologue == ACT_SILU) apply<ACT_SILU>(at, pixels, mine, down, begin, end);
+        else if (call.prologue == ACT_RELU) apply<ACT_RELU>(at, pixels, mine, down, begin, end);
+        else apply<0>(at, pixels, mine, down, begin, end);
     }
 
   private:
@@ -190,10 +191,10 @@ struct InputLoader {
     }
 
     // What `copy` does, without haste.
-    __device__ __forceinline__ void gather(const Channels& at, const int* pixels, unsigned char* mine) const {
+    __device__ __forceinline__ void gather(const Channels& at, const int* pixels, unsigned char* mine, int begin, int end) const {
         const T* const start = from(at);
 #pragma unroll 1
-        for (int i = 0; i < Tile::VECTORS; ++i) {
+        for (int i = begin; i < end; ++i) {
             if (!in_halo(i)) continue;
             uint4 words{0, 0, 0, 0};
             if (in_image(i)) words = load_group(start + int64_t{pixels[i * STRIDE]} * at.pitch, at.left - at.group, false);
@@ -218,12 +219,12 @@ struct InputLoader {
 
     // Channels past the last are 0, as are their gain and shift, and every activation of 0. Pixels outside of the image stay 0.
     template <int Act>
-    __device__ __forceinline__ void apply(const Channels& at, const int* pixels, unsigned char* mine, bool down) const {
-        if (down) return apply_to_means<Act>(at, pixels, mine);
+    __device__ __forceinline__ void apply(const Channels& at, const int* pixels, unsigned char* mine, bool down, int begin, int end) const {
+        if (down) return apply_to_means<Act>(at, pixels, mine, begin, end);
         float gain[8], shift[8];
         load_factors(at, 0, gain, shift);
 #pragma unroll 1
-        for (int i = 0; i < Tile::VECTORS; ++i) {
+        for (int i = begin; i < end; ++i) {
             if (!in_image(i)) continue;
             uint4* const run = reinterpret_cast<uint4*>(mine + i * STRIDE * Tile::PITCH);
             float v[8];
@@ -236,10 +237,10 @@ struct InputLoader {
     }
     // Four runs take as many registers as there are left: gain and shift come anew for each of them, half of the channels at a time.
     template <int Act>
-    __device__ __forceinline__ void apply_to_means(const Channels& at, const int* pixels, unsigned char* mine) const {
+    __device__ __forceinline__ void apply_to_means(const Channels& at, const int* pixels, unsigned char* mine, int begin, int end) const {
         const T* const start = from(at);
 #pragma unroll 1
-        for (int i = 0; i < Tile::VECTORS; ++i) {
+        for (int i = begin; i < end; ++i) {
             if (!in_halo(i)) continue;
             uint32_t halves[2][2] = {};
             if (in_image(i)) {

@@ -63,7 +63,7 @@ def test_half_blocks_leave_the_same_moments(cuda_serves):
     right, moments = tensors.y.clone(), tensors.moments(tensors.tile_pixels).clone()
     case.rivals["applied"](tensors)
     torch.testing.assert_close(tensors.moments(tensors.tile_pixels), moments, rtol=5e-2, atol=0.2)
-    tiles = bench.cuda_block_rivals(case.shape, 3, 1)
+    tiles = bench.cuda_block_rivals(case.shape, torch.bfloat16, 3, 1)
     assert len(tiles) == len(conv2d_cuda.TILES)
     for name, rival in tiles.items():
         tensors.y.fill_(torch.nan)

@@ -77,6 +77,20 @@ int weight_turns() {
     return worst;
 }
 
+// For wgmma: of the reads of core matrices, 8 runs of 16 bytes each; 0 where these are not the whole stage, each run once.
+template <typename Tile>
+int core_matrix_turns() {
+    int worst = 0;
+    std::set<int> runs;
+    for (int matrix = 0; matrix < Tile::STEPS * Tile::OUTPUTS / 4; ++matrix) {
+        const int step = matrix / (Tile::OUTPUTS / 4), outputs = matrix / 2 % (Tile::OUTPUTS / 8), half = matrix % 2;
+        const int start = step * Tile::STEP_BYTES + outputs * dfe::WEIGHT_STRIDE + half * dfe::WEIGHT_LEADING;
+        for (int row = 0; row < 8; ++row) runs.insert(start + 16 * row);
+        worst = std::max(worst, turns<16>([&](int lane) { return start + lane % 8 * 16; }));
+    }
+    return static_cast<int>(runs.size()) == Tile::STAGE_RUNS && *runs.begin() == 0 && *runs.rbegin() == Tile::STAGE_BYTES - 16 ? worst : 0;
+}
+
 template <typename Tile>
 int staging_write_turns() {
     int worst = 0;
@@ -127,14 +141,16 @@ struct Entry {
     int (*others[5])();
 };
 
-#define ENTRY(NAME, ...)                                                                                                                            \
+#define ENTRY_OF(WEIGHT_TURNS, NAME, ...)                                                                                                           \
     {#NAME,                                                                                                                                         \
      describe<dfe::Conv2dTile<__VA_ARGS__>>,                                                                                                        \
      loader_covers<dfe::Conv2dTile<__VA_ARGS__>>,                                                                                                   \
      fragment_turns<dfe::Conv2dTile<__VA_ARGS__>>,                                                                                                  \
-     {loader_turns<dfe::Conv2dTile<__VA_ARGS__>>, weight_turns<dfe::Conv2dTile<__VA_ARGS__>>, staging_write_turns<dfe::Conv2dTile<__VA_ARGS__>>,     \
+     {loader_turns<dfe::Conv2dTile<__VA_ARGS__>>, WEIGHT_TURNS<dfe::Conv2dTile<__VA_ARGS__>>, staging_write_turns<dfe::Conv2dTile<__VA_ARGS__>>,     \
       staging_read_turns<dfe::Conv2dTile<__VA_ARGS__>>, loader_sectors<dfe::Conv2dTile<__VA_ARGS__>>}},
-const Entry entries[] = {DFE_CONV2D_TILES(ENTRY)};
+#define ENTRY(...) ENTRY_OF(weight_turns, __VA_ARGS__)
+#define WGMMA_ENTRY(...) ENTRY_OF(core_matrix_turns, __VA_ARGS__)
+const Entry entries[] = {DFE_CONV2D_TILES(ENTRY) DFE_CONV2D_WGMMA_TILES(WGMMA_ENTRY)};
 
 }  // namespace
 

@@ -86,6 +86,7 @@ __attribute__((noinline)) inline void resume(Thread& thread) {
 }
 
 inline void start_tensor_core_block();
+inline void start_warpgroup_block();
 
 inline size_t number(const Thread& thread) { return static_cast<size_t>(&thread - threads.data()); }
 
@@ -111,6 +112,7 @@ inline bool release(size_t begin, size_t end, State state) {
 inline void run_block(bool reversed) {
     const size_t count = threads.size();
     start_tensor_core_block();
+    start_warpgroup_block();
     for (size_t i = 0; i < count; ++i) {
         Thread& thread = threads[i];
         thread.state = State::ready;
@@ -196,6 +198,7 @@ T __ldg(const T* address) { return *address; }
 static inline int atomicAdd(int* address, int value) { return *address += value, *address - value; }
 
 #include "tensor_core_on_host.h"
+#include "wgmma_on_host.h"
 
 // 0 where done, 1 where no kernel has the name.
 extern "C" int host_launch(const char* name, const unsigned* grid, const unsigned* block, unsigned shared, void** arguments, int reversed) {

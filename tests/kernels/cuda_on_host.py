@@ -49,12 +49,16 @@ def launch(op, kernel, grid, block, arguments, shared=0, *, backwards=False, edi
 
     backwards: whether the threads run in the opposite order; edit: as for `library`.
     """
+    launch_from(library(op, edit), kernel, grid, block, arguments, shared, backwards)
+
+
+def launch_from(kernels: ctypes.CDLL, kernel, grid, block, arguments, shared=0, backwards=False) -> None:
+    """The same with a library at hand."""
     slots = ctypes.create_string_buffer(cuda_launch.packed(arguments))
     addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(slots) + 8 * i for i in range(len(arguments))))
     sizes = [(ctypes.c_uint * 3)(*size) for size in (grid, block)]
     numbers = ctypes.c_uint(shared), addresses, ctypes.c_int(backwards)
-    status = library(op, edit).host_launch(kernel.encode(), *sizes, *numbers)
-    assert status == 0, f"csrc/cuda/{op}.cu names no kernel {kernel}"
+    assert kernels.host_launch(kernel.encode(), *sizes, *numbers) == 0, f"there is no kernel {kernel}"
 
 
 def install(monkeypatch: pytest.MonkeyPatch, backwards: bool, edit: tuple[str, str] | None = None) -> None:

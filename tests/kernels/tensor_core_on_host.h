@@ -21,6 +21,14 @@ struct Copies {
 };
 static std::vector<Copies> copies;  // of each thread
 
+// What a thread did that products of a warpgroup (wgmma_on_host.h) see only after a fence.
+struct Unfenced {
+    bool registers;              // they were loaded
+    std::vector<uint32_t> runs;  // of 16 bytes of shared memory, by number, that its copies have written
+};
+static std::vector<Unfenced> unfenced;  // of each thread
+static std::vector<int> unfenced_runs;  // threads that wrote a run and have not fenced
+
 // What the lanes of a warp show each other, in turn in two places, so that one meeting for each instruction is enough.
 struct Shown {
     float a[2][8], b[2][16][4];
@@ -33,6 +41,8 @@ inline void start_tensor_core_block() {
     copies.assign(threads.size(), {});
     shown.resize(threads.size());
     for (Shown& one : shown) one.turn = 0;
+    unfenced.assign(threads.size(), {true, {}});
+    unfenced_runs.assign(shared_bytes / 16 + 1, 0);
 }
 
 inline unsigned char* in_shared(uint32_t address, int bytes = 16) {
@@ -56,6 +66,7 @@ inline void ldmatrix_x4(uint32_t (&to)[4], uint32_t address) {
     const size_t mine = number(*running), warp = mine / 32 * 32, lane = mine % 32;
     const unsigned turn = shown[mine].turn ^= 1;
     shown[mine].address[turn] = address;
+    unfenced[mine].registers = true;
     wait(State::at_warp);
     for (int i = 0; i < 4; ++i) memcpy(&to[i], in_shared(shown[warp + 8 * i + lane / 4].address[turn]) + lane % 4 * 4, 4);
 }
@@ -79,11 +90,15 @@ inline void copy_async_commit() {
 }
 template <int Left>
 void copy_async_wait() {
-    on_host::Copies& mine = on_host::copies[on_host::number(*on_host::running)];
+    using namespace on_host;
+    const size_t thread = number(*running);
+    Copies& mine = copies[thread];
     while (mine.groups.size() > Left) {
-        for (const on_host::Copy& copy : mine.groups.front()) {
+        for (const Copy& copy : mine.groups.front()) {
             if (copy.from == nullptr) memset(copy.to, 0, copy.bytes);
             else memcpy(copy.to, copy.from, copy.bytes);
+            unfenced[thread].runs.push_back(static_cast<uint32_t>((copy.to - dynamic_shared.data()) / 16));
+            ++unfenced_runs[unfenced[thread].runs.back()];
         }
         mine.groups.pop_front();
     }
@@ -109,6 +124,15 @@ uint32_t pack(float first, float second, T) {
     return low.bits | static_cast<uint32_t>(high.bits) << 16;
 }
 
+// The rows lane / 4 and lane / 4 + 8 of the 16 x 16 first factors that the lanes of the warp show.
+inline void rows_of_first_factors(unsigned turn, float (&rows)[2][16]) {
+    using namespace on_host;
+    const size_t quad = number(*running) / 4 * 4;
+    for (int k = 0; k < 16; ++k) {
+        for (int below = 0; below < 2; ++below) rows[below][k] = shown[quad + k % 8 / 2].a[turn][2 * (below + 2 * (k / 8)) + k % 2];
+    }
+}
+
 // The lanes show their fragments; `sum(n, row, column, i)` is then called for the four results i of the running lane, with the 16 products to add.
 template <typename T, int N, typename Sum>
 void multiply(const uint32_t (&a)[4], const uint32_t (&b)[N][2], Sum sum) {
@@ -123,10 +147,7 @@ void multiply(const uint32_t (&a)[4], const uint32_t (&b)[N][2], Sum sum) {
     }
     wait(State::at_warp);
     float left[2][16];
-    for (int k = 0; k < 16; ++k) {
-        const Shown& of = shown[warp + lane / 4 * 4 + k % 8 / 2];
-        for (int below = 0; below < 2; ++below) left[below][k] = of.a[turn][2 * (below + 2 * (k / 8)) + k % 2];
-    }
+    rows_of_first_factors(turn, left);
     for (int n = 0; n < N; ++n) {
         for (int column = 0; column < 2; ++column) {
             float right[16];

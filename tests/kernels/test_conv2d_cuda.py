@@ -16,6 +16,7 @@ from tests.kernels.contract import assert_numeric_contract
 from tests.kernels.test_conv2d import Case, check_contract, check_moments, make, on, run_into_nan, through_torch
 
 HALVES = tuple(cuda.NAMES)
+EVERY_TILE = cuda.TILES + cuda.WGMMA_TILES
 ADA = (8, 9)
 EDIT_WAIT = ("copy_async_wait<Tile::STAGES - 2>();", "copy_async_wait<Tile::STAGES - 1>();")
 EDIT_BARRIER = (f"{EDIT_WAIT[0]}\n            __syncthreads();", EDIT_WAIT[0])
@@ -30,7 +31,8 @@ def launcher_of(monkeypatch, place: cuda.Placement | None = None, backwards: boo
 
 
 def placement(tile: cuda.Tile, size: tuple[int, int], reach: int) -> cuda.Placement | None:
-    return next((place for place in cuda.placements(size, reach, ADA) if place.tile is tile), None)
+    device = (9, 0) if tile.warpgroups else ADA
+    return next(iter(cuda.placements(size, reach, device, tiles=[tile])), None)
 
 
 def cases(tile: cuda.Tile) -> list[Case]:
@@ -161,8 +163,8 @@ def addresses() -> ctypes.CDLL:
 def test_the_table_is_that_of_the_kernel(addresses):
     addresses.tile_name.restype = ctypes.c_char_p
     names = [addresses.tile_name(i).decode() for i in range(addresses.tile_count())]
-    assert sorted(names) == sorted(tile.name for tile in cuda.TILES)
-    for tile in cuda.TILES:
+    assert sorted(names) == sorted(tile.name for tile in EVERY_TILE)
+    for tile in EVERY_TILE:
         numbers = (ctypes.c_int * 12)()
         addresses.tile_numbers(names.index(tile.name), numbers)
         *table, threads, fixed, a_pixel, epilogue = numbers
@@ -173,11 +175,12 @@ def test_the_table_is_that_of_the_kernel(addresses):
 
 
 def test_no_bank_conflicts(addresses):
-    """Of the loader's stores, of ldmatrix for every tap of every legal shape, of the weights, and of the epilogue."""
+    """Of the loader's stores, of ldmatrix for every tap of every legal shape, of the weights (for wgmma: of core
+    matrices), and of the epilogue."""
     addresses.tile_name.restype = ctypes.c_char_p
     names = [addresses.tile_name(i).decode() for i in range(addresses.tile_count())]
     shapes = 0
-    for tile in cuda.TILES:
+    for tile in EVERY_TILE:
         number = names.index(tile.name)
         assert [addresses.tile_turns(number, which) for which in range(4)] == [1, 1, 1, 1], tile
         assert addresses.tile_turns(number, 4) == 16, "sectors of 32 bytes for 512 bytes"
@@ -188,7 +191,7 @@ def test_no_bank_conflicts(addresses):
                     assert addresses.tile_fragment_turns(number, shift, reach) == 1, (tile, shift, reach)
                     assert addresses.tile_loader_covers(number, place.halo_pixels(reach)) == 1, (tile, shift, reach)
                     shapes += 1
-    assert shapes > 40
+    assert shapes > 80
 
 
 def test_packing_is_in_the_order_of_the_fragments():
@@ -354,7 +357,8 @@ def test_gpu_meets_the_contract_at_the_shapes_of_the_networks(dtype):
         y = torch.empty((*case.size, case.outputs), device="meta")
         _, _, weight, *_, resample, residual, residual_resample, _ = arguments
         _, shape = cuda.geometry(weight, resample, residual, residual_resample, y)
-        for place in cuda.placements(shape[1:3], reach, torch.cuda.get_device_capability()):
+        tiles = cuda.tiles_on(torch.device("cuda"), dtype)
+        for place in cuda.placements(shape[1:3], reach, torch.cuda.get_device_capability(), tiles=tiles):
             launcher = launchers.Launcher("cuda", "cuda", {"placement": place})
             first, again = (check_contract(launcher, case, dtype)[0] for _ in range(2))
             assert torch.equal(first, again)

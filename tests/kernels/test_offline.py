@@ -1,4 +1,5 @@
-"""Kernels compile for sm_89 and sm_90, CUDA C++ for sm_80 and sm_86 too, without a GPU, and do not spill."""
+"""Kernels compile for sm_89 and sm_90, CUDA C++ for sm_80 and sm_86 too (or for the one that it is for), without a GPU,
+and do not spill."""
 
 from __future__ import annotations
 
@@ -13,11 +14,13 @@ from pathlib import Path
 import pytest
 
 from dfengine.kernels import conv2d_cuda
+from dfengine.kernels.cuda_launch import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_REGISTERS = {
     "channel_attention": 128,
     "conv2d": 255,
+    "conv2d_wgmma": 255,
     "group_norm_apply": 128,
     "group_norm_merge": 128,
     "group_norm_moments": 128,
@@ -50,7 +53,8 @@ def test_kernels_compile_and_do_not_spill(tmp_path):
             if not file.is_file() or (backend == "cuda" and not shutil.which("nvcc")):
                 continue
             mine = [row for row in rows if (row["op"], row["backend"]) == (op, backend)]
-            assert {row["architecture"] for row in mine} == ({89, 90} if backend == "triton" else {80, 86, 89, 90})
+            wanted = {89, 90} if backend == "triton" else {"90a"} if op in ARCHITECTURES else {80, 86, 89, 90}
+            assert {row["architecture"] for row in mine} == wanted
             assert max(row["registers"] for row in mine) <= bound
             assert all(row["local"] == row["stack"] == 0 for row in mine)
     if not shutil.which("nvcc"):
@@ -63,3 +67,7 @@ def test_kernels_compile_and_do_not_spill(tmp_path):
             small = row["architecture"] in (86, 89)
             assert row["blocks"] >= ({"64x64": 3, "128x128w4": 1}.get(tile.name, tile.blocks) if small else tile.blocks)
             assert row["loop"]["HMMA"] >= row["loop"]["LDSM"] > 0 and row["wrong"] == []
+    for tile in conv2d_cuda.WGMMA_TILES:
+        mine = [row for row in rows if re.fullmatch(f"conv2d_b?float16_{tile.name}", row["kernel"])]
+        assert len(mine) == 2 and all(row["blocks"] == tile.blocks and row["wrong"] == [] for row in mine)
+        assert all(row["loop"]["HGMMA"] == row["loop"]["LDSM"] > 0 for row in mine)
