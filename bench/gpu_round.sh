@@ -126,6 +126,10 @@ if wants throughput; then
         run throughput-unet "$PYTHON" bench/throughput.py --case unet "${half[@]}" --batch 1 16 --rivals eager,autocast,compile \
             --json "$out/throughput-unet.json"
     fi
+    if missing throughput-fp8.json && "$PYTHON" -c 'import sys, torch; sys.exit(torch.cuda.get_device_capability() < (8, 9))'; then
+        run throughput-fp8 "$PYTHON" bench/throughput.py --case detect --preset "$PRESET" --precision fp8 --device cuda --tactics tuned --seconds 8 \
+            --batch 16 1 --rivals "" --json "$out/throughput-fp8.json"
+    fi
 fi
 if wants profile; then
     begin

@@ -122,7 +122,12 @@ _allowed: dict[tuple[str, str, int], int] = {}
 
 @functools.cache
 def _function(op: str, kernel: str, device: int):
-    return _compiled(op, device).get_function(kernel)
+    try:
+        return _compiled(op, device).get_function(kernel)
+    except Exception as error:
+        if type(error).__name__ == "CompileException":  # cupy's, which is no RuntimeError
+            raise RuntimeError(f"NVRTC refuses {op}.cu: {error}") from error
+        raise
 
 
 @functools.cache

@@ -49,6 +49,20 @@ def test_more_shared_memory_is_asked_for_once(monkeypatch):
     assert set(looked_up) == {"conv2d_float16_64x64"}
 
 
+def test_what_does_not_compile_is_a_runtime_error(monkeypatch):
+    """As which the search for tactics leaves it out."""
+
+    class CompileException(Exception):
+        pass
+
+    def refuse(name):
+        raise CompileException("conv2d.cu(1): error")
+
+    monkeypatch.setattr(cuda_launch, "_compiled", lambda op, device: SimpleNamespace(get_function=refuse))
+    with pytest.raises(RuntimeError, match=r"NVRTC refuses conv2d.cu: conv2d.cu\(1\): error"):
+        cuda_launch._function.__wrapped__("conv2d", "conv2d_float16_64x64", 0)
+
+
 class Nvrtc:
     """Stands in for cupy.cuda.nvrtc; refuses sources with `refused` in them."""
 
