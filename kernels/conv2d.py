@@ -20,6 +20,8 @@ Layouts: x, x2, residual and y are channels-last and may be channel slices of wi
 (H W P, W P, P, 1) with P >= the number of channels. The others are contiguous.
 Types: x, x2, residual, y and weight share float32, float16 or bfloat16 (the reference also float64); the others are
 float32 (float64). Products are summed in float32; the prologue is computed in float32 and rounded once, to x's dtype.
+With a quantized weight (kernels/conv_weight.py, kernels/quantization.py) p is rounded to eight bits instead, and so is
+the weight: int8 on the cpu backend from bfloat16, fp8 on triton from 16-bit types; the others refuse it.
 
 Compiled backends serve 1x1 and 3x3 kernels, on a GPU with dilation 1 or 2; the reference every odd one.
 Backends: reference (any device), triton (GPU; CPU through the interpreter), cuda (kernels/conv2d_cuda.py: float16 and
@@ -29,8 +31,6 @@ kernels/conv2d_library.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dfengine.kernels import group_norm_moments, registry, triton_import
 from dfengine.kernels.conv2d_triton import configuration_for, conv2d_kernel, fitting_configurations, launch_options
-from dfengine.kernels.quantization import Quantization
+from dfengine.kernels.conv_weight import ConvWeight, whole
 from dfengine.kernels.registry import CannotRunError, Op
 from dfengine.kernels.slices import TYPES, pixel_stride, resampled
 from dfengine.kernels.triton_import import triton
@@ -46,75 +46,6 @@ from dfengine.kernels.triton_import import triton
 ACTIVATIONS = {"none": 0, "gelu": 1, "silu": 2, "relu": 3, "sigmoid": 4}
 PROLOGUE_ACTIVATIONS = ("none", "gelu", "silu", "relu")
 RESAMPLES = {"none": 0, "down": 1, "up": 2}
-
-
-@dataclass(frozen=True, eq=False)
-class ConvWeight:
-    """A weight packed once for the GEMM.
-
-    packed: (KH, KW, C, O), contiguous, of the activations' dtype; or, with a quantization, which the input takes too,
-    in its format, where 1 means `unit`, float32 (O,). disposable: whether a backend that is bound to it and has its own
-    form of it may `release` it. prepacked: what other backends make of it on first use, by backend; the weight must not
-    change afterwards.
-    """
-
-    packed: Tensor
-    dilation: int = 1
-    disposable: bool = False
-    quantization: Quantization | None = None
-    unit: Tensor | None = None
-    prepacked: dict[str, object] = field(default_factory=dict, repr=False)
-    device: torch.device = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "device", self.packed.device)
-        if self.packed.ndim != 4 or self.packed.numel() == 0 or not self.packed.is_contiguous():
-            raise ValueError(f"weight: expected contiguous (KH, KW, C, O), got {tuple(self.packed.shape)}")
-        if self.packed.shape[0] % 2 == 0 or self.packed.shape[1] % 2 == 0:
-            raise ValueError(f"weight: a kernel of {self.kernel[0]} x {self.kernel[1]} has no centre")
-        if self.dilation < 1:
-            raise ValueError(f"weight: dilation {self.dilation} is below 1")
-
-    @classmethod
-    def pack(
-        cls,
-        weight: Tensor,
-        dilation: int = 1,
-        dtype: torch.dtype | None = None,
-        disposable: bool = False,
-        quantization: Quantization | None = None,
-    ) -> ConvWeight:
-        """From torch's (O, C, KH, KW), in `dtype` (by default the weight's own), or in the format of a quantization."""
-        taps, unit = weight.detach().permute(2, 3, 1, 0), None
-        if quantization is None:
-            taps = taps.to(dtype or weight.dtype)
-        else:
-            taps, unit = quantization.weight(taps)
-        return cls(taps.contiguous(), dilation, disposable, quantization, unit)
-
-    def release(self) -> None:
-        """Drop the taps, whose shape and dtype stay: from then on only what is in `prepacked` runs."""
-        if not self.prepacked:
-            raise ValueError("weight: nothing was made of it yet")
-        object.__setattr__(self, "packed", self.packed.to("meta"))
-
-    def taps(self) -> Tensor:
-        """`packed`. Raises CannotRunError where it was released."""
-        if self.packed.device != self.device:
-            raise CannotRunError("weight: released, only the form that was made of it is left")
-        return self.packed
-
-    @property
-    def kernel(self) -> tuple[int, int]:
-        return tuple(self.packed.shape[:2])
-
-    @property
-    def inputs(self) -> int:
-        return self.packed.shape[2]
-
-    @property
-    def outputs(self) -> int:
-        return self.packed.shape[3]
 
 
 def conv2d(
@@ -298,12 +229,6 @@ def _check(
             raise ValueError(f"{name}: not contiguous")
     if (weight.quantization is None and weight.packed.dtype != x.dtype) or weight.device != x.device:
         raise ValueError(f"weight: {weight.packed.dtype} on {weight.device}, x {x.dtype} on {x.device}")
-
-
-def whole(weight: ConvWeight) -> None:
-    """Raise CannotRunError for a quantized weight."""
-    if weight.quantization is not None:
-        raise CannotRunError(f"weight: in {weight.quantization.format}, which is not multiplied here")
 
 
 def can_run(x, x2, weight, *rest) -> None:

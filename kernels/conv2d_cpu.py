@@ -18,7 +18,8 @@ from torch import Tensor
 
 from dfengine import native
 from dfengine.kernels import registry
-from dfengine.kernels.conv2d import ACTIVATIONS, OP, RESAMPLES, ConvWeight, can_run
+from dfengine.kernels.conv2d import ACTIVATIONS, OP, RESAMPLES, can_run
+from dfengine.kernels.conv_weight import ConvWeight
 from dfengine.kernels.registry import CannotRunError
 from dfengine.kernels.slices import TYPES, pixel_stride
 

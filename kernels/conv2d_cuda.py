@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfengine.kernels import cuda_launch
-from dfengine.kernels.conv2d import ACTIVATIONS, OP, RESAMPLES, ConvWeight, can_run, whole
+from dfengine.kernels.conv2d import ACTIVATIONS, OP, RESAMPLES, can_run
+from dfengine.kernels.conv_weight import ConvWeight, whole
 from dfengine.kernels.registry import CannotRunError
 from dfengine.kernels.slices import pixel_stride
 

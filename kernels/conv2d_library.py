@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfengine.kernels import group_norm_apply, group_norm_moments, registry
-from dfengine.kernels.conv2d import OP, ConvWeight, _activated, _resample, output_shape, whole
+from dfengine.kernels.conv2d import OP, _activated, _resample, output_shape
+from dfengine.kernels.conv_weight import ConvWeight, whole
 from dfengine.kernels.registry import CannotRunError
 from dfengine.kernels.slices import TYPES
 

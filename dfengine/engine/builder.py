@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dfengine.engine.program import Buffer, Constant, Op, Value
-from dfengine.kernels.conv2d import ConvWeight
+from dfengine.kernels.conv_weight import ConvWeight
 from dfengine.kernels.group_norm_moments import tile_counts
 from dfengine.kernels.quantization import Quantization
 from dfengine.kernels.slices import resampled

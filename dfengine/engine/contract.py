@@ -12,7 +12,7 @@ from torch import Tensor
 from dfengine.engine.execute import Executor
 from dfengine.engine.program import Constant, Op, Value
 from dfengine.kernels import OPS, group_norm_moments
-from dfengine.kernels.conv2d import ConvWeight
+from dfengine.kernels.conv_weight import ConvWeight
 
 FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """Of an op's error beside the largest value of the output, by its dtype."""

@@ -16,7 +16,7 @@ from dfengine.engine.ranges import named_range, ranges_wanted
 from dfengine.engine.tactics import Tactics, usable
 from dfengine.errors import DfengineError
 from dfengine.kernels import OPS
-from dfengine.kernels.conv2d import ConvWeight
+from dfengine.kernels.conv_weight import ConvWeight
 
 
 def allocate(nbytes: int, device: torch.device) -> torch.Tensor:

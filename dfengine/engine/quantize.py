@@ -16,7 +16,8 @@ from torch import Tensor
 from dfengine.engine.execute import Executor
 from dfengine.engine.measure import place
 from dfengine.engine.program import Constant
-from dfengine.kernels.conv2d import ConvWeight, multiplied
+from dfengine.kernels.conv2d import multiplied
+from dfengine.kernels.conv_weight import ConvWeight
 from dfengine.kernels.quantization import FORMATS, Quantization
 
 LEAST_CHANNELS = 16

@@ -32,7 +32,7 @@ from dfengine.engine.program import Constant, Op, Value
 from dfengine.errors import DfengineError, UsageError
 from dfengine.files import atomic_write, locked, os_reason
 from dfengine.kernels import OPS, triton_import
-from dfengine.kernels.conv2d import ConvWeight
+from dfengine.kernels.conv_weight import ConvWeight
 
 log = logging.getLogger("dfengine")
 

@@ -7,6 +7,7 @@ import torch
 
 from dfengine.kernels import CannotRunError, conv2d
 from dfengine.kernels.conv2d_triton import HALF_CONFIGURATIONS
+from dfengine.kernels.quantization import Quantization
 from tests.kernels import launchers
 from tests.kernels.test_conv2d import EVERY_TILE, FEATURES, Case, check_contract, make, quantized, run_into_nan
 
@@ -38,7 +39,7 @@ def test_every_value_of_e4m3(monkeypatch):
     z = torch.cat((values / 3.7, values / 448 / 64, values / 448 / 2048)).half()
     x = torch.zeros((1, len(z), 1, 16), dtype=torch.float16)
     x[0, :, 0, 3] = z
-    of = conv2d.Quantization("fp8", 0, 448)  # steps of 1
+    of = Quantization("fp8", 0, 448)  # steps of 1
     taps = torch.zeros((16, 16, 1, 1))
     taps[5, 3] = 1
     weight = conv2d.ConvWeight.pack(taps, quantization=of)
