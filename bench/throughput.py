@@ -172,7 +172,7 @@ def bench(
             print(f"  {rival_name}: left out: {str(error).splitlines()[0]}", flush=True)
             continue
         error = difference(case, function(sets[0]), exact)
-        if not error <= RIVAL_AGREEMENT[precision]:
+        if not error <= RIVAL_AGREEMENT[OF_RIVALS.get(precision, precision)]:
             print(f"  {label}: left out: {error:.3g} from the modules", flush=True)
             continue
         functions[label], errors[label] = function, error

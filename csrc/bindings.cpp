@@ -1,4 +1,4 @@
-// The Python module dfengine._native: CPU kernels over raw pointers, and the CUDA kernels where nvcc was found (csrc/cuda/launch.h). The
+// The Python module dfengine._native: CPU kernels over raw pointers, and the CUDA kernels where nvcc was found (csrc/cuda/registry.h). The
 // launchers in kernels/ check shapes, strides and types; nothing is copied and the interpreter lock is released while a kernel runs.
 #include <exception>
 #include <map>

@@ -27,6 +27,7 @@ from dfengine.arguments import path_of
 from dfengine.errors import CheckpointError, ConfigError
 from dfengine.evaluation.calibration import Calibration
 from dfengine.files import atomic_path, locked, os_reason
+from dfengine.kernels.quantization import is_range
 from dfengine.models import Model, ModelConfig
 
 FORMAT = "dfengine"
@@ -341,7 +342,7 @@ def _are_ranges(ranges: Any) -> bool:
         return False
     pairs = list(ranges.values())
     numbers = all(isinstance(p, list) and len(p) == 2 and all(type(n) in (int, float) for n in p) for p in pairs)
-    return numbers and all(-1e30 < low <= 0 <= high < 1e30 and low < high for low, high in pairs)
+    return numbers and all(is_range(*pair) for pair in pairs)
 
 
 def _checked_path(path: Any) -> Path:

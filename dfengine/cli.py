@@ -30,6 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+
 def _print_version(asked: bool) -> None:
     if asked:
         typer.echo(f"dfengine {__version__}")
@@ -221,22 +222,25 @@ def verify(
         Path | None,
         typer.Option(help="Compare --precision with float32 on these: normal images, or a data set with test images."),
     ] = None,
-    record: Annotated[
-        bool, typer.Option("--record", help="With --data: note a pass in CKPT; a refusal removes it.")
-    ] = False,
-    batch: RunOption = 2,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch, with --data.")] = 16,
+    record: Annotated[bool, typer.Option("--record", help="With --data: note the verdict in CKPT.")] = False,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images per run, without --data (default: 2).")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images per batch, with --data (default: 16).")] = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     seed: SeedOption = 0,
 ) -> None:
     """Compare the program that detects with its model, op by op; with --data, a precision with float32 on images."""
     if data is not None:
-        _exit(_command("verify_data", "run_verify_data")(checkpoint, data, precision, record, batch_size, device, seed))
+        if batch is not None:
+            raise UsageError("verify: --batch is of the comparison without --data; with it, --batch-size")
+        compare = _command("verify_data", "run_verify_data")
+        _exit(compare(checkpoint, data, precision, record, batch_size or 16, device, seed))
         return
     if record:
         raise UsageError("verify: --record needs --data, the images of the comparison")
-    _exit(_command("verify", "run_verify")(checkpoint, batch, device, precision, seed))
+    if batch_size is not None:
+        raise UsageError("verify: --batch-size goes with --data; without it, --batch")
+    _exit(_command("verify", "run_verify")(checkpoint, batch or 2, device, precision, seed))
 
 
 @app.command(short_help="Find the quickest kernels for a detector on this device.")

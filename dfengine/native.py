@@ -44,7 +44,7 @@ def status() -> str:
     """One line: how the extension was built and what this processor runs of it, or why it is missing."""
     if module is None:
         return f"dfengine._native is not available: {reason}"
-    usable = cpu_levels() | bfloat16_products()
+    usable = cpu_levels() | products()
     levels = ", ".join(f"{name} {'yes' if runs else 'no'}" for name, runs in usable.items())
     cuda = "with" if hasattr(module, "cuda_kernels") else "without"
     return f"dfengine._native built with {module.compiler}, {cuda} CUDA kernels; instruction sets: {levels}"
@@ -58,12 +58,12 @@ def cpu_levels() -> dict[str, bool]:
     return {name: levels[name] for name in ("base", "avx2", "avx512") if name in levels}
 
 
-def bfloat16_products() -> dict[str, bool]:
-    """Instructions that multiply bfloat16, slower first, and whether they are compiled in and run here; {} when the
-    extension is missing."""
+def products() -> dict[str, bool]:
+    """Instructions that multiply bfloat16 and bytes, slower first, and whether they are compiled in and run here; {}
+    when the extension is missing."""
     if not hasattr(module, "product_supported"):
         return {}
-    codes = {"avx512_bf16": 1, "amx": 2}  # csrc/cpu/product.h
+    codes = {"avx512_bf16": 1, "amx_bf16": 2, "avx512_vnni": 3, "amx_int8": 4}  # csrc/cpu/product.h
     return {name: module.product_supported(code) for name, code in codes.items()}
 
 

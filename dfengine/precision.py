@@ -13,12 +13,15 @@ from dfengine import native
 from dfengine.checkpoint import TRIAL_IMAGES, Checkpoint, Trial
 from dfengine.devices import cpu_has_bfloat16
 from dfengine.engine.arithmetic import float32_arithmetic
+from dfengine.engine.lower import NotLoweredError
 from dfengine.engine.modules import PRECISIONS, ModuleRunner
 from dfengine.engine.runner import ProgramRunner, make_runner
+from dfengine.engine.tactics import Tactics
 from dfengine.errors import UsageError
-from dfengine.kernels import forced_backend
+from dfengine.kernels import OPS, CannotRunError, forced_backend
 from dfengine.kernels.conv2d_cpu import byte_products, default_product
 from dfengine.kernels.quantization import FORMATS
+from dfengine.kernels.registry import ENVIRONMENT
 
 TOLERANCE = {"float32": 1e-4, "tf32": 0.01, "float16": 0.01, "bfloat16": 0.05, "int8": 0.05, "fp8": 0.05}
 """How far a map may be from that of float32 at any pixel. A score, a mean of pixels, then differs by no more."""
@@ -35,6 +38,9 @@ def check_precision(precision: str, device: torch.device) -> None:
         if precision in ("float16", "tf32", "fp8"):
             raise UsageError(f"precision {precision} needs a GPU; on a CPU use float32, bfloat16 or int8")
         if precision == "int8" and eight_bits(device) is None:
+            forced = forced_backend(None)
+            if forced not in (None, "cpu"):
+                raise UsageError(f"{ENVIRONMENT}={forced}: multiplies no int8; use another precision")
             raise UsageError("precision int8 needs the compiled kernels and a processor with AVX512_VNNI or AMX-INT8")
     if device.type == "cuda":
         if precision == "int8":
@@ -57,10 +63,11 @@ def half_precision(device: torch.device) -> str | None:
 
 
 def eight_bits(device: torch.device) -> str | None:
-    """The precision of eight bits that `device` multiplies: "fp8" on a GPU of compute capability 8.9 or later; "int8"
-    on a CPU with AVX512_VNNI or AMX-INT8 and the compiled kernels; else None."""
+    """The precision of eight bits that `device` multiplies: "fp8" on a GPU of compute capability 8.9 or later with
+    Triton; "int8" on a CPU with AVX512_VNNI or AMX-INT8 and the compiled kernels; else None."""
     if device.type == "cuda":
-        return "fp8" if torch.cuda.get_device_capability(device) >= (8, 9) else None
+        served = forced_backend(None) in (None, "triton") and OPS["conv2d"].status("cuda")["triton"] == ""
+        return "fp8" if served and torch.cuda.get_device_capability(device) >= (8, 9) else None
     served = forced_backend(None) in (None, "cpu") and native.available() and byte_products()
     return "int8" if served else None
 
@@ -88,9 +95,10 @@ def chosen_runner(
 
     if precision != "auto":
         if precision in FORMATS and not checkpoint.ranges(precision):
-            raise UsageError(f"precision {precision}: not measured yet; run dfengine verify --data DIR --record first")
+            command = f"dfengine verify CKPT --data DIR --precision {precision} --record"
+            raise UsageError(f"precision {precision}: no ranges are kept in this checkpoint; run {command} first")
         return served(precision)
-    tried = candidates(checkpoint, device)
+    tried = candidates(checkpoint, device, tactics)
     if not tried:
         return served("float32")
     trial, exact = checkpoint.trial, None
@@ -99,20 +107,27 @@ def chosen_runner(
         images = _smooth_noise(checkpoint.config.image_size) if trial is None else trial.images
         trial = Trial(images, trial_maps(exact, images))
     for candidate in tried:
-        runner = served(candidate)
+        try:
+            runner = served(candidate)
+        except (NotLoweredError, CannotRunError):
+            if tactics != "default" or candidate not in FORMATS:
+                raise
+            continue
         difference = (trial_maps(runner, trial.images) - trial.anomaly_map.float()).abs().max()
         if difference <= TOLERANCE[candidate]:  # not where it is NaN
             return runner
     return exact if exact is not None and tactics == "default" else served("float32")
 
 
-def candidates(checkpoint: Checkpoint, device: torch.device) -> list[str]:
-    """What "auto" tries, the quickest first: the precision of eight bits of the device where `dfengine verify --record`
-    found that it serves, and the half precision unless it was refused."""
+def candidates(checkpoint: Checkpoint, device: torch.device, tactics: str = "default") -> list[str]:
+    """What "auto" tries: the precision of eight bits of the device where `dfengine verify --record` found that it
+    serves (on a GPU once tactics were measured, or are), and then the half precision unless it was refused."""
     if checkpoint.config.mode == "iterative":
         return []
     eight, half = eight_bits(device), half_precision(device)
-    passed = [eight] if eight and checkpoint.passes(eight, device.type) and checkpoint.ranges(eight) else []
+    quick = device.type == "cpu" or tactics != "default" or len(Tactics(device)) > 0
+    verified = eight and checkpoint.passes(eight, device.type) and checkpoint.ranges(eight)
+    passed = [eight] if verified and quick else []
     return passed + ([half] if half and not checkpoint.refuses(half, device.type) else [])
 
 

@@ -34,6 +34,8 @@ PER_WORD = {"float32": 1, "pairs": 2, "tiles": 2, "fours": 4, "byte_tiles": 4}
 @functools.cache
 def byte_products() -> tuple[str, ...]:
     """Those of `BYTE_PRODUCTS` that this processor has."""
+    if not hasattr(native.module, "product_supported"):  # missing, or built without this op
+        return ()
     return tuple(name for name in BYTE_PRODUCTS if native.module.product_supported(PRODUCTS[name]))
 
 
@@ -86,6 +88,8 @@ def best_level() -> str:
 @functools.cache
 def default_product(dtype: torch.dtype) -> str:
     """The product taken here for activations of this dtype."""
+    if not hasattr(native.module, "product"):
+        return "float32"
     code = native.module.product(TYPES[dtype])
     return next(name for name, known in PRODUCTS.items() if known == code)
 
@@ -175,6 +179,8 @@ def _can_run(x, x2, weight, *rest) -> None:
         raise CannotRunError(f"a product in {rounding.format} needs a GPU")
     if x.dtype != torch.bfloat16:
         raise CannotRunError(f"x: {x.dtype}; the products of bytes take bfloat16")
+    if 255 * 127 * weight.kernel[0] * weight.kernel[1] * weight.inputs >= 2**31:
+        raise CannotRunError(f"weight: sums over {weight.inputs} channels do not fit int32")
     if not byte_products():
         raise CannotRunError("this processor has neither AVX512_VNNI nor AMX-INT8")
 

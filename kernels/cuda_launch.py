@@ -70,10 +70,8 @@ def launch(
 
 def runs(kernel: str, device: torch.device) -> bool:
     """Whether there is a way to launch a kernel on a device of its architecture: compiled in, or by cupy."""
-    if importlib.util.find_spec("cupy") is not None:
-        return True
     index = torch.cuda.current_device() if device.index is None else device.index
-    return _in_extension(kernel, index)
+    return _in_extension(kernel, index) or importlib.util.find_spec("cupy") is not None
 
 
 def packed(arguments: Sequence[Argument]) -> bytes:
@@ -99,7 +97,10 @@ def _compiled_in() -> bool:
 
 @functools.cache
 def _in_extension(kernel: str, device: int) -> bool:
-    return _compiled_in() and kernel in native.module.cuda_kernels() and native.module.cuda_kernel_runs(kernel)
+    if not _compiled_in() or kernel not in native.module.cuda_kernels():
+        return False
+    with torch.cuda.device(device):  # which is asked about the one that is current
+        return native.module.cuda_kernel_runs(kernel)
 
 
 def compile_options() -> tuple[str, ...]:
@@ -132,8 +133,10 @@ def _function(op: str, kernel: str, device: int):
 
 @functools.cache
 def _compiled(op: str, device: int):
-    import cupy
-
+    try:
+        import cupy
+    except Exception as error:  # installed, and broken in whatever way
+        raise CannotRunError(f"cupy cannot be imported: {error}") from error
     text = (native.source_folder() / "cuda" / f"{op}.cu").read_text(encoding="utf-8")
     if op in ARCHITECTURES:
         return cupy.RawModule(path=str(_cubin(op, text, (*compile_options(), f"-arch={ARCHITECTURES[op]}"))))

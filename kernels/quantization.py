@@ -19,12 +19,17 @@ LARGEST = {"int8": 127, "fp8": 448}
 """Of a weight, in the format."""
 
 
+def is_range(low: float, high: float) -> bool:
+    """Whether a range holds 0, and float32 its steps and their reciprocals."""
+    return -1e30 < low <= 0 <= high < 1e30 and high - low > 1e-12
+
+
 @dataclass(frozen=True)
 class Quantization:
     """How the input of a convolution, after normalisation, activation and resampling, is rounded.
 
     format: of `FORMATS`. low, high: the range that it is expected in; what is beyond becomes the nearest end.
-    Raises ValueError for another format and for a range that is not finite, is empty or does not hold 0.
+    Raises ValueError for another format, and for what is no range (`is_range`).
     """
 
     format: str
@@ -34,7 +39,7 @@ class Quantization:
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise ValueError(f"format: {self.format!r} is none of {', '.join(FORMATS)}")
-        if not (-1e30 < self.low <= 0 <= self.high < 1e30 and self.low < self.high):
+        if not is_range(self.low, self.high):
             raise ValueError(f"range: {self.low} to {self.high} is no range around 0")
 
     @property

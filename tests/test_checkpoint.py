@@ -154,6 +154,8 @@ DAMAGE = {
         lambda p: rewrite(p, verified='{"int8": {"ranges": {"a": ["x", true]}}}'), "ranges verified for int8"),
     "a range without 0": (
         lambda p: rewrite(p, verified='{"int8": {"ranges": {"a": [1, 2]}}}'), "not pairs of numbers around 0"),
+    "a range that is nothing": (
+        lambda p: rewrite(p, verified='{"int8": {"ranges": {"a": [0, 1e-323]}}}'), "not pairs of numbers around 0"),
     "a range that is NaN": (
         lambda p: rewrite(p, verified='{"int8": {"ranges": {"a": [NaN, 2]}}}'), "not pairs of numbers around 0"),
     "a trial is missing": (lambda p: rewrite(p, version="2"), "the trial images are missing"),

@@ -112,8 +112,36 @@ def test_where_eight_bits_fail_their_trial_half_precision_is_next(checkpoint, ei
     assert chosen_runner(passed, CPU, "auto", 0).precision == "bfloat16"
 
 
+def test_where_no_kernel_takes_eight_bits_half_precision_is_next(checkpoint, eight, made, monkeypatch):
+    make = module.make_runner
+
+    def refuse(model, device, precision, *more):
+        if precision == "int8":
+            raise module.CannotRunError("weight: in int8, which is not multiplied here")
+        return make(model, device, precision, *more)
+
+    monkeypatch.setattr(module, "make_runner", refuse)
+    passed = replace(checkpoint, verified={"int8": RECORD})
+    assert chosen_runner(passed, CPU, "auto", 0).precision == "bfloat16"
+    with pytest.raises(module.CannotRunError):
+        chosen_runner(passed, CPU, "int8", 0)
+
+
+def test_an_extension_without_the_op_chooses_as_ever(checkpoint, monkeypatch):
+    """As MSVC builds it."""
+    monkeypatch.delenv("DFENGINE_BACKEND", raising=False)
+    for cached in (module.byte_products, module.default_product):
+        cached.cache_clear()
+    monkeypatch.setattr(native, "module", object())
+    try:
+        assert module.eight_bits(CPU) is None and module.candidates(checkpoint, CPU) == []
+    finally:
+        for cached in (module.byte_products, module.default_product):
+            cached.cache_clear()
+
+
 def test_eight_bits_without_ranges_are_refused_in_one_line(checkpoint, eight):
-    with pytest.raises(UsageError, match="precision int8: not measured yet; run dfengine verify --data DIR --record"):
+    with pytest.raises(UsageError, match="run dfengine verify CKPT --data DIR --precision int8 --record first"):
         chosen_runner(checkpoint, CPU, "int8", 0)
     refused = replace(checkpoint, verified={"int8": RECORD | {"refused": ["a map differs"]}})
     assert chosen_runner(refused, CPU, "int8", 0).precision == "int8"  # asked for by name
@@ -131,7 +159,18 @@ def test_who_has_eight_bits(monkeypatch):
         module.check_precision("int8", CPU)
     with pytest.raises(UsageError, match="fp8 needs a GPU"):
         module.check_precision("fp8", CPU)
+    monkeypatch.setenv("DFENGINE_BACKEND", "reference")
+    with pytest.raises(UsageError, match="DFENGINE_BACKEND=reference: multiplies no int8"):
+        module.check_precision("int8", CPU)
+    monkeypatch.delenv("DFENGINE_BACKEND")
     gpu = torch.device("cuda")
+    monkeypatch.setattr(type(module.OPS["conv2d"]), "status", lambda op, device: {"triton": "no triton"})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    assert module.eight_bits(gpu) is None
+    monkeypatch.setattr(type(module.OPS["conv2d"]), "status", lambda op, device: {"triton": ""})
+    monkeypatch.setenv("DFENGINE_BACKEND", "cuda")
+    assert module.eight_bits(gpu) is None
+    monkeypatch.delenv("DFENGINE_BACKEND")
     for capability, precision in (((8, 6), None), ((8, 9), "fp8"), ((9, 0), "fp8")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, found=capability: found)
         assert module.eight_bits(gpu) == precision

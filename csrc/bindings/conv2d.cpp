@@ -141,6 +141,7 @@ void bind_conv2d(py::module_& module) {
     // Found now: a fork during the first call would leave the child waiting.
     cache_bytes();
     best_product(FloatType::bfloat16);
+    product_supported(Product::byte_tiles);
     module.def("product", [](int type) { return static_cast<int>(best_product(static_cast<FloatType>(type))); }, py::arg("type"),
                "The product (csrc/cpu/product.h) taken here for a type.");
     module.def("product_supported", [](int product) { return product_supported(static_cast<Product>(product)); }, py::arg("product"),

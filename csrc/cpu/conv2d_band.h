@@ -23,20 +23,14 @@ struct Steps<uint8_t> {
     Floats operator()(Floats value) const { return value * per_unit + zero; }
 };
 
-// Of what is rounded twice if at all: from T, and in the band.
-template <typename T, typename G>
-constexpr Digits band_digits() {
-    return sizeof(G) == 1 ? Digits::fewest : digits_of<T>();
-}
-
 // Sixteen channels of `pixels` pixels, or the first `count` of them.
-template <typename T, typename G, Activation A, bool Full>
+template <typename T, typename G, Activation A, Digits D, bool Full>
 DFE_HD void apply_chunk(const T* x, int64_t pixels, int64_t pitch, int count, Floats scale, Floats offset, Steps<G> steps, G* out,
                         int64_t out_pitch) {
     for (int64_t i = 0; i < pixels; ++i, x += pitch, out += out_pitch) {
         __builtin_prefetch(x + AHEAD);
         const Floats z = (Full ? load_vector(x) : load_some(x, count)) * scale + offset;
-        const Floats value = steps(activated<static_cast<int>(A), band_digits<T, G>()>(z));
+        const Floats value = steps(activated<static_cast<int>(A), D>(z));
         if (Full) {
             store_vector(out, value);
         } else {
@@ -46,7 +40,7 @@ DFE_HD void apply_chunk(const T* x, int64_t pixels, int64_t pitch, int count, Fl
 }
 
 // out = act(scale x + offset) of `pixels` pixels; scale may be null. Many channels in the order of memory; few in turn, each for all pixels.
-template <typename T, typename G, Activation A>
+template <typename T, typename G, Activation A, Digits D>
 void apply(const T* x, int64_t pixels, int64_t pitch, int64_t channels, const float* scale, const float* offset, Steps<G> steps, G* out,
            int64_t out_pitch) {
     if (channels >= 4 * WIDTH && channels % WIDTH == 0 && scale != nullptr) {
@@ -54,7 +48,7 @@ void apply(const T* x, int64_t pixels, int64_t pitch, int64_t channels, const fl
             for (int64_t c = 0; c < channels; c += WIDTH) {
                 __builtin_prefetch(x + c + AHEAD);
                 const Floats z = load_vector(x + c) * load_vector(scale + c) + load_vector(offset + c);
-                store_vector(out + c, steps(activated<static_cast<int>(A), band_digits<T, G>()>(z)));
+                store_vector(out + c, steps(activated<static_cast<int>(A), D>(z)));
             }
         }
         return;
@@ -66,18 +60,18 @@ void apply(const T* x, int64_t pixels, int64_t pitch, int64_t channels, const fl
             Floats factor = broadcast(1.0f), term = {};
             if (channels - c >= WIDTH) {
                 if (scale != nullptr) factor = load_vector(scale + c), term = load_vector(offset + c);
-                apply_chunk<T, G, A, true>(x + c, size, pitch, WIDTH, factor, term, steps, out + c, out_pitch);
+                apply_chunk<T, G, A, D, true>(x + c, size, pitch, WIDTH, factor, term, steps, out + c, out_pitch);
             } else {
                 const int count = static_cast<int>(channels - c);
                 if (scale != nullptr) factor = load_some(scale + c, count), term = load_some(offset + c, count);
-                apply_chunk<T, G, A, false>(x + c, size, pitch, count, factor, term, steps, out + c, out_pitch);
+                apply_chunk<T, G, A, D, false>(x + c, size, pitch, count, factor, term, steps, out + c, out_pitch);
             }
         }
     }
 }
 
 // The mean of act(scale x + offset) over 2 x 2 pixels: rows x and x + below, `pixels` results.
-template <typename T, typename G, Activation A>
+template <typename T, typename G, Activation A, Digits D>
 void apply_mean(const T* x, int64_t below, int64_t pixels, int64_t pitch, int64_t channels, const float* scale, const float* offset,
                 Steps<G> steps, G* out, int64_t out_pitch) {
     const int64_t places[4] = {0, pitch, below, below + pitch};
@@ -92,7 +86,7 @@ void apply_mean(const T* x, int64_t below, int64_t pixels, int64_t pitch, int64_
             }
             for (int64_t place : places) {
                 const Floats z = full ? load_vector(x + place + c) : load_some(x + place + c, count);
-                sum += activated<static_cast<int>(A), band_digits<T, G>()>(z * factor + term);
+                sum += activated<static_cast<int>(A), D>(z * factor + term);
             }
             if (full) {
                 store_vector(out + c, steps(0.25f * sum));
@@ -130,17 +124,17 @@ constexpr bool same() {
 }
 
 // Row `row` of the convolution's input, from one source of `channels`, into `out`.
-template <typename T, typename G, Activation A>
+template <typename T, typename G, Activation A, Digits D>
 void source_row(const Conv2dArguments& p, const T* x, int64_t pitch, int64_t channels, const float* scale, const float* offset, int64_t n,
                 int64_t row, G* out) {
     const Steps<G> steps(p);
     if (p.resample == Resample::down) {
         const T* const from = x + (n * 2 * p.height + 2 * row) * 2 * p.width * pitch;
-        return apply_mean<T, G, A>(from, 2 * p.width * pitch, p.width, pitch, channels, scale, offset, steps, out, p.padded);
+        return apply_mean<T, G, A, D>(from, 2 * p.width * pitch, p.width, pitch, channels, scale, offset, steps, out, p.padded);
     }
     if (p.resample == Resample::up) {
         const T* const from = x + (n * (p.height / 2) + row / 2) * (p.width / 2) * pitch;
-        apply<T, G, A>(from, p.width / 2, pitch, channels, scale, offset, steps, out, 2 * p.padded);
+        apply<T, G, A, D>(from, p.width / 2, pitch, channels, scale, offset, steps, out, 2 * p.padded);
         for (int64_t i = 0; i < p.width; i += 2) {
             copy_pixels(out + i * p.padded, 1, p.padded, channels, out + (i + 1) * p.padded, p.padded);
         }
@@ -150,11 +144,11 @@ void source_row(const Conv2dArguments& p, const T* x, int64_t pitch, int64_t cha
     if (same<T, G>() && A == Activation::none && scale == nullptr) {
         return copy_pixels(from, p.width, pitch, channels, reinterpret_cast<T*>(out), p.padded);
     }
-    apply<T, G, A>(from, p.width, pitch, channels, scale, offset, steps, out, p.padded);
+    apply<T, G, A, D>(from, p.width, pitch, channels, scale, offset, steps, out, p.padded);
 }
 
 // Rows [first, last) of the band whose row `halo` is row `top` of the image, each with the zeros right of it.
-template <typename T, typename G, Activation A>
+template <typename T, typename G, Activation A, Digits D>
 void fill_rows(const Conv2dArguments& p, int64_t n, int64_t top, int64_t first, int64_t last, G* band) {
     const int64_t channels = p.channels_1 + p.channels_2;
     const float *const scale = p.scale == nullptr ? nullptr : p.scale + n * channels, *const offset = p.scale == nullptr ? nullptr : p.offset + n * channels;
@@ -173,20 +167,34 @@ void fill_rows(const Conv2dArguments& p, int64_t n, int64_t top, int64_t first, 
             memcpy(static_cast<void*>(out), out - p.row * p.padded, static_cast<size_t>(p.width * p.padded) * sizeof(G));
             continue;
         }
-        source_row<T, G, A>(p, static_cast<const T*>(p.x), p.pitch_x, p.channels_1, scale, offset, n, row, out);
+        source_row<T, G, A, D>(p, static_cast<const T*>(p.x), p.pitch_x, p.channels_1, scale, offset, n, row, out);
         if (p.channels_2 == 0) continue;
         const float *const scale_2 = scale == nullptr ? nullptr : scale + p.channels_1, *const offset_2 = scale == nullptr ? nullptr : offset + p.channels_1;
-        source_row<T, G, A>(p, static_cast<const T*>(p.x2), p.pitch_x2, p.channels_2, scale_2, offset_2, n, row, out + p.channels_1);
+        source_row<T, G, A, D>(p, static_cast<const T*>(p.x2), p.pitch_x2, p.channels_2, scale_2, offset_2, n, row, out + p.channels_1);
     }
 }
 
+template <typename T, typename G, Digits D>
+void fill_with(const Conv2dArguments& p, int64_t n, int64_t top, int64_t first, int64_t last, G* band) {
+    switch (p.prologue) {
+        case Activation::gelu: return fill_rows<T, G, Activation::gelu, D>(p, n, top, first, last, band);
+        case Activation::silu: return fill_rows<T, G, Activation::silu, D>(p, n, top, first, last, band);
+        case Activation::relu: return fill_rows<T, G, Activation::relu, D>(p, n, top, first, last, band);
+        default: return fill_rows<T, G, Activation::none, D>(p, n, top, first, last, band);
+    }
+}
+
+// Of bytes: with digits for a tenth of a step.
 template <typename T, typename G>
 void fill(const Conv2dArguments& p, int64_t n, int64_t top, int64_t first, int64_t last, G* band) {
-    switch (p.prologue) {
-        case Activation::gelu: return fill_rows<T, G, Activation::gelu>(p, n, top, first, last, band);
-        case Activation::silu: return fill_rows<T, G, Activation::silu>(p, n, top, first, last, band);
-        case Activation::relu: return fill_rows<T, G, Activation::relu>(p, n, top, first, last, band);
-        default: return fill_rows<T, G, Activation::none>(p, n, top, first, last, band);
+    if constexpr (sizeof(G) > 1) {
+        fill_with<T, G, digits_of<T>()>(p, n, top, first, last, band);
+    } else if (p.steps_per_unit <= 125.0f) {
+        fill_with<T, G, Digits::fewest>(p, n, top, first, last, band);
+    } else if (p.steps_per_unit <= 2000.0f) {
+        fill_with<T, G, Digits::few>(p, n, top, first, last, band);
+    } else {
+        fill_with<T, G, Digits::all>(p, n, top, first, last, band);
     }
 }
 

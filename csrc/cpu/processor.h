@@ -15,7 +15,9 @@ inline bool cpu_has(int leaf, int subleaf, CpuidRegister from, int bit) {
     return __get_cpuid_count(leaf, subleaf, &registers[0], &registers[1], &registers[2], &registers[3]) && (registers[from] >> bit & 1u);
 }
 
-inline bool has_avx512() { return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"); }
+inline bool has_avx512() {
+    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
 
 // Whether there are tiles, and the system lets this process use them.
 inline bool has_tiles() {

@@ -121,7 +121,7 @@ DFE_HD Floats rounded(Floats value, const half*) {
     return load_vector(bits);
 }
 
-// Digits of an activation: those of float32; four, for results that are rounded to bfloat16; three, for those that become bytes.
+// Digits of an activation: those of float32; four, for results that are rounded to bfloat16; three, for those that become bytes of wide ranges.
 enum class Digits { all, few, fewest };
 template <typename T>
 constexpr Digits digits_of() {
@@ -130,10 +130,6 @@ constexpr Digits digits_of() {
 template <>
 constexpr Digits digits_of<bfloat16>() {
     return Digits::few;
-}
-template <>
-constexpr Digits digits_of<uint8_t>() {
-    return Digits::fewest;
 }
 
 DFE_HD Floats larger(Floats a, Floats b) {

@@ -47,6 +47,7 @@ __device__ __forceinline__ void conv2d_wgmma_block(const Conv2dCall<T>& call, un
             async_proxy_fence();
             __syncthreads();
             if (tap == 0 && more) block.loader.copy(chunk + 1, next);
+            __syncwarp();
             block.copy_stage(ring < 2 ? ring + STAGES - 2 : ring - 2);
             const uint64_t stage = weights + ring * (Tile::STAGE_BYTES / 16);
 #pragma unroll

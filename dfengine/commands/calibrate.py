@@ -95,6 +95,8 @@ def run_calibrate(
         if not keep and before.calibration != seen.calibration:
             warn(f"{target}: another run set a threshold meanwhile; the one of this run takes its place")
         calibration = after.calibration
+    if seen.verified and (half or top_k is not None):
+        warn(f"{target}: without what `dfengine verify --record` noted of the scores before; run it again")
     if keep:
         kept = "no threshold is" if calibration is None else f"threshold {calibration.threshold:.6g}, as it was,"
         say(f"weights in half precision and {kept} written to {target}")

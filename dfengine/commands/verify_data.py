@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +16,7 @@ from dfengine import __version__
 from dfengine.checkpoint import Checkpoint, load_checkpoint, update_checkpoint
 from dfengine.commands.scoring import Scoring, say
 from dfengine.data.folders import Dataset, fingerprint, open_dataset
-from dfengine.data.inputs import collect_inputs
+from dfengine.data.inputs import InputImage, collect_inputs
 from dfengine.detector import Detector
 from dfengine.devices import resolve_device
 from dfengine.engine.arithmetic import float32_arithmetic
@@ -25,9 +26,12 @@ from dfengine.errors import DataError, DfengineError, ImageError, UsageError
 from dfengine.evaluation.precision import AUROC_POINTS, PrecisionComparison, compare_precision
 from dfengine.kernels.quantization import FORMATS
 from dfengine.precision import check_precision, half_precision
+from dfengine.wording import counted
 
 MOST_RANGE_IMAGES = 32
 """Normal images from which ranges are measured."""
+MOST_PASTED, LEAST_COMPARED = 64, 8
+"""Images with a patch pasted in, and images in all, to which a precision of eight bits is held."""
 
 
 def run_verify_data(
@@ -35,7 +39,9 @@ def run_verify_data(
 ) -> int:
     """Compares and prints; returns 0, or 3 where some images could not be read.
 
-    Labelled test images are used where `data` has sound and defective ones, else all its normal images. Raises
+    Labelled test images are used where `data` has sound and defective ones, else all its normal images. A precision of
+    eight bits has its ranges measured on normal images that are then not compared, and without labels is held to the
+    others with patches pasted in too: what it rounds wrongly shows where something is out of place. Raises
     `DfengineError` with the reasons where the precision is refused. record: write what was found into `checkpoint`.
     """
     where = resolve_device(device)
@@ -50,8 +56,18 @@ def run_verify_data(
     dataset = open_dataset(data)
     labelled = len({sample.label for sample in dataset.test}) == 2
     samples = dataset.test if labelled else [s for s in (*dataset.train, *dataset.test) if not s.label]
-    images = collect_inputs([sample.path for sample in samples])
-    ranges = _ranges(loaded, dataset, where, seed) if precision in FORMATS else None
+    if not samples:
+        raise DataError(f"{data}: no normal images on which to compare the precisions")
+    measured = _measured(dataset, labelled) if precision in FORMATS else []
+    samples = [sample for sample in samples if sample.path not in measured]
+    images = collect_inputs([sample.path for sample in samples]) if samples else []
+    ranges = None
+    if precision in FORMATS:
+        ranges = _ranges(loaded, dataset.root, measured, where, seed)
+        images += [] if labelled else _pasted(images, loaded.config.image_size)
+        if len(images) < LEAST_COMPARED:
+            reason = f"{counted(len(images), 'image')} beside those that ranges are measured on"
+            raise DataError(f"{data}: {reason}; {precision} must be held to {LEAST_COMPARED} at least")
     tried = loaded if ranges is None else replace(loaded, verified=loaded.verified | {precision: {"ranges": ranges}})
     other = Detector(tried, device, precision, seed)
     scoring = Scoring(Detector(loaded, device, "float32", seed), batch_size)
@@ -78,23 +94,51 @@ def run_verify_data(
     return scoring.status
 
 
-def _ranges(checkpoint: Checkpoint, dataset: Dataset, device: torch.device, seed: int) -> dict[str, list[float]]:
-    """What the program's convolutions read for normal images, as JSON values."""
-    normals = [s.path for s in (*dataset.train, *(s for s in dataset.test if not s.label))][:MOST_RANGE_IMAGES]
-    units = []
-    for image in collect_inputs(normals) if normals else ():
-        try:
-            units.append(image.load_tensor(checkpoint.config.image_size, device))
-        except ImageError:
-            continue  # reported where it is scored
+def _measured(dataset: Dataset, labelled: bool) -> list[Path]:
+    """The normal images from which ranges are measured: of training, else half of those there are."""
+    train, good = ([s.path for s in part if not s.label] for part in (dataset.train, dataset.test))
+    if labelled and train:
+        return train[:MOST_RANGE_IMAGES]
+    normals = good if labelled else train + good
+    return normals[: min(MOST_RANGE_IMAGES, len(normals) // 2)]
+
+
+def _ranges(
+    checkpoint: Checkpoint, root: Path, normals: list[Path], device: torch.device, seed: int
+) -> dict[str, list[float]]:
+    """What the program's convolutions read for these images, as JSON values."""
+    units = [torch.from_numpy(unit).to(device) for unit in _units(normals, checkpoint.config.image_size)]
     if not units:
-        raise DataError(
-            f"{dataset.root}: no normal image can be read, from which to measure the ranges of the precision"
-        )
+        raise DataError(f"{root}: no normal image can be read, from which to measure the ranges of the precision")
     runner = ProgramRunner(checkpoint.build(), device, "float32", seed)
     with float32_arithmetic(device, "float32"):
         found = measured_ranges(runner.executor(1), torch.stack(units))
     return {name: [low, high] for name, (low, high) in found.items()}
+
+
+def _units(images: list[Path] | list[InputImage], size: int) -> list[np.ndarray]:
+    """Those that can be read, float32 (S, S, 3); the others are reported where they are scored."""
+    units = []
+    for image in collect_inputs(images) if images else ():
+        try:
+            units.append(image.load(size))
+        except ImageError:
+            continue
+    return units
+
+
+def _pasted(images: list[InputImage], size: int) -> list[InputImage]:
+    """The first of the images, each with a patch of the next one in another place; of one image, of itself."""
+    units = _units(images[:MOST_PASTED], size)
+    generator, side = np.random.default_rng(0), size // 4
+    made = []
+    for index, unit in enumerate(units):
+        (y, x), (y_from, x_from) = generator.integers(0, size - side, (2, 2))
+        other, picture = units[(index + 1) % len(units)], (255 * unit).round().astype(np.uint8)
+        patch = other[y_from : y_from + side, x_from : x_from + side]
+        picture[y : y + side, x : x + side] = (255 * patch).round().astype(np.uint8)
+        made.append(InputImage(f"image {index + 1} with a patch pasted in", array=picture))
+    return made
 
 
 def _record(comparison: PrecisionComparison, data: dict[str, Any], device: str, seed: int) -> dict[str, Any]:
@@ -107,7 +151,7 @@ def _record(comparison: PrecisionComparison, data: dict[str, Any], device: str, 
 
 def _print(comparison: PrecisionComparison) -> None:
     table = Table(box=None, pad_edge=False)
-    table.add_column(f"{comparison.precision} against float32, {comparison.images} images", no_wrap=True)
+    table.add_column(f"{comparison.precision} against float32, {counted(comparison.images, 'image')}", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)
     table.add_column("allowed", justify="right", no_wrap=True)
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dfengine.engine.execute import Executor
 from dfengine.engine.measure import place
-from dfengine.engine.program import Constant
+from dfengine.engine.program import Constant, Program
+from dfengine.kernels import CannotRunError
 from dfengine.kernels.conv2d import multiplied
 from dfengine.kernels.conv_weight import ConvWeight
 from dfengine.kernels.quantization import FORMATS, Quantization
@@ -54,6 +55,16 @@ def measured_ranges(executor: Executor, images: Tensor) -> dict[str, tuple[float
                 ranges[name] = min(low, float(p.min())), max(high, float(p.max()))
             call()
     return ranges
+
+
+def check_ranges(program: Program, ranges: Ranges) -> None:
+    """Raises CannotRunError where `ranges` are not those of the convolutions that are meant to have some."""
+    constants = [op.arguments["weight"] for op in program.ops if op.kernel == "conv2d"]
+    wanted = {constant.name for constant in constants if _serves(constant)}
+    if wanted != set(ranges):
+        missing, foreign = len(wanted - set(ranges)), len(set(ranges) - wanted)
+        reason = f"{missing} convolutions have none, {foreign} are of no convolution"
+        raise CannotRunError(f"the ranges of a precision of eight bits are not of this model: {reason}")
 
 
 def _serves(constant: Constant) -> bool:

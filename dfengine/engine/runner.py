@@ -19,7 +19,7 @@ from dfengine.engine.execute import Executor, allocate
 from dfengine.engine.lower import Lowering, NotLoweredError
 from dfengine.engine.modules import PRECISIONS, ModuleRunner, Output
 from dfengine.engine.program import Program
-from dfengine.engine.quantize import Ranges, quantizations
+from dfengine.engine.quantize import Ranges, check_ranges, quantizations
 from dfengine.engine.tactics import Tactics
 from dfengine.engine.tune import Choice, tune
 from dfengine.errors import DfengineError, UsageError
@@ -86,6 +86,8 @@ class ProgramRunner:
             self._lowering = Lowering(
                 model, PRECISIONS[precision], self.device, family, None, one_form, quantizations(precision, ranges)
             )
+            if precision in FORMATS:
+                check_ranges(self._lowering.program(1, seed), ranges)
             self.executor(1)
             self._lowering.release()
 

@@ -334,6 +334,7 @@ def test_calibrate_sets_how_many_pixels_a_score_averages(checkpoint, data, capsy
     assert main(["calibrate", str(checkpoint), str(data), "--top-k", "3200", "--precision", "float32"]) == 0
     changed = load_checkpoint(checkpoint)
     assert changed.config.top_k == 3200 and not changed.verified
+    assert "without what `dfengine verify --record` noted" in capsys.readouterr().err
     detector = dfengine.load(checkpoint, precision="float32")
     (found,) = detector.detect([image])
     largest = np.sort(found.anomaly_map.ravel())[-50:]  # of 32 x 32

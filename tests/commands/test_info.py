@@ -35,7 +35,7 @@ def test_the_instructions_that_multiply_bfloat16_are_named(capsys):
         pytest.skip(native.status())
     assert main(["info"]) == 0
     usable = "yes" if default_product(torch.bfloat16) == "tiles" else "no"
-    assert f", amx {usable}" in capsys.readouterr().out.replace("\n", " ")
+    assert f", amx_bf16 {usable}" in capsys.readouterr().out.replace("\n", " ")
 
 
 @pytest.mark.parametrize("forced, status", [("cuda", 1), ("nonsense", 2)])

@@ -67,7 +67,7 @@ def test_eight_bits_get_their_ranges_and_are_taken_from_then_on(checkpoint, data
         pytest.skip("this machine multiplies no bytes")
     arguments = ["verify", str(checkpoint), "--data", str(data), "--precision", "int8"]
     assert main(arguments) == 0 and load_checkpoint(checkpoint).verified == {}
-    with pytest.raises(UsageError, match="not measured yet"):
+    with pytest.raises(UsageError, match="no ranges are kept"):
         dfengine.load(checkpoint, precision="int8")
     assert main([*arguments, "--record"]) == 0 and "int8 passes; noted" in capsys.readouterr().out
     record = load_checkpoint(checkpoint).verified["int8"]
@@ -78,6 +78,29 @@ def test_eight_bits_get_their_ranges_and_are_taken_from_then_on(checkpoint, data
     for sample in (*(data / "train").rglob("*.png"), *(data / "test" / "good").glob("*.png")):
         sample.write_bytes(b"")
     assert main(arguments) == 1 and "no normal image can be read" in capsys.readouterr().err
+
+
+def test_eight_bits_of_normal_images_alone(checkpoint, data, capsys):
+    """Those that ranges are measured on are not compared, and others are with patches pasted in too."""
+    if eight_bits(torch.device("cpu")) is None:
+        pytest.skip("this machine multiplies no bytes")
+    normals = sorted(data.rglob("*good*/*.png"))
+    assert len(normals) == 8
+    photos = data.parent / "photos"
+    photos.mkdir()
+    arguments = ["verify", str(checkpoint), "--data", str(photos), "--precision", "int8", "--record"]
+    for count, path in enumerate(normals):
+        shutil.copy(path, photos / f"{count}.png")
+        if count in (0, 1, 6):
+            assert main(arguments) == (1 if count < 6 else 0)
+            printed = capsys.readouterr()
+            if count == 0:
+                assert "no normal image can be read" in printed.err
+            elif count == 1:
+                assert "2 images beside those that ranges are measured on; int8 must be held to 8" in printed.err
+            else:
+                assert "int8 against float32, 8 images" in printed.out and "int8 passes" in printed.out
+    assert load_checkpoint(checkpoint).verified["int8"]["data"]["labelled"] is False
 
 
 def test_a_spoilt_precision_is_refused_in_one_line(checkpoint, data, capsys, monkeypatch):
@@ -155,6 +178,8 @@ def test_wrong_usage(checkpoint, data, tmp_path, capsys, monkeypatch):
     arguments = ["verify", str(checkpoint)]
     for more, code, message in (
         (["--record"], 2, "--record needs --data"),
+        (["--batch-size", "3"], 2, "--batch-size goes with --data"),
+        (["--data", str(data), "--batch", "3"], 2, "--batch is of the comparison without --data"),
         (["--data", str(data), "--precision", "float32"], 2, "float32 is what a precision is compared with"),
         (["--data", str(data), "--precision", "int4"], 2, "precision must be one of"),
         (["--data", str(data), "--precision", "fp8"], 2, "precision fp8 needs a GPU"),

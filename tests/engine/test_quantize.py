@@ -110,6 +110,15 @@ def test_a_loop_is_measured_in_all_its_steps():
     assert any(long[name] != short[name] for name in long)
 
 
+@served
+def test_ranges_of_another_model_are_refused():
+    ranges = ranges_of()
+    others = {f"x{name}": pair for name, pair in ranges.items()}
+    for wrong in (others, ranges | {"segment.block3.0": (0.0, 1.0)}, {next(iter(ranges)): (0.0, 1.0)}):
+        with pytest.raises(CannotRunError, match="not of this model"):
+            ProgramRunner(model(), precision="int8", ranges=wrong)
+
+
 def test_without_ranges_there_is_no_program():
     with pytest.raises(ValueError, match="int8: without the ranges"):
         quantizations("int8", {})

@@ -11,7 +11,8 @@ from dfengine import native
 from dfengine.kernels import CannotRunError, conv2d, conv2d_cpu
 from dfengine.kernels.quantization import Quantization
 from tests.kernels import launchers
-from tests.kernels.test_conv2d import FEATURES, Case, check_contract, make, quantized, run_into_nan
+from tests.kernels.contract import assert_numeric_contract
+from tests.kernels.test_conv2d import FEATURES, Case, check_contract, make, quantized, run_into_nan, through_torch
 from tests.kernels.test_conv2d_cpu import LARGER
 
 STEPS = [
@@ -54,8 +55,33 @@ def test_what_follows_the_sums(launcher, act, residual):
     check_contract(launcher, case, torch.bfloat16, 18, format="int8")
 
 
-def test_products_agree_bit_for_bit_whatever_the_batch(launcher):
-    """Sums of integers are exact."""
+@pytest.mark.parametrize("prologue", ["gelu", "silu"])
+@pytest.mark.parametrize("spread, place", [(1.0, -2.0), (1.0, -4.0), (0.3, -4.0), (0.01, 0.0)])
+def test_activations_have_the_digits_of_a_small_range(launcher, prologue, spread, place):
+    """Where all inputs are negative a range is narrow, and a step of it far less than an error of 1e-3."""
+    x, x2, weight, bias, _, _, _, *rest = make(Case((1, 12, 17), (32,), 16, 3, 1, True, prologue), torch.bfloat16)
+    scale, offset = torch.full((1, 32), spread), torch.full((1, 32), place + 2.3 * spread)
+    arguments = quantized((x, x2, weight, None, scale, offset, prologue, *rest), "int8", share=1.0)
+    y, _ = run_into_nan(launcher, arguments)
+    assert_numeric_contract(y, through_torch(arguments, torch.float64), through_torch(arguments, torch.bfloat16))
+
+
+def test_sums_that_would_not_fit_are_refused():
+    of = Quantization("int8", -1, 1)
+    for channels, fits in ((7360, True), (7376, False)):
+        x = torch.zeros((1, 1, 1, channels), dtype=torch.bfloat16)
+        weight = conv2d.ConvWeight.pack(torch.ones((16, channels, 3, 3)), quantization=of)
+        y = torch.zeros((1, 1, 1, 16), dtype=torch.bfloat16)
+        rest = (x, None, weight, None, None, None, "none", "none", None, "none", "none", y, None, 0)
+        if fits and native.available() and conv2d_cpu.byte_products():
+            conv2d.OP.implementations["cpu"].can_run(*rest)
+        else:
+            with pytest.raises(CannotRunError, match="do not fit int32" if not fits else ""):
+                conv2d.OP.implementations["cpu"].can_run(*rest)
+
+
+def test_y_agrees_bit_for_bit_between_products_and_batches(launcher):
+    """Sums of integers are exact; moments are merged by the blocks of a product."""
     case = Case((5, 19, 23), (16, 8), 24, 3, 2, True, "gelu", "none", "none", "gelu")
     arguments = quantized(make(case, torch.bfloat16), "int8")
     first, again = (run_into_nan(launcher, arguments, 23) for _ in range(2))

@@ -46,7 +46,7 @@ def test_weights_have_a_scale_for_each_output(format):
     torch.testing.assert_close(reached, largest)
 
 
-@pytest.mark.parametrize("low, high", [(1, 2), (-2, -1), (0, 0), (-math.inf, 1), (0, math.nan)])
+@pytest.mark.parametrize("low, high", [(1, 2), (-2, -1), (0, 0), (-math.inf, 1), (0, math.nan), (0, 1e-323)])
 def test_what_is_no_range_is_refused(low, high):
     with pytest.raises(ValueError, match="no range around 0"):
         Quantization("int8", low, high)
