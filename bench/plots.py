@@ -2,7 +2,8 @@
 
     python bench/plots.py [--out docs/speed.png]
 
-A panel for each model, batch and precision of `throughput-detect.json`; a bar for each runner, in milliseconds a call.
+A panel for each row of `throughput-detect.json` with a model at its own size and a batch of 1 or 16; a bar for each
+runner, in milliseconds a call.
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ OWN, OTHERS = "#c2410c", "#94a3b8"
 
 def draw(out: Path) -> int:
     """Writes the plot; the number of its panels."""
-    panels = [(result["device"], row) for result in results("throughput-detect") for row in result["rows"]]
+    panels = [
+        (result["device"], row)
+        for result in results("throughput-detect")
+        for row in result["rows"]
+        if row["batch"] in (1, 16) and row["size"] in (64, 256)
+    ]
     if not panels:
         raise SystemExit("bench/results holds no throughput-detect.json: nothing to draw")
     rows = math.ceil(len(panels) / COLUMNS)

@@ -25,8 +25,18 @@ def results(name: str) -> Iterator[dict]:
     for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
         for path in sorted(folder.glob(f"{name}.json")):
             content = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(content, dict):  # a check of the compiler is a list
-                yield content
+            if not isinstance(content, dict):  # a check of the compiler is a list
+                continue
+            if name.startswith("throughput"):
+                content["rows"] = sorted(content["rows"], key=_place)
+            yield content
+
+
+def _place(row: dict) -> tuple:
+    """Of a row of throughput: larger models first, then by size, batch and precision."""
+    order = ("float32", "tf32", "bfloat16", "float16", "int8", "fp8")
+    precision = order.index(row["precision"]) if "precision" in row else 0
+    return row["preset"].endswith("-tiny"), row["preset"].endswith("-small"), row["size"], row["batch"], precision
 
 
 def kernel_lines(result: dict) -> Iterator[str]:
@@ -111,7 +121,7 @@ def waterfall_table() -> str:
 
 
 def short_table() -> str:
-    """The half-precision rows of detection for the README."""
+    """The half-precision rows of detection for the README, at the presets' own sizes and batches of 1 and 16."""
     parts = []
     for result in results("throughput-detect"):
         lines = [
@@ -121,7 +131,8 @@ def short_table() -> str:
             "| --- | --- | --- | --- | --- | --- |",
         ]
         for row in result["rows"]:
-            if row["precision"] == "float32":
+            half = row["precision"] in ("bfloat16", "float16")
+            if not half or row["batch"] not in (1, 16) or row["size"] not in (64, 256):
                 continue
             own = row["runners"]["dfengine"]
             cells = [f"{model_name(row)}, batch {row['batch']}"]
