@@ -42,10 +42,11 @@ def load(
     device: "auto" (a CUDA GPU where there is one, else the CPU), "cpu", "cuda" or "cuda:N".
     precision of the networks and their input (maps and scores are always float32): "float32"; "bfloat16"; on a GPU
         also "float16", "tf32" and, from compute capability 8.9, "fp8"; on a processor with AVX512_VNNI or AMX-INT8
-        "int8". "fp8" and "int8" are those of the large products, and need the ranges that `dfengine verify --data DIR
-        --record` measures. "auto" is the one of eight bits where that passed, else the half precision that the device
-        is fast in (float16 on a GPU, bfloat16 on a processor with AMX or AVX512_BF16), if the trial images in the
-        checkpoint get the maps of float32 within 0.01 (bfloat16, int8 and fp8: 0.05); else float32.
+        "int8". "fp8" and "int8" are those of the large products, and need the ranges that `dfengine verify CKPT --data
+        DIR --precision int8 --record` (or fp8) keeps in the checkpoint. "auto" is the one of eight bits where that
+        passed, else the half precision that the device is fast in (float16 on a GPU, bfloat16 on a processor with AMX
+        or AVX512_BF16), if the trial images in the checkpoint get the maps of float32 within 0.01 (bfloat16, int8 and
+        fp8: 0.05); else float32.
     seed: of the diffusion noise, 0 to 2**64 - 1; the same seed gives the same scores.
     tactics: which kernels run: "default" takes what is known to be quick on this device; "tuned" measures what is not,
         once for each batch size (seconds to minutes), and remembers it; "exhaustive" measures everything anew. On a GPU
