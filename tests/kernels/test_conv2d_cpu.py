@@ -1,4 +1,4 @@
-"""conv2d on the CPU: every instruction set and product against float64, on the cases of test_conv2d.py and larger."""
+"""conv2d on the CPU: every instruction set and product against float64, on the cases of conv2d_cases.py and larger."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from dfengine import native
 from dfengine.kernels import conv2d, conv2d_cpu, group_norm_moments
 from tests.kernels import launchers
-from tests.kernels.test_conv2d import FEATURES, NAN, Case, check_contract, make, run_into_nan
+from tests.kernels.conv2d_cases import FEATURES, NAN, Case, check_contract, make, run_into_nan
 
 LAUNCHERS = [f"{level}-float32" for level in launchers.LEVELS] + ["avx512-pairs", "avx512-tiles"]
 LARGER = [

@@ -13,7 +13,7 @@ from dfengine.kernels import CannotRunError, conv2d
 from dfengine.kernels import conv2d_cuda as cuda
 from tests.kernels import cuda_on_host, launchers
 from tests.kernels.contract import assert_numeric_contract
-from tests.kernels.test_conv2d import Case, check_contract, check_moments, make, on, run_into_nan, through_torch
+from tests.kernels.conv2d_cases import Case, check_contract, check_moments, make, on, run_into_nan, through_torch
 
 HALVES = tuple(cuda.NAMES)
 EVERY_TILE = cuda.TILES + cuda.WGMMA_TILES

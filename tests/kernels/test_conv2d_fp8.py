@@ -9,7 +9,7 @@ from dfengine.kernels import CannotRunError, conv2d
 from dfengine.kernels.conv2d_triton import HALF_CONFIGURATIONS
 from dfengine.kernels.quantization import Quantization
 from tests.kernels import launchers
-from tests.kernels.test_conv2d import EVERY_TILE, FEATURES, Case, check_contract, make, quantized, run_into_nan
+from tests.kernels.conv2d_cases import EVERY_TILE, FEATURES, Case, check_contract, make, quantized, run_into_nan
 
 CHEAP = f"triton-{len(HALF_CONFIGURATIONS) - 1}"
 

@@ -12,7 +12,7 @@ from dfengine.kernels import CannotRunError, conv2d, conv2d_cpu
 from dfengine.kernels.quantization import Quantization
 from tests.kernels import launchers
 from tests.kernels.contract import assert_numeric_contract
-from tests.kernels.test_conv2d import FEATURES, Case, check_contract, make, quantized, run_into_nan, through_torch
+from tests.kernels.conv2d_cases import FEATURES, Case, check_contract, make, quantized, run_into_nan, through_torch
 from tests.kernels.test_conv2d_cpu import LARGER
 
 STEPS = [

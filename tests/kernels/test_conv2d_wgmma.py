@@ -10,7 +10,7 @@ from dfengine.kernels import CannotRunError, conv2d, cuda_launch
 from dfengine.kernels import conv2d_cuda as cuda
 from tests.kernels import launchers
 from tests.kernels.contract import assert_numeric_contract
-from tests.kernels.test_conv2d import Case, check_contract, check_moments, make, on, run_into_nan, through_torch
+from tests.kernels.conv2d_cases import Case, check_contract, check_moments, make, on, run_into_nan, through_torch
 from tests.kernels.test_conv2d_cuda import HALVES, cases, launcher_of, placement
 
 HOPPER = (9, 0)
