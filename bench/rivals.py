@@ -1,8 +1,9 @@
 """What the engine is measured against: the same model through torch eager, autocast, torch.compile, on a CPU ONNX
 Runtime and OpenVINO, on a GPU TensorRT (written for version 10, not yet run): channels-last where the library lets one
 choose, both noise scales in one batch, the noise drawn beforehand; torch.compile with freezing or CUDA graphs, OpenVINO
-in its own bfloat16. torch eager computes the time embedding in every call; autocast casts the weights, as it does for
-its users.
+in its own bfloat16, or quantized by NNCF. torch eager computes the time embedding in every call; autocast casts the
+weights, as it does for its users. Beside an engine of eight bits a rival that has none without another tool and its
+model runs in half precision.
 
 A rival is a function of a tensor; those of `WholeDetection` take uint8 images (B, S, S, C) and give (anomaly map,
 score), those of `OneEvaluation` a float32 x_t (B, C, S, S) and give the predicted noise.
@@ -23,7 +24,9 @@ from dfengine.diffusion import Schedule
 from dfengine.engine.modules import PRECISIONS, ModuleRunner, top_k_count
 from dfengine.models import Model
 
-RIVALS = ("eager", "autocast", "compile", "onnxruntime", "openvino", "tensorrt")
+RIVALS = ("eager", "autocast", "compile", "onnxruntime", "openvino", "openvino-int8", "tensorrt")
+HALF_BESIDE = {"int8": "bfloat16", "fp8": "float16"}
+"""The half precision of the rivals beside one of eight bits."""
 
 
 class WholeDetection(nn.Module):
@@ -89,10 +92,15 @@ class OneEvaluation(nn.Module):
 
 
 def rival(
-    name: str, make: Callable[[torch.dtype | None], nn.Module], example: Tensor, precision: str
+    name: str, make: Callable[[torch.dtype | None], nn.Module], examples: list[Tensor], precision: str
 ) -> tuple[str, Callable[[Tensor], tuple[Tensor, ...]]]:
-    """(label, function) of the rival `name`. make: the module anew, with this autocast dtype. Raises ImportError where
-    its library is missing and ValueError where it cannot run this; the label says which precision it runs in."""
+    """(label, function) of the rival `name` beside the engine in `precision`.
+
+    make: the module anew, with this autocast dtype; examples: inputs, on which a rival of eight bits is calibrated too.
+    Raises ImportError where its library is missing and ValueError where it cannot run this; the label says which
+    precision it runs in."""
+    example, eight_bits = examples[0], precision in HALF_BESIDE
+    precision = HALF_BESIDE.get(precision, precision)
     half = None if precision in ("float32", "tf32") else PRECISIONS[precision]
     if name == "eager":
         return "eager float32", _ungraded(make(None).eval())
@@ -104,6 +112,10 @@ def rival(
         return f"torch.compile {precision}", _compiled(make(half).eval(), example.device.type)
     if name == "openvino":
         return f"OpenVINO {precision}", _openvino(make(None).eval(), example, precision)
+    if name == "openvino-int8":
+        if not eight_bits:
+            raise ValueError("it is for eight bits")
+        return "OpenVINO int8", _openvino(make(None).eval(), example, precision, examples)
     if name == "onnxruntime":
         return "ONNX Runtime float32", _onnxruntime(make(None).eval(), example)
     if name == "tensorrt":
@@ -139,7 +151,10 @@ def _compiled(module: nn.Module, device: str) -> Callable[[Tensor], tuple[Tensor
     return run
 
 
-def _openvino(module: nn.Module, example: Tensor, precision: str) -> Callable[[Tensor], tuple[Tensor, ...]]:
+def _openvino(
+    module: nn.Module, example: Tensor, precision: str, calibration: list[Tensor] | None = None
+) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """calibration: inputs to quantize the model for; what stays unquantized runs in `precision`."""
     if example.device.type != "cpu":
         raise ValueError("OpenVINO runs on a CPU")
     import openvino
@@ -147,6 +162,11 @@ def _openvino(module: nn.Module, example: Tensor, precision: str) -> Callable[[T
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         model = openvino.convert_model(module, example_input=example, input=[tuple(example.shape)])
+    if calibration is not None:
+        import nncf
+
+        samples = nncf.Dataset([tensor.numpy() for tensor in calibration])
+        model = nncf.quantize(model, samples, preset=nncf.QuantizationPreset.MIXED, subset_size=len(calibration))
     hints = {
         "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
         "PERFORMANCE_HINT": "LATENCY",

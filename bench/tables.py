@@ -16,8 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-RIVALS = ("torch.compile", "OpenVINO", "ONNX Runtime", "autocast", "eager")
-"""Columns, by how labels of runners begin."""
+RIVALS = ("torch.compile", "OpenVINO", "OpenVINO int8", "ONNX Runtime", "autocast", "eager")
+"""Columns: labels of runners, without the floating-point type that ends them."""
 
 
 def results(name: str) -> Iterator[dict]:
@@ -77,9 +77,10 @@ def model_name(row: dict) -> str:
     return f"{size}, {row['size']} pixels"
 
 
-def rival_ms(row: dict, start: str) -> str:
-    """The milliseconds of the runner whose label begins so; "" where it did not run."""
-    return next((f"{r['ms']:.1f}" for label, r in row["runners"].items() if label.startswith(start)), "")
+def rival_ms(row: dict, name: str) -> str:
+    """The milliseconds of the runner of this column; "" where it did not run."""
+    times = {re.sub(r" b?float\d+$", "", label): runner["ms"] for label, runner in row["runners"].items()}
+    return f"{times[name]:.1f}" if name in times else ""
 
 
 def speed_table(case: str) -> str:

@@ -6,7 +6,7 @@
 One process, all interleaved, on rotating inputs; weights are redrawn, so that no layer is zero. No row is written where
 the engine's results are not the float32 modules'. `waterfall` adds the engine's own optimisations one after the other.
 Results go to bench/results/<device name>/throughput-<case>.json, and from there into the README and docs/results.md by
-bench/tables.py. OpenVINO, ONNX Runtime and TensorRT are timed where they are installed (pip install openvino onnx
+bench/tables.py. OpenVINO, ONNX Runtime and TensorRT are timed where they are installed (pip install openvino nncf onnx
 onnxruntime, or tensorrt onnx). On a GPU whose energy NVML counts, rows hold the joules of an image.
 """
 
@@ -31,7 +31,7 @@ from torch import Tensor  # noqa: E402
 
 from bench.energy import joules_per_call  # noqa: E402
 from bench.measuring import environment, peak_memory, results_path, write  # noqa: E402
-from bench.rivals import RIVALS, OneEvaluation, WholeDetection, rival  # noqa: E402
+from bench.rivals import HALF_BESIDE, RIVALS, OneEvaluation, WholeDetection, rival  # noqa: E402
 from dfengine.engine.arithmetic import float32_arithmetic  # noqa: E402
 from dfengine.engine.builder import Fusion  # noqa: E402
 from dfengine.engine.execute import Executor  # noqa: E402
@@ -45,8 +45,6 @@ from tests.helpers import redraw  # noqa: E402
 
 AGREEMENT = {"float32": 1e-3, "tf32": 1e-2, "bfloat16": 0.05, "float16": 0.02, "int8": 0.1, "fp8": 0.1}
 """Largest difference of a map, in probability, from the float32 modules'; of predicted noise, beside its largest."""
-OF_RIVALS = {"int8": "bfloat16", "fp8": "float16"}
-"""The precision of the rivals beside one of eight bits: they have none without another tool and its model."""
 RIVAL_AGREEMENT = {precision: 2 * allowed for precision, allowed in AGREEMENT.items()}
 SETS = 4
 PAUSE = 0.02
@@ -60,7 +58,7 @@ def model_of(name: str, size: int | None, **changes) -> Model:
 
 def engine(case: str, name: str, size: int | None, batch: int, precision: str, device: str, tactics: str) -> Function:
     """The engine's own way to do what the case asks."""
-    ranges = ranges_of(name, size, device) if precision in OF_RIVALS else None
+    ranges = ranges_of(name, size, device) if precision in HALF_BESIDE else None
     if case == "detect":
         runner = ProgramRunner(model_of(name, size), device, precision, tactics=tactics, ranges=ranges)
         runner.executor(runner.program_batch(batch))
@@ -158,7 +156,7 @@ def bench(
     """One row. Exits where the engine is wrong."""
     device, config = arguments.device, preset(name, **({"image_size": size} if size else {}))
     sets, make = inputs_of(case, config.image_size, batch, device), maker(case, name, size, batch, device)
-    _, exactly = rival("eager", make, sets[0], "float32")
+    _, exactly = rival("eager", make, sets, "float32")
     with float32_arithmetic(torch.device(device), "float32"):
         exact = tuple(tensor.clone() for tensor in exactly(sets[0]))
     functions = {"dfengine": engine(case, name, size, batch, precision, device, arguments.tactics)}
@@ -167,12 +165,12 @@ def bench(
         raise SystemExit(f"{name} {precision}: {errors['dfengine']:.3g} from the modules: nothing is timed")
     for rival_name in arguments.rivals:
         try:
-            label, function = rival(rival_name, make, sets[0], OF_RIVALS.get(precision, precision))
+            label, function = rival(rival_name, make, sets, precision)
         except (ImportError, ValueError) as error:
             print(f"  {rival_name}: left out: {str(error).splitlines()[0]}", flush=True)
             continue
         error = difference(case, function(sets[0]), exact)
-        if not error <= RIVAL_AGREEMENT[OF_RIVALS.get(precision, precision)]:
+        if not error <= RIVAL_AGREEMENT[precision if label.endswith("int8") else HALF_BESIDE.get(precision, precision)]:
             print(f"  {label}: left out: {error:.3g} from the modules", flush=True)
             continue
         functions[label], errors[label] = function, error
@@ -223,7 +221,7 @@ def print_memory(of: dict) -> None:
         function = engine(case, name, size, batch, of["precision"], device, of["tactics"])
     else:
         make = maker(case, name, size, batch, device)
-        _, function = rival(of["label"], make, sets[0], OF_RIVALS.get(of["precision"], of["precision"]))
+        _, function = rival(of["label"], make, sets, of["precision"])
     for images in sets:
         function(images)
     print((peak_memory(device) - before) / 1e6)
@@ -258,7 +256,7 @@ def waterfall(name: str, size: int | None, batch: int, arguments: argparse.Names
     config = preset(name, **({"image_size": size} if size else {}))
     sets = inputs_of("detect", config.image_size, batch, device)
     half = "bfloat16" if "bfloat16" in arguments.precision else "float16"
-    _, eager = rival("eager", maker("detect", name, size, batch, device), sets[0], "float32")
+    _, eager = rival("eager", maker("detect", name, size, batch, device), sets, "float32")
     exact = eager(sets[0])
     functions: dict[str, Function] = {"torch eager": eager}
     for label, fused, in_half in WATERFALL:

@@ -35,10 +35,12 @@ def test_rows_of_another_machine_are_left(tmp_path, key):
 def test_a_rival_of_another_device_says_so():
     for name in ("tensorrt", "none"):
         with pytest.raises(ValueError, match="TensorRT runs on a GPU|no rival is called none"):
-            rivals.rival(name, lambda autocast: torch.nn.Identity(), torch.zeros(1), "float16")
+            rivals.rival(name, lambda autocast: torch.nn.Identity(), [torch.zeros(1)], "float16")
 
 
 def test_eight_bits_are_timed_beside_the_half_precision_of_the_rivals():
     of = throughput.ranges_of("diff-fastener-tiny", 32, "cpu")
     assert len(of) > 20 and all(low <= 0 < high for low, high in of.values())
-    assert set(throughput.OF_RIVALS) <= set(throughput.AGREEMENT)
+    assert {*rivals.HALF_BESIDE, *rivals.HALF_BESIDE.values()} <= set(throughput.AGREEMENT)
+    with pytest.raises(ValueError, match="it is for eight bits"):
+        rivals.rival("openvino-int8", lambda autocast: torch.nn.Identity(), [torch.zeros(1)], "bfloat16")
