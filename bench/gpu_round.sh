@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # One round on a machine with a GPU: what cannot be checked elsewhere, as one command.
 #
-#   bench/gpu_round.sh --stage {tests,kernels,tactics,throughput,profile,sanitize,check,all} [--out DIR] [--again]
+#   bench/gpu_round.sh --stage {tests,kernels,tactics,throughput,profile,sanitize,check,train,all} [--out DIR] [--again]
 #
 # tests: facts about the machine, the tests of kernels, engine and everything marked gpu. kernels: every op timed. tactics: the quickest kernels
 # for the full model (dfengine tune). throughput: detection and one evaluation beside the rivals. profile: every op with its time, and Nsight
 # Compute on the five longest. sanitize: conv2d's CUDA tiles under compute-sanitizer. check: offline compilation for sm_80, 86, 89 and 90.
+# train (not part of all): the full model on the data set ${DATA:-$DFENGINE_DATA/rail_eclip} at ${SIZE:-128} pixels, ${STEPS:-13125} steps of
+# 16 images, 210,000 as in the papers, in legs: run again, it goes on from the last state; then its metrics and its weights in half precision.
 # Each stage ends within ${STAGE_SECONDS:-530} seconds. What a stage wrote into DIR (default build/gpu-round) is kept: run again, it goes on with
 # the files that are missing; --again begins anew. Nothing is timed before the tests have passed. The Python is ${PYTHON:-python3} (3.11 or later) with torch, triton
 # and pytest in it; dfengine runs from this checkout without being installed, with its extension where pybind11, cmake and a compiler are there.
@@ -22,7 +24,7 @@ while [ $# -gt 0 ]; do
         *) usage ;;
     esac
 done
-case "$stage" in tests|kernels|tactics|throughput|profile|sanitize|check|all) ;; *) usage ;; esac
+case "$stage" in tests|kernels|tactics|throughput|profile|sanitize|check|train|all) ;; *) usage ;; esac
 
 PYTHON="${PYTHON:-python3}"
 PRESET="${PRESET:-diff-fastener}"
@@ -154,6 +156,26 @@ if [ "$stage" = sanitize ]; then
         run "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m pytest -q -p no:cacheprovider -o pythonpath= \
             -o addopts="--import-mode=importlib -ra" -o timeout=0 tests/kernels/test_conv2d_{cuda,wgmma}.py -k every_tile
     done
+fi
+if [ "$stage" = train ]; then
+    begin
+    data="${DATA:-${DFENGINE_DATA:?names the folder of real images}/rail_eclip}" size="${SIZE:-128}"
+    name="$(basename "$data")-$PRESET-$size" resume=()
+    trained="build/gpu-train/$name.safetensors"
+    mkdir -p build/gpu-train
+    [ -e "${trained%.safetensors}.run/state.safetensors" ] && resume=(--resume)
+    leg=$(((deadline - SECONDS - 60) / 60)) # minutes; one is left for the checkpoint
+    # shellcheck disable=SC2086
+    run "train $name" "$PYTHON" -m dfengine train "$data" --out "$trained" --preset "$PRESET" --image-size "$size" --steps "${STEPS:-13125}" \
+        --device cuda --precision "$PRECISION" --leg-minutes "$leg" ${TRAIN_OPTIONS:-} "${resume[@]}"
+    [ $? -eq 130 ] && echo "== that leg is over: run the stage again" | tee -a "$log"
+    cp "${trained%.safetensors}.run/log.csv" "$out/$name-log.csv" 2>/dev/null
+    if [ -s "$trained" ]; then
+        begin
+        run "evaluate $name" "$PYTHON" -m dfengine evaluate "$trained" "$data" --out "build/gpu-train/$name-evaluation" --device cuda &&
+            cp "build/gpu-train/$name-evaluation/metrics.json" "$out/$name-metrics.json"
+        run "halve $name" "$PYTHON" -m dfengine calibrate "$trained" "$data" --false-alarm-rate 0.1 --half --device cuda --out "$out/$name-half.safetensors"
+    fi
 fi
 if wants check && missing kernels_check.json; then
     begin
