@@ -169,7 +169,8 @@ def always(*_args, **_kwargs) -> None:
 
 
 def cpu_available(function: str) -> Callable[[str], None]:
-    """The `available` of a compiled CPU kernel: the function of this name in the extension, which may be older."""
+    """The `available` of a compiled CPU kernel: the function of this name in the extension, which has not
+    all of them from every compiler (CMakeLists.txt)."""
 
     def available(device: str) -> None:
         if device != "cpu":
@@ -177,6 +178,6 @@ def cpu_available(function: str) -> Callable[[str], None]:
         if not native.available():
             raise CannotRunError(native.status())
         if not hasattr(native.module, function):
-            raise CannotRunError("the compiled extension is older than this code: reinstall to rebuild it")
+            raise CannotRunError(f"the compiled extension was built without {function}")
 
     return available
