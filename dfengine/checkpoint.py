@@ -59,7 +59,8 @@ class Checkpoint:
     `state` maps the names of `Model.state_dict()` to CPU tensors (float32, or half for shipping).
     `training` is the training record: JSON values (data fingerprint, steps, seed, versions, ...).
     `verified` maps each precision that `dfengine verify --record` held to float32 with these weights to the record of
-    that; one with "refused" says why the precision does not serve.
+    that; one with "refused" says why the precision does not serve. A copy with other weights keeps neither it nor the
+    trial, as `half` shows.
     """
 
     config: ModelConfig
@@ -96,12 +97,15 @@ class Checkpoint:
     def half(self) -> Checkpoint:
         """A copy with matrices and filters in float16; vectors (biases, norms and their statistics) stay float32.
 
-        It has no trial and nothing verified: those are of the weights as they were.
+        It has no trial and nothing verified: those are of the weights as they were. Where these are stored so already,
+        the checkpoint as it is.
         """
         state = {
             name: value.half() if value.is_floating_point() and value.dim() >= 2 else value
             for name, value in self.state.items()
         }
+        if all(value.dtype == self.state[name].dtype for name, value in state.items()):
+            return self
         return replace(self, state=state, trial=None, verified={})
 
     def same_weights(self, other: Checkpoint) -> bool:
