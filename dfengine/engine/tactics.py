@@ -202,6 +202,8 @@ class Tactics:
         self.path = cache_folder() / name
         if os.environ.get(CACHE) and not self.path.parent.is_dir():
             warn_of_cache()
+        self.unsaved = 0
+        """Records since the last `save`."""
         self._known: dict[str, Tactic] = {}
         shipped, named = SHIPPED / name, os.environ.get(FILE)
         if shipped.is_file():
@@ -231,16 +233,20 @@ class Tactics:
 
     def record(self, op: Op, tactic: Tactic) -> None:
         self._known[signature(op)] = self._measured[signature(op)] = tactic
+        self.unsaved += 1
 
-    def save(self) -> None:
+    def save(self) -> bool:
         """Writes what was measured here to the cache, with what another process wrote meanwhile.
 
-        With `warn_of_cache`'s warning where that cannot be; raises `DfengineError` for a failing disk.
+        Whether it is kept: with `warn_of_cache`'s warning where that cannot be. Raises `DfengineError` for a failing
+        disk.
         """
         if not warn_of_cache():
-            return
+            return False
         with locked(self.path):
             self.write(self.path, self._remembered() | self._measured)
+        self.unsaved = 0
+        return True
 
     def write(self, path: Path, tactics: dict[str, Tactic] | None = None) -> None:
         """Writes a file of the same form elsewhere: to ship it, or for DFENGINE_TACTICS."""
