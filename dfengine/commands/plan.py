@@ -15,7 +15,7 @@ from dfengine.wording import counted
 
 def run_plan(checkpoint: Path, batch: int, device: str, precision: str, measured: bool, as_json: bool) -> None:
     """Prints the plan. Raises `DfengineError` where the detector runs no program."""
-    with bound_program(checkpoint, batch, device, precision) as bound:
+    with bound_program(checkpoint, batch, device, precision, timed=measured) as bound:
         plan = measure(bound.executor) if measured else unmeasured(bound.executor)
         facts = plan_facts(bound, plan)
     print(json.dumps(facts, indent=2) if as_json else "\n".join(plan_lines(bound, plan)))

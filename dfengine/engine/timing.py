@@ -67,18 +67,25 @@ def on_cuda(function: Callable, sets: list) -> Callable[[], float]:
 
 
 def interleaved(
-    functions: dict[str, Callable], sets: list, device: str, seconds: float, clock: str = "elapsed"
+    functions: dict[str, Callable],
+    sets: list,
+    device: str,
+    seconds: float,
+    clock: str = "elapsed",
+    least: int = 5,
+    warmup: int = 2,
 ) -> dict[str, list[float]]:
-    """Seconds of calls of every function, in turn, at least five of each, for about `seconds` after a warm-up.
+    """Seconds of calls of every function, in turn, at least `least` of each, for about `seconds` after `warmup` calls.
 
     sets: the arguments of the calls, which rotate. device: "cpu" or "cuda". clock: of `CLOCKS`, on a CPU.
     """
     timed = {name: on_cuda(f, sets) if device == "cuda" else on_cpu(f, sets, clock) for name, f in functions.items()}
     times: dict[str, list[float]] = {name: [] for name in timed}
     for once in timed.values():
-        once(), once()
+        for _ in range(warmup):
+            once()
     end, rounds = time.perf_counter() + seconds, 0
-    while time.perf_counter() < end or rounds < 5:
+    while time.perf_counter() < end or rounds < least:
         for name, once in timed.items():
             times[name].append(once())
         rounds += 1

@@ -23,6 +23,12 @@ def test_functions_take_turns_on_rotating_arguments():
     assert calls[4:10] == [("a", 2), ("b", 2), ("a", 0), ("b", 0), ("a", 1), ("b", 1)]
 
 
+def test_the_least_number_of_calls_and_of_the_warm_up_may_be_others():
+    calls = []
+    times = interleaved({"a": lambda: calls.append(1)}, [()], "cpu", 0.0, least=2, warmup=1)
+    assert len(times["a"]) == 2 and len(calls) == 3
+
+
 def test_a_time_is_that_of_the_call():
     times = interleaved({"slow": lambda: time.sleep(0.01), "quick": lambda: None}, [()], "cpu", 0.0)
     assert min(times["slow"]) >= 0.01 > max(times["quick"])
