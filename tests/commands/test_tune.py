@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +49,28 @@ def test_a_cache_that_cannot_be_written_loses_nothing(tiny, tmp_path, capsys, ca
     assert printed.err.count("\n") == 1 and not printed.out
     assert main(["tune", str(tiny), "--batch", "1", "--out", str(tmp_path)]) == 1  # before anything is measured
     assert "is a folder, not a file" in capsys.readouterr().err
+
+
+def test_a_cache_that_only_seems_writable_is_named_before_anything_is_measured(tiny, tmp_path, capsys, monkeypatch):
+    """As /proc is for root."""
+    folder = tmp_path / "odd"
+    monkeypatch.setenv("DFENGINE_CACHE", str(folder))
+
+    def odd(self, *_args, **_options):
+        if folder in (self, *self.parents):
+            raise OSError(errno.ENOENT, "no such file")
+        return made(self, *_args, **_options)
+
+    made = Path.mkdir
+    monkeypatch.setattr(Path, "mkdir", odd)
+    assert main(["tune", str(tiny), "--batch", "1"]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"dfengine: DFENGINE_CACHE={folder}: measured tactics: {folder}/tactics/")
+    assert "cannot be written: no such file; name a file with --out" in printed.err and not printed.out
+    assert main(["tune", str(tiny), "--batch", "1", "--out", str(tmp_path / "here.json")]) == 0
+    warned = capsys.readouterr().err
+    assert warned.startswith(f"dfengine: warning: DFENGINE_CACHE={folder}: measured tactics: ")
+    assert warned.endswith("cannot be written: no such file: what was measured holds for this run alone\n")
 
 
 @pytest.mark.parametrize("command", ["bench", "profile", "roofline"])
