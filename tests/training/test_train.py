@@ -24,8 +24,8 @@ from dfengine.training import TrainConfig, TrainingDiverged, TrainingInterrupted
 from dfengine.training import log as log_module
 from dfengine.training import trainer as trainer_module
 from dfengine.training.log import read_log
-from dfengine.training.loop import tolerance
 from dfengine.training.state import load_state, save_state
+from dfengine.training.validation import tolerance
 from tests.helpers import tiny_config
 
 CONFIG = TrainConfig(
