@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-NATIVE_SOURCES := CMakeLists.txt setup.py pyproject.toml constraints.txt dfengine/_version.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
+NATIVE_SOURCES := CMakeLists.txt dfengine/sources.py setup.py pyproject.toml constraints.txt dfengine/_version.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 TEST_SECONDS ?= 1500
 TEST_ARGUMENTS ?=
 

@@ -83,6 +83,12 @@ def rival_ms(row: dict, name: str) -> str:
     return f"{times[name]:.1f}" if name in times else ""
 
 
+def of_matmul(row: dict) -> str:
+    """Of the rate of a large product in the row's type, or in another one, which is then named."""
+    other = row["precision"] == "int8" and row.get("matmul") != "int8"  # a row that names no type is of bfloat16
+    return f"{row['percent_of_matmul']:.0f}%" + (" of bfloat16" if other else "")
+
+
 def speed_table(case: str) -> str:
     """Every row of a case, a table for each device."""
     parts = []
@@ -97,7 +103,7 @@ def speed_table(case: str) -> str:
             own = row["runners"]["dfengine"]
             p99 = f"{own['ms_p99']:.1f}" if "ms_p99" in own else ""
             cells = [model_name(row), str(row["batch"]), row["precision"], f"{own['ms']:.1f}", p99]
-            cells += [f"{own['images_per_second']:.1f}", f"{row['percent_of_matmul']:.0f}%", str(row["runs"])]
+            cells += [f"{own['images_per_second']:.1f}", of_matmul(row), str(row["runs"])]
             cells += [rival_ms(row, name) for name in columns]
             cells += [f"{row['speedup']:.2f}x" if row["speedup"] else ""]
             if memory:

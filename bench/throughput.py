@@ -39,7 +39,7 @@ from dfengine.engine.lower import Lowering  # noqa: E402
 from dfengine.engine.modules import PRECISIONS  # noqa: E402
 from dfengine.engine.quantize import Ranges, measured_ranges  # noqa: E402
 from dfengine.engine.runner import ProgramRunner  # noqa: E402
-from dfengine.engine.timing import matmul_rate  # noqa: E402
+from dfengine.engine.timing import matmul_rate, type_name  # noqa: E402
 from dfengine.models import PRESETS, Model, build_model, cost, preset  # noqa: E402
 from tests.helpers import redraw  # noqa: E402
 
@@ -180,7 +180,7 @@ def bench(
         joules = joules_per_call(partial(function, sets[0]), device)
         found[label] |= {"joules_per_image": joules / batch} if joules is not None else {}
     flops = batch * (cost(config).image_flops if case == "detect" else cost(config).reconstruction_flops)
-    dtype = PRECISIONS[precision]
+    dtype = torch.int8 if precision == "int8" else PRECISIONS[precision]
     achieved = flops / found["dfengine"]["ms"] * 1e3
     others = {label: values["ms"] for label, values in found.items() if label != "dfengine"}
     best = min(others, key=others.get) if others else None
@@ -193,6 +193,7 @@ def bench(
         "gflop": flops / 1e9,
         "tflops": achieved / 1e12,
         "percent_of_matmul": 100 * achieved / matmul_rate(dtype, device),
+        "matmul": type_name(dtype),
         "best_rival": best,
         "speedup": others[best] / found["dfengine"]["ms"] if best else None,
         "runs": len(times["dfengine"]),
@@ -286,7 +287,7 @@ def shown(row: dict) -> str:
         return "\n".join([head, *(f"  {step['ms']:9.2f} ms  {step['step']}" for step in row["steps"])])
     runners = sorted(row["runners"].items(), key=lambda item: item[1]["ms"])
     times = "  ".join(f"{label} {values['ms']:.1f} ms" for label, values in runners)
-    tail = f"  ({row['tflops']:.3f} TFLOP/s, {row['percent_of_matmul']:.0f}% of a matrix product"
+    tail = f"  ({row['tflops']:.3f} TFLOP/s, {row['percent_of_matmul']:.0f}% of a matrix product in {row['matmul']}"
     tail += f"; {row['speedup']:.2f}x {row['best_rival']})" if row["speedup"] else ")"
     peaks = ", ".join(f"{label} {value:.0f}" for label, value in row.get("peak_mb", {}).items() if value)
     memory = f"  peak MB: {peaks}" if peaks else ""

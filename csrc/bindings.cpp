@@ -5,6 +5,7 @@
 
 #include "bindings/call.h"
 #include "bindings/common.h"
+#include "sources.h"  // written by CMake
 
 namespace dfe {
 
@@ -71,6 +72,7 @@ PYBIND11_MODULE(_native, module) {
     module.doc() = "Kernels of dfengine";
     dfe::cpu_levels();  // found now: a fork during the first call would leave the child waiting for it
     module.attr("compiler") = DFE_COMPILER;
+    module.attr("sources") = DFE_SOURCES;
     module.def("cpu_levels", &dfe::cpu_levels, "Instruction-set levels compiled in, and whether this processor runs them; the last usable one is taken.");
     py::class_<dfe::Call, std::shared_ptr<dfe::Call>>(module, "Call", "A call of an op over raw pointers, to be run any number of times.")
         .def("run", &dfe::Call::run, py::arg("threads"), py::call_guard<dfe::Unlocked>());

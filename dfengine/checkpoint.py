@@ -27,8 +27,8 @@ from dfengine.arguments import path_of
 from dfengine.errors import CheckpointError, ConfigError
 from dfengine.evaluation.calibration import Calibration
 from dfengine.files import atomic_path, locked, os_reason
-from dfengine.kernels.quantization import is_range
 from dfengine.models import Model, ModelConfig
+from dfengine.verified import check_records
 
 FORMAT = "dfengine"
 VERSIONS = ("1", "2")
@@ -59,7 +59,8 @@ class Checkpoint:
     `state` maps the names of `Model.state_dict()` to CPU tensors (float32, or half for shipping).
     `training` is the training record: JSON values (data fingerprint, steps, seed, versions, ...).
     `verified` maps each precision that `dfengine verify --record` held to float32 with these weights to the record of
-    that; one with "refused" says why the precision does not serve.
+    that; one with "refused" says why the precision does not serve. A copy with other weights keeps neither it nor the
+    trial, as `half` shows.
     """
 
     config: ModelConfig
@@ -96,12 +97,15 @@ class Checkpoint:
     def half(self) -> Checkpoint:
         """A copy with matrices and filters in float16; vectors (biases, norms and their statistics) stay float32.
 
-        It has no trial and nothing verified: those are of the weights as they were.
+        It has no trial and nothing verified: those are of the weights as they were. Where these are stored so already,
+        the checkpoint as it is.
         """
         state = {
             name: value.half() if value.is_floating_point() and value.dim() >= 2 else value
             for name, value in self.state.items()
         }
+        if all(value.dtype == self.state[name].dtype for name, value in state.items()):
+            return self
         return replace(self, state=state, trial=None, verified={})
 
     def same_weights(self, other: Checkpoint) -> bool:
@@ -327,22 +331,9 @@ def _checked(metadata: Mapping[str, str], tensors: dict[str, Tensor], path: Path
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     verified = _json(metadata, "verified", path) if "verified" in metadata else {}
-    if not isinstance(verified, dict) or not all(isinstance(record, dict) for record in verified.values()):
-        raise CheckpointError(f"{path}: metadata field 'verified' is not a table of records")
-    for name, record in verified.items():
-        if not _are_ranges(record.get("ranges", {})):
-            raise CheckpointError(f"{path}: the ranges verified for {name} are not pairs of numbers around 0")
+    check_records(verified, str(path))
     check_state(config, tensors, str(path))
     return Checkpoint(config, tensors, training, calibration, trial, verified)
-
-
-def _are_ranges(ranges: Any) -> bool:
-    """Whether these are the `ranges` of a record."""
-    if not isinstance(ranges, dict):
-        return False
-    pairs = list(ranges.values())
-    numbers = all(isinstance(p, list) and len(p) == 2 and all(type(n) in (int, float) for n in p) for p in pairs)
-    return numbers and all(is_range(*pair) for pair in pairs)
 
 
 def _checked_path(path: Any) -> Path:

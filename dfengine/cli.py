@@ -1,7 +1,8 @@
 """The `dfengine` command line: options, and errors turned into one line and an exit status.
 
-Exit status: 0 everything was done, 3 some images were refused, 1 nothing could be done, 2 wrong usage, 130 or 143
-ended by Ctrl-C or SIGTERM.
+Exit status: 0 everything was done, 3 some images were refused, 1 nothing could be done, 2 wrong usage (also of an
+environment variable, and a device, precision or DFENGINE_BACKEND that this machine does not serve), 130 or 143 ended by
+Ctrl-C or SIGTERM.
 Each command lives in `dfengine.commands`; imports happen inside, so that `dfengine --help` is quick.
 """
 
@@ -265,7 +266,9 @@ def bench(
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Images per run (default: 1, 16); repeatable.")] = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
-    seconds: Annotated[float, typer.Option(min=0, help="Time for each batch size.")] = 5,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="Time for each batch size; two calls of each are made in any case.")
+    ] = 5,
     out: Annotated[Path | None, typer.Option(help="Also write JSON here.")] = None,
 ) -> None:
     """Time detection on this machine, beside the same model as PyTorch modules."""

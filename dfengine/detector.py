@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import threading
 from collections import deque
@@ -27,6 +28,9 @@ from dfengine.engine.transfer import CudaTransfer, HostTransfer, transfer_of
 from dfengine.errors import ArgumentTypeError, DfengineError, ImageError, UsageError
 from dfengine.evaluation.calibration import Calibration
 from dfengine.precision import check_precision, chosen_runner
+from dfengine.verified import verdict
+
+log = logging.getLogger("dfengine")
 
 MOST_WORKERS = 8
 """The most threads that `Detector.stream` decodes on unless asked for more."""
@@ -46,7 +50,7 @@ def load(
         DIR --precision int8 --record` (or fp8) keeps in the checkpoint. "auto" is the one of eight bits where that
         passed, else the half precision that the device is fast in (float16 on a GPU, bfloat16 on a processor with AMX
         or AVX512_BF16), if the trial images in the checkpoint get the maps of float32 within 0.01 (bfloat16, int8 and
-        fp8: 0.05); else float32.
+        fp8: 0.05); else float32. One that `verify --record` noted as refused runs where it is named, with a warning.
     seed: of the diffusion noise, 0 to 2**64 - 1; the same seed gives the same scores.
     tactics: which kernels run: "default" takes what is known to be quick on this device; "tuned" measures what is not,
         once for each batch size (seconds to minutes), and remembers it; "exhaustive" measures everything anew. On a GPU
@@ -86,6 +90,10 @@ class Detector:
         self.seed = seed
         self.device = resolve_device(device)
         check_precision(precision, self.device)
+        if checkpoint.refuses(precision, self.device.type):
+            record = checkpoint.verified[precision]
+            reasons = "; ".join(map(str, record["refused"]))
+            log.warning('precision %s %s: %s; it runs as asked, "auto" avoids it', precision, verdict(record), reasons)
         self._runner = chosen_runner(checkpoint, self.device, precision, seed, tactics, tuning_seconds)
         self.precision = self._runner.precision
         self._lock = threading.Lock()

@@ -1,15 +1,21 @@
 """The compiled extension dfengine._native: whether it is there, why not, and what this processor offers it.
 
 The extension is optional: installation builds it where a C++ compiler is found and else records the reason, which
-`status` repeats.
+`status` repeats. One that lies beside its sources and was built from others, as after an update without a reinstall,
+is left out like a missing one: its functions may take other arguments.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
 import torch  # noqa: F401  (before the extension, which looks for its OpenMP runtime: csrc/cpu/parallel.cpp)
+
+from dfengine.sources import digest
+
+log = logging.getLogger("dfengine")
 
 BUILD_NOTE = "_native_missing.txt"
 """Written beside this file by setup.py when the extension could not be built; its text is the reason."""
@@ -28,7 +34,20 @@ def _load():
         if note.is_file():
             return None, note.read_text(encoding="utf-8").strip()
         return None, f"cannot be imported ({error})"
+    if _outdated(_native):
+        reason = "the compiled extension is older than this code: reinstall to rebuild it"
+        log.warning("%s; torch takes its place", reason)
+        return None, reason
     return _native, ""
+
+
+def _outdated(extension) -> bool:
+    """Whether the sources that lie beside it are others; an installed package has it and their copy from one build."""
+    here = Path(__file__).resolve().parent
+    beside = here.parent / "csrc"
+    if (here / "csrc").is_dir() or not (beside / "bindings.cpp").is_file():
+        return False
+    return getattr(extension, "sources", None) != digest(beside, hasattr(extension, "cuda_kernels"))
 
 
 module, reason = _load()

@@ -38,6 +38,11 @@ class CannotRunError(DfengineError):
     """An implementation does not serve these arguments on this device; the message is the reason."""
 
 
+class ForcedBackendError(CannotRunError, UsageError):
+    """What `DFENGINE_BACKEND` names does not serve these arguments on this device: wrong usage, as a device is that the
+    machine does not have."""
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One way to run an op.
@@ -84,7 +89,8 @@ class Op:
     def choose(self, first: torch.Tensor, *args, backend: str | None = None, **kwargs) -> str:
         """Return the name of the backend that runs these arguments.
 
-        Raises UsageError for an unknown forced backend, CannotRunError with the reasons where none can run.
+        Raises UsageError for an unknown forced backend, CannotRunError with the reasons where none can run
+        (ForcedBackendError where the environment forces one).
         """
         forced = forced_backend(backend)
         device = first.device.type
@@ -101,9 +107,10 @@ class Op:
                 reasons.append(f"{name}: {error}")
                 continue
             return name
-        # A program hands on what it read there.
-        by = f"{ENVIRONMENT}={forced}: " if forced and forced == os.environ.get(ENVIRONMENT) else ""
-        raise CannotRunError(f"{by}op {self.name} on {device}: " + "; ".join(reasons))
+        trouble = f"op {self.name} on {device}: " + "; ".join(reasons)
+        if forced and forced == os.environ.get(ENVIRONMENT):  # a program hands on what it read there
+            raise ForcedBackendError(f"{ENVIRONMENT}={forced}: {trouble}")
+        raise CannotRunError(trouble)
 
     def run_unforced(self, first: torch.Tensor, *args) -> None:
         """Run by the first of the device's backends that serves, whatever is forced: as a part of another op."""
@@ -169,7 +176,8 @@ def always(*_args, **_kwargs) -> None:
 
 
 def cpu_available(function: str) -> Callable[[str], None]:
-    """The `available` of a compiled CPU kernel: the function of this name in the extension, which may be older."""
+    """The `available` of a compiled CPU kernel: the function of this name in the extension, which has not
+    all of them from every compiler (CMakeLists.txt)."""
 
     def available(device: str) -> None:
         if device != "cpu":
@@ -177,6 +185,6 @@ def cpu_available(function: str) -> Callable[[str], None]:
         if not native.available():
             raise CannotRunError(native.status())
         if not hasattr(native.module, function):
-            raise CannotRunError("the compiled extension is older than this code: reinstall to rebuild it")
+            raise CannotRunError(f"the compiled extension was built without {function}")
 
     return available

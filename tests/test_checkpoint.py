@@ -64,6 +64,8 @@ def test_a_trial_and_what_was_verified_come_back(tmp_path):
     assert torch.equal(loaded.trial.anomaly_map, saved.trial.anomaly_map)
     # Other weights, other maps.
     assert loaded.half().trial is None and loaded.half().verified == {}
+    kept = replace(loaded.half(), trial=loaded.trial, verified=loaded.verified)
+    assert kept.half() is kept
     assert loaded.with_calibration(None).trial is loaded.trial
     # A release that knows version 1 alone reads what it can read, and refuses the rest by the version.
     assert metadata_of(path)["version"] == "2"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 from dfengine import native
 from dfengine._version import __version__
+from dfengine.sources import digest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -70,6 +73,62 @@ assert ingest.ingest(images, gain=1.0, offset=0.0, a=[1.0], b=[0.5], seed=0)[1].
 """
     result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, text=True, capture_output=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture
+def source_tree(tmp_path):
+    """A copy of the package with the extension and its sources beside it, as in an editable install."""
+    if not native.available():
+        pytest.skip(native.status())
+    unwanted = shutil.ignore_patterns("__pycache__", "kernels", "assets")
+    shutil.copytree(ROOT / "dfengine", tmp_path / "dfengine", ignore=unwanted)
+    shutil.copytree(ROOT / "kernels", tmp_path / "dfengine" / "kernels", ignore=unwanted)
+    shutil.copytree(native.source_folder(), tmp_path / "csrc")
+    return tmp_path
+
+
+def in_tree(tree, script):
+    """What the script prints, and what it says beside that, with the package of this tree."""
+    environment = os.environ | {"PYTHONPATH": str(tree)}
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=tree.parent, text=True, capture_output=True, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout, result.stderr
+
+
+SERVED = "from dfengine import kernels, native; print(native.status()); print(kernels.table('cpu')[0]['serves'])"
+
+
+def test_an_extension_of_other_sources_than_those_beside_it_is_left_out_and_that_is_said(source_tree):
+    said, warned = in_tree(source_tree, SERVED)
+    assert "built with" in said and said.endswith("cpu\n") and not warned
+    with (source_tree / "csrc" / "bindings" / "ingest.cpp").open("a") as file:
+        file.write("// another argument\n")
+    said, warned = in_tree(source_tree, SERVED)
+    reason = "the compiled extension is older than this code: reinstall to rebuild it"
+    assert said == f"dfengine._native is not available: {reason}\nreference\n"
+    assert warned == f"{reason}; torch takes its place\n"
+
+
+def test_an_installed_extension_is_not_compared_with_the_sources_that_came_with_it(source_tree):
+    shutil.move(source_tree / "csrc", source_tree / "dfengine" / "csrc")
+    (source_tree / "dfengine" / "csrc" / "bindings" / "ingest.cpp").unlink()
+    said, warned = in_tree(source_tree, SERVED)
+    assert "built with" in said and said.endswith("cpu\n") and not warned
+
+
+def test_the_digest_is_of_every_source_that_is_compiled(tmp_path):
+    folder = shutil.copytree(native.source_folder(), tmp_path / "csrc")
+    plain, with_cuda = digest(folder, False), digest(folder, True)
+    (folder / "cuda" / "score.cu").write_text("")
+    assert digest(folder, False) == plain and digest(folder, True) != with_cuda
+    seen = {plain}
+    for name in ("bindings.cpp", "bindings/call.h", "common/philox.h", "cpu/score.cpp"):
+        (folder / name).write_text("")
+        seen.add(digest(folder, False))
+    (folder / "cpu" / "score.cpp").rename(folder / "cpu" / "scores.cpp")
+    assert len(seen | {digest(folder, False)}) == 6
 
 
 @pytest.mark.parametrize(

@@ -10,27 +10,37 @@ import torch
 
 from dfengine.checkpoint import load_checkpoint
 from dfengine.commands.plan import aligned
+from dfengine.commands.programs import warn_of_load
 from dfengine.detector import Detector
 from dfengine.devices import hardware_name
 from dfengine.engine.measure import trial_images
-from dfengine.engine.modules import ModuleRunner
-from dfengine.engine.timing import interleaved
+from dfengine.engine.modules import PRECISIONS, ModuleRunner
+from dfengine.engine.timing import interleaved, type_name
 from dfengine.errors import DfengineError
 from dfengine.files import atomic_write, check_writable
+from dfengine.kernels.quantization import FORMATS
 from dfengine.wording import counted
 
 ROTATED_INPUTS = 4
+LEAST_CALLS = 2
+"""Of each, where `seconds` are over before: the modules may take half a minute."""
 
 
 def run_bench(
     checkpoint: Path, batch: list[int], device: str, precision: str, seconds: float, out: Path | None
 ) -> None:
-    """Prints images/s and latencies of detection, images in memory to results, by batch size; writes them to `out`."""
+    """Prints images/s and latencies of detection, images in memory to results, by batch size; writes them to `out`.
+
+    seconds: for each batch size, as far as `LEAST_CALLS` are done by then. Warns where other work was running.
+    """
     if out is not None:
         check_writable(out)
+    load = warn_of_load()
     loaded = load_checkpoint(checkpoint)
     detector = Detector(loaded, device, precision)
-    modules = ModuleRunner(loaded.build(), detector.device, detector.precision, detector.seed)
+    eight_bits = detector.precision in FORMATS  # which torch's modules have not
+    plain = type_name(PRECISIONS[detector.precision]) if eight_bits else detector.precision
+    modules = ModuleRunner(loaded.build(), detector.device, plain, detector.seed)
     rows = [row for size in batch for row in _rows(detector, modules, size, seconds)]
     facts = {
         "file": str(checkpoint),
@@ -39,9 +49,11 @@ def run_bench(
         "hardware": hardware_name(detector.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "load_average": load,
         "rows": rows,
     }
     where = f"{facts['hardware']}" + (f", threads: {facts['threads']}" if detector.device.type == "cpu" else "")
+    where += "" if load is None else f", load average at the start: {load:.1f}"
     print(f"{checkpoint}: {detector.config.preset}, {facts['image_size']} pixels, {where}")
     lines = [["runs", "precision", "batch", "images/s", "ms", "p99 ms", "calls"]]
     for row in rows:
@@ -70,8 +82,10 @@ def _rows(detector: Detector, modules: ModuleRunner, batch: int, seconds: float)
         "PyTorch modules": lambda turn: plain(units[turn]),
     }
     # By the host's clock on every device: what is timed begins and ends there.
-    times = interleaved(functions, [(turn,) for turn in range(ROTATED_INPUTS)], "cpu", seconds)
-    return [_row(name, values, batch, detector.precision) for name, values in times.items()]
+    sets = [(turn,) for turn in range(ROTATED_INPUTS)]
+    times = interleaved(functions, sets, "cpu", seconds, least=LEAST_CALLS, warmup=1)
+    precisions = detector.precision, modules.precision
+    return [_row(name, times[name], batch, used) for name, used in zip(functions, precisions, strict=True)]
 
 
 def _row(name: str, values: list[float], batch: int, precision: str) -> dict:

@@ -83,7 +83,8 @@ def run_calibrate(
     if trial is not None:
         loaded = with_trial(loaded, trial, resolve_device(device))
     if os.path.realpath(target) != os.path.realpath(checkpoint):
-        save_checkpoint(target, loaded.with_calibration(calibration))
+        after = loaded.with_calibration(calibration)
+        save_checkpoint(target, after)
     else:
 
         def change(present: Checkpoint) -> Checkpoint:
@@ -95,7 +96,7 @@ def run_calibrate(
         if not keep and before.calibration != seen.calibration:
             warn(f"{target}: another run set a threshold meanwhile; the one of this run takes its place")
         calibration = after.calibration
-    if seen.verified and (half or top_k is not None):
+    if seen.verified and not after.verified:
         warn(f"{target}: without what `dfengine verify --record` noted of the scores before; run it again")
     if keep:
         kept = "no threshold is" if calibration is None else f"threshold {calibration.threshold:.6g}, as it was,"

@@ -17,9 +17,11 @@ from dfengine import __version__, kernels, native
 from dfengine.checkpoint import load_checkpoint
 from dfengine.commands.plan import aligned, run_plan
 from dfengine.commands.scoring import say
+from dfengine.engine.modules import PRECISIONS
 from dfengine.errors import UsageError
 from dfengine.kernels.registry import ENVIRONMENT
 from dfengine.models import PRESETS, cost
+from dfengine.verified import verdict
 from dfengine.wording import counted
 
 _PACKAGES = ("torch", "triton", "numpy", "cupy-cuda13x", "cupy-cuda12x", "nvtx")
@@ -120,16 +122,9 @@ def _print_checkpoint(console: Console, facts: dict[str, Any]) -> None:
 
 
 def _passed(verified: dict[str, dict[str, Any]]) -> str:
-    """The records of `dfengine verify --record` in words."""
-    if not verified:
-        return "no other than float32 was held to images (dfengine verify --data)"
-    found = []
-    for name, record in verified.items():
-        data = record.get("data")
-        where = f" on {data['name']}" if isinstance(data, dict) and "name" in data else ""
-        verdict = "was refused" if record.get("refused") else "passed"
-        found.append(f"{name} {verdict}{where}" + (f" ({record['date']})" if "date" in record else ""))
-    return ", ".join(found)
+    """The records of `dfengine verify --record` in words; those of precisions that another release has are left out."""
+    found = [f"{name} {verdict(record)}" for name, record in verified.items() if name in PRECISIONS]
+    return ", ".join(found) or "no other than float32 was held to images (dfengine verify --data)"
 
 
 def _trained(record: dict[str, Any]) -> dict[str, str]:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from dfengine.commands.programs import Bound, bound_program
 from dfengine.engine.measure import Plan, Row, measure, unmeasured
+from dfengine.engine.timing import type_name
 from dfengine.wording import counted
 
 
 def run_plan(checkpoint: Path, batch: int, device: str, precision: str, measured: bool, as_json: bool) -> None:
     """Prints the plan. Raises `DfengineError` where the detector runs no program."""
-    with bound_program(checkpoint, batch, device, precision) as bound:
+    with bound_program(checkpoint, batch, device, precision, timed=measured) as bound:
         plan = measure(bound.executor) if measured else unmeasured(bound.executor)
         facts = plan_facts(bound, plan)
     print(json.dumps(facts, indent=2) if as_json else "\n".join(plan_lines(bound, plan)))
@@ -41,7 +42,8 @@ def plan_facts(bound: Bound, plan: Plan) -> dict:
             "rounds": plan.rounds,
         }
         copies = {str(size): rate / 1e9 for size, rate in plan.ceilings.copies.items()}
-        facts["ceilings"] = {"matmul_gflops": plan.ceilings.matmul / 1e9, "copy_gbps_by_bytes": copies}
+        products = {type_name(dtype): rate / 1e9 for dtype, rate in plan.ceilings.products.items()}
+        facts["ceilings"] = {"matmul_gflops_by_type": products, "copy_gbps_by_bytes": copies}
     return facts | {"totals": totals, "ops": [row.facts() for row in plan.rows]}
 
 
@@ -68,8 +70,9 @@ def plan_lines(bound: Bound, plan: Plan) -> Iterator[str]:
 def ceiling_line(plan: Plan) -> str:
     """What the device reached in the same run."""
     copies = ", ".join(f"{rate / 1e9:.1f} GB/s at {size / 2**20:g} MiB" for size, rate in plan.ceilings.copies.items())
-    dtype = str(plan.ceilings.dtype).removeprefix("torch.")
-    return f"measured ceilings: matrix product {plan.ceilings.matmul / 1e9:.1f} GFLOP/s ({dtype}), copies {copies}"
+    products = plan.ceilings.products.items()
+    rates = ", ".join(f"{rate / 1e9:.1f} GFLOP/s ({type_name(dtype)})" for dtype, rate in products)
+    return f"measured ceilings: matrix product {rates}, copies {copies}"
 
 
 def op_table(rows: list[Row]) -> Iterator[str]:

@@ -26,7 +26,7 @@ def run_profile(
 ) -> None:
     """On a CPU writes a Chrome trace and prints the longest ops; on a GPU runs between cudaProfilerStart and Stop and
     prints the command lines of nsys and ncu that record this. Raises `DfengineError` where there is no program."""
-    with bound_program(checkpoint, batch, device, precision) as bound:
+    with bound_program(checkpoint, batch, device, precision, timed=True) as bound:
         on_gpu = bound.executor.device.type == "cuda"
         if on_gpu and out is not None:
             raise UsageError("--out goes with a CPU; on a GPU nsys and ncu write the profile")

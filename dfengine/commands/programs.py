@@ -12,13 +12,29 @@ import torch
 
 from dfengine import native
 from dfengine.checkpoint import Checkpoint, load_checkpoint
+from dfengine.commands.scoring import warn
 from dfengine.detector import Detector
-from dfengine.devices import hardware_name
+from dfengine.devices import hardware_name, resolve_device
 from dfengine.engine.execute import Executor
 from dfengine.engine.lower import NotLoweredError
 from dfengine.engine.runner import ProgramRunner
 from dfengine.errors import DfengineError
 from dfengine.kernels import CannotRunError, forced_backend
+from dfengine.wording import counted
+
+
+def load_average() -> float | None:
+    """How many processes ran or waited for a processor, in the last minute; None where the system does not say it."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def warn_of_load() -> float | None:
+    """`load_average`, before something is timed; with a warning where it is above half of the processors."""
+    load, processors = load_average(), os.cpu_count() or 1
+    if load is not None and load > processors / 2:
+        beside = f"load average {load:.1f} on {counted(processors, 'processor')}"
+        warn(f"{beside}: beside other work times are longer than they could be, and comparisons doubtful")
+    return load
 
 
 @dataclass(frozen=True)
@@ -44,8 +60,8 @@ class Bound:
         }
         if device.type == "cpu":
             facts["threads"] = torch.get_num_threads()
-            if hasattr(os, "getloadavg"):  # what else runs shows in the times
-                facts["load_average"] = os.getloadavg()[0]
+            if (load := load_average()) is not None:  # what else runs shows in the times
+                facts["load_average"] = load
         return facts
 
     @property
@@ -67,9 +83,15 @@ def bound_program(
     seed: int = 0,
     tactics: str = "default",
     tuning_seconds: float | None = None,
+    timed: bool = False,
 ) -> Iterator[Bound]:
-    """For `with`: the program that detection with this checkpoint runs. Raises DfengineError where it runs none."""
+    """For `with`: the program that detection with this checkpoint runs. Raises DfengineError where it runs none.
+
+    timed: whether it will be, so that `warn_of_load` has to be said for a CPU.
+    """
     checkpoint = load_checkpoint(path)
+    if timed and resolve_device(device).type == "cpu":
+        warn_of_load()
     detector = Detector(checkpoint, device, precision, seed, tactics, tuning_seconds)
     chosen = torch.cuda.device(detector.device) if detector.device.type == "cuda" else nullcontext()
     with chosen, detector.program_runner() as runner:

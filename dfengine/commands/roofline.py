@@ -17,7 +17,7 @@ def run_roofline(checkpoint: Path, out: Path, batch: int, device: str, precision
     if out.suffix.lower() != ".png":
         raise UsageError(f"{out}: must end in .png")
     check_writable(out)
-    with bound_program(checkpoint, batch, device, precision) as bound:
+    with bound_program(checkpoint, batch, device, precision, timed=True) as bound:
         plan = measure(bound.executor)
     atomic_write(out, roofline_plot(plan, bound.title))
     print(f"{bound.title}: {plan.run_seconds * 1e3:.2f} ms a run, {plan.percent:.1f}% of the roofline; wrote {out}")

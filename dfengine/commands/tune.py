@@ -29,12 +29,12 @@ def run_tune(
     tactics = "exhaustive" if exhaustive else "tuned"
     if out is None:
         try:
-            check_cache()
+            check_cache(made=True)
         except DfengineError as error:
             raise DfengineError(f"{error}; name a file with --out to keep what is measured") from None
     else:
         check_writable(out)
-    with bound_program(checkpoint, sizes[0], device, precision, 0, tactics, seconds) as bound:
+    with bound_program(checkpoint, sizes[0], device, precision, 0, tactics, seconds, timed=True) as bound:
         if bound.runner.tactics is None:
             raise UsageError(f"{ENVIRONMENT}={os.environ[ENVIRONMENT]}: leaves tactics no choice; tune without it")
         for size in sizes[1:]:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from dfengine import __version__
 from dfengine.checkpoint import Checkpoint, load_checkpoint, update_checkpoint
-from dfengine.commands.scoring import Scoring, say
+from dfengine.commands.scoring import Scoring, say, warn
 from dfengine.data.folders import Dataset, fingerprint, open_dataset
 from dfengine.data.inputs import InputImage, collect_inputs
 from dfengine.detector import Detector
@@ -26,6 +26,7 @@ from dfengine.errors import DataError, DfengineError, ImageError, UsageError
 from dfengine.evaluation.precision import AUROC_POINTS, PrecisionComparison, compare_precision
 from dfengine.kernels.quantization import FORMATS
 from dfengine.precision import check_precision, half_precision
+from dfengine.verified import verdict
 from dfengine.wording import counted
 
 MOST_RANGE_IMAGES = 32
@@ -68,7 +69,7 @@ def run_verify_data(
         if len(images) < LEAST_COMPARED:
             reason = f"{counted(len(images), 'image')} beside those that ranges are measured on"
             raise DataError(f"{data}: {reason}; {precision} must be held to {LEAST_COMPARED} at least")
-    tried = loaded if ranges is None else replace(loaded, verified=loaded.verified | {precision: {"ranges": ranges}})
+    tried = replace(loaded, verified={precision: {"ranges": ranges}} if ranges else {})
     other = Detector(tried, device, precision, seed)
     scoring = Scoring(Detector(loaded, device, "float32", seed), batch_size)
     labels = {str(sample.path): bool(sample.label) for sample in samples} if labelled else None
@@ -76,7 +77,10 @@ def run_verify_data(
     if scoring.stopped:
         raise DfengineError("verify: float32 did not score all images, so nothing is said of the precision")
     _print(comparison)
-    passes = not comparison.failures
+    if comparison.auroc_float32 is not None and comparison.auroc_float32 < 0.5:
+        wrong = "defective images score lower than sound ones; are the labels, or the detector, the wrong way round?"
+        warn(f"image AUROC of float32 {comparison.auroc_float32:.3f}: {wrong}")
+    passes, noted = not comparison.failures, ""
     if record:
         unread = {name for name, _ in scoring.refused}
         paths = [sample.path for sample in samples if str(sample.path) not in unread]
@@ -86,11 +90,13 @@ def run_verify_data(
         def change(present: Checkpoint) -> Checkpoint:
             return replace(present, verified=present.verified | note)
 
-        update_checkpoint(checkpoint, loaded, change)
+        before, _ = update_checkpoint(checkpoint, loaded, change)
+        earlier = before.verified.get(precision)
+        noted = f"noted in {checkpoint}" + (f", where before it {verdict(earlier)}" if earlier is not None else "")
     if not passes:
-        noted = f" (noted in {checkpoint})" if record else ""
-        raise DfengineError(f"{precision} is refused: {'; '.join(comparison.failures)}{noted}")
-    say(f"{precision} passes" + (f"; noted in {checkpoint}" if record else ""))
+        reasons = "; ".join(comparison.failures)
+        raise DfengineError(f"{precision} is refused: {reasons}" + (f" ({noted})" if noted else ""))
+    say(f"{precision} passes" + (f"; {noted}" if noted else ""))
     return scoring.status
 
 

@@ -105,6 +105,11 @@ class Builder:
             self.constants[name] = Constant(name, packed, packed.packed.nbytes)
         return self.constants[name]
 
+    def conv_constants(self, name: str, conv: torch.nn.Conv2d | torch.nn.Conv1d) -> tuple[Constant, Constant]:
+        """Its packed weight and its bias."""
+        weight = conv.weight if conv.weight.ndim == 4 else conv.weight[..., None]
+        return self.weight(name, weight, conv.dilation[0]), self.constant(f"{name}.bias", conv.bias)
+
     def moments(self, feature: Feature) -> Value:
         """The moments of a feature, by an op of its own where what wrote it left none."""
         if feature.moments is None:

@@ -1,9 +1,9 @@
 """Lowers a model to a program: walks its modules, without tracing, and does the algebra once (DESIGN section 2).
 
-BatchNorm is folded into its convolution; the time embedding of a fixed t becomes, with the convolution's bias, a shift
-that the following GroupNorm takes in; skip concatenations are two-source reads; resampling is index arithmetic of the
-reading convolution; both noise scales are one batch of 2B, scale s first; the reverse chain of mode "iterative" is a
-loop, whose shifts come from a table of all steps. This file alone knows models and kernels.
+The time embedding of a fixed t becomes, with the convolution's bias, a shift that the following GroupNorm takes in;
+skip concatenations are two-source reads; resampling is index arithmetic of the reading convolution; both noise scales
+are one batch of 2B, scale s first; the reverse chain of mode "iterative" is a loop, whose shifts come from a table of
+all steps. This file and lower_segmentation.py alone know models and kernels.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import nn
 
 from dfengine.diffusion import Schedule
 from dfengine.engine.builder import Builder, Feature, Fusion, Norm
+from dfengine.engine.lower_segmentation import segmentation
 from dfengine.engine.modules import top_k_count
 from dfengine.engine.program import Constant, Loop, PerStep, Program, Value
 from dfengine.errors import DfengineError
@@ -26,7 +27,6 @@ from dfengine.kernels.one_step import coefficients
 from dfengine.kernels.quantization import Quantization
 from dfengine.models import Model
 from dfengine.models.blocks import AttentionBlock, ResBlock
-from dfengine.models.segmentation import SegmentationUNet
 
 GAIN = {"unit": (1.0, 0.0), "signed": (2.0, -1.0)}
 """(gain, offset) from [0, 1] to model pixels."""
@@ -151,7 +151,7 @@ class _Lowered:
                 self.chain(tag, draw, seed, images, pair, reconstruction)
             else:
                 self.one_evaluation(tag, draw, seed, images, pair, reconstruction)
-        logits = self.segmentation(self.of.model.segmentation, Feature(pair)).value
+        logits = segmentation(b, self.of.model.segmentation, config.seg_activation, Feature(pair)).value
         self.score(logits, maps)
         return self.made()
 
@@ -266,8 +266,6 @@ class _Lowered:
             workspace=b.buffer("score.workspace", score.workspace_shape(batch, size, size), torch.int32),
         )  # fmt: skip
 
-    # ---- the reconstruction network ----------------------------------------------------------------------------------
-
     def reconstruction(self, tag: str, x: Feature, role: str = "workspace") -> Feature:
         """The predicted noise "out", in a buffer of that role."""
         network, b, act = self.of.model.reconstruction, self.emitter, self.config.activation
@@ -275,7 +273,7 @@ class _Lowered:
         for index, stage in enumerate(network.down):
             if index == 0:
                 (conv,) = stage
-                x = b.conv(f"{tag}down.0", *self.conv_constants("down.0", conv), x, moments=True)
+                x = b.conv(f"{tag}down.0", *b.conv_constants("down.0", conv), x, moments=True)
             else:
                 x = self.stage(f"{tag}down.{index}", f"down.{index}", stage, x)
             partners.append(x)
@@ -284,7 +282,7 @@ class _Lowered:
             partner = partners.pop()
             x = self.stage(f"{tag}up.{index}", f"up.{index}", stage, x, partner if joins else None)
         norm = b.norm(f"{tag}out.norm", network.out[0], act, x)
-        return b.conv(f"{tag}out", *self.conv_constants("out", network.out[2]), x, norm=norm, role=role)
+        return b.conv(f"{tag}out", *b.conv_constants("out", network.out[2]), x, norm=norm, role=role)
 
     def stage(
         self, name: str, weights: str, stage: nn.ModuleList, x: Feature, partner: Feature | None = None
@@ -311,11 +309,11 @@ class _Lowered:
         norm = b.norm(f"{name}.norm2", norm2, act, h)
         residual, residual_resample = x, resample
         if not isinstance(block.skip_connection, nn.Identity):
-            skip = self.conv_constants(f"{weights}.skip", block.skip_connection)
+            skip = b.conv_constants(f"{weights}.skip", block.skip_connection)
             residual, residual_resample = b.conv(f"{name}.skip", *skip, x, partner, resample=resample), "none"
         elif partner is not None:
             raise NotLoweredError(f"{name}: a joining block without a skip convolution")
-        second = self.conv_constants(f"{weights}.conv2", conv2)
+        second = b.conv_constants(f"{weights}.conv2", conv2)
         if block.channel_attention is None and block.spatial_attention is None:
             return b.conv(
                 f"{name}.conv2", *second, h, norm=norm, residual=residual, residual_resample=residual_resample,
@@ -352,52 +350,15 @@ class _Lowered:
     def attention(self, name: str, weights: str, block: AttentionBlock, x: Feature) -> Feature:
         b, (batch, height, width, channels) = self.emitter, x.shape
         norm: Norm = b.norm(f"{name}.norm", block.norm, "none", x)
-        qkv = b.conv(f"{name}.qkv", *self.conv_constants(f"{weights}.qkv", block.to_qkv), x, norm=norm)
+        qkv = b.conv(f"{name}.qkv", *b.conv_constants(f"{weights}.qkv", block.to_qkv), x, norm=norm)
         y = b.buffer(f"{name}.attend", x.shape)
         pixels = height * width
         b.emit(
             f"{name}.attend", "attention", ("y",), 4 * batch * pixels * pixels * channels,
             qkv=qkv.value, heads=block.heads, y=y,
         )  # fmt: skip
-        projection = self.conv_constants(f"{weights}.proj", block.proj_out)
+        projection = b.conv_constants(f"{weights}.proj", block.proj_out)
         return b.conv(f"{name}.proj", *projection, Feature(y), residual=x, moments=True)
-
-    def conv_constants(self, weights: str, conv: nn.Conv2d | nn.Conv1d) -> tuple[Constant, Constant]:
-        b, weight = self.emitter, conv.weight
-        weight = weight if weight.ndim == 4 else weight[..., None]
-        return b.weight(weights, weight, conv.dilation[0]), b.constant(f"{weights}.bias", conv.bias)
-
-    # ---- the segmentation network ------------------------------------------------------------------------------------
-
-    def segmentation(self, network: SegmentationUNet, x: Feature) -> Feature:
-        b, encoder, decoder = self.emitter, network.encoder_segment, network.decoder_segment
-        features = []
-        for level in range(1, encoder.levels + 1):
-            if level > 1:
-                batch, height, width, channels = x.shape
-                y = b.buffer(f"segment.pool{level}", (batch, height // 2, width // 2, channels))
-                b.emit(f"segment.pool{level}", "max_pool", ("y",), x=x.value, y=y)
-                x = Feature(y)
-            x = self.conv_norm_acts(f"segment.block{level}", getattr(encoder, f"block{level}"), x)
-            features.append(x)
-        x = features.pop()
-        for up, join in decoder.levels:
-            batch, height, width, channels = x.shape
-            y = b.buffer(f"segment.{up}.upsample", (batch, 2 * height, 2 * width, channels))
-            b.emit(f"segment.{up}.upsample", "upsample_bilinear", ("y",), x=x.value, y=y)
-            x = self.conv_norm_acts(f"segment.{up}", getattr(decoder, up)[1:], Feature(y))
-            x = self.conv_norm_acts(f"segment.{join}", getattr(decoder, join), x, features.pop())
-        return b.conv("segment.out", *self.conv_constants("segment.out", decoder.fin_out[0]), x)
-
-    def conv_norm_acts(self, name: str, layers: nn.Sequential, x: Feature, partner: Feature | None = None) -> Feature:
-        """(conv, BatchNorm, activation) groups, each one op; `partner` is read beside x by the first."""
-        b, act = self.emitter, self.config.seg_activation
-        for index, (conv, norm) in enumerate(zip(layers[::3], layers[1::3], strict=True)):
-            own = f"{name}.{index}"
-            weight, bias = folded(conv, norm) if own not in b.constants else (None, None)
-            constants = b.weight(own, weight), b.constants.get(f"{own}.bias") or b.constant(f"{own}.bias", bias)
-            x, partner = b.conv(own, *constants, x, partner, act=act), None
-        return x
 
 
 def _shifts(network: nn.Module, embedding: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -411,10 +372,3 @@ def _shifts(network: nn.Module, embedding: torch.Tensor) -> Iterator[tuple[str, 
                 layer = block.embed_layers
                 time = layer(embedding.to(layer[1].weight)).to("cpu", embedding.dtype)
                 yield f"{name}.{index}", time + block.in_layers[2].bias.detach().to("cpu", embedding.dtype)
-
-
-def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias, in float64, of the one convolution that equals `conv` followed by `norm` in evaluation mode."""
-    scale = norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)
-    bias = (conv.bias.double() - norm.running_mean.double()) * scale + norm.bias.double()
-    return conv.weight.double() * scale[:, None, None, None], bias

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from dfengine.engine.execute import Executor
-from dfengine.engine.program import Op, Value
+from dfengine.engine.program import Constant, Op, Value
 from dfengine.engine.timing import Ceilings
+from dfengine.kernels.conv_weight import ConvWeight
 
 LEAST_ROUNDS = 5
 MOST_ROUNDS = 1000
@@ -141,7 +142,8 @@ def measure(executor: Executor, seconds: float = 2.0, ceilings: Ceilings | None 
     `seconds` in all and at least five of each, on rotating images after a warm-up. The ceilings are measured before,
     unless given."""
     program, device = executor.program, executor.device
-    ceilings = ceilings or Ceilings.measured(device, program.dtype)
+    types = [multiplied_type(op, program.dtype) for op in program.ops]
+    ceilings = ceilings or Ceilings.measured(device, dict.fromkeys([program.dtype, *types]))
     sets = [trial_inputs(executor, seed) for seed in range(ROTATED_INPUTS)]
     split = cuda_round if device.type == "cuda" else cpu_round
     for inputs in sets[:2]:
@@ -160,11 +162,20 @@ def measure(executor: Executor, seconds: float = 2.0, ceilings: Ceilings | None 
         runs.append(taken[0])
     rows, repeats = [], program.repeats()
     for index, (op, values) in enumerate(zip(program.ops, zip(*ops, strict=True), strict=True)):
-        bound, repeat = ceilings.bound(op.flops, op.moved), repeats[index]
-        limit = "matmul" if op.flops and bound == op.flops / ceilings.matmul else "bandwidth"
+        bound, repeat = ceilings.bound(op.flops, op.moved, types[index]), repeats[index]
+        limit = "matmul" if op.flops and bound == op.flops / ceilings.products[types[index]] else "bandwidth"
         backend, median = executor.backends[op.name], statistics.median(values)
         rows.append(Row(index, op, backend, repeat, median, bound * repeat, limit))
     return Plan(rows, ceilings, statistics.median(runs), len(runs))
+
+
+def multiplied_type(op: Op, dtype: torch.dtype) -> torch.dtype:
+    """In which type an op of a program of `dtype` multiplies: int8 for a convolution with such a weight. One in fp8
+    counts as `dtype`: the rate of that type is not measured."""
+    weight = op.arguments.get("weight")
+    packed = weight.content if isinstance(weight, Constant) else None
+    rounding = packed.quantization if isinstance(packed, ConvWeight) else None
+    return torch.int8 if rounding is not None and rounding.format == "int8" else dtype
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dfengine.engine.measure import Plan, Row
-from dfengine.engine.timing import Ceilings
+from dfengine.engine.timing import Ceilings, type_name
 
 COLOURS = ("#3b7dbd", "#d9622b", "#4c9f70", "#8a5fb0", "#b8860b", "#c2417c", "#5f7d8c", "#2aa5a0", "#7a5230", "#6b7a1e")
 LINE, GRAY = "#1f2933", "#9aa5b1"
@@ -49,15 +49,15 @@ def roofline_plot(plan: Plan, title: str) -> bytes:
 
 
 def _product_ceilings(axes, ceilings: Ceilings, rows: list[Row]) -> None:
-    """The roof of arithmetic, and those of the quickest copy, from a cache, and of the largest, from memory."""
-    largest = ceilings.copies[max(ceilings.copies)]
-    intensities = [row.op.flops / row.op.moved for row in rows] + [ceilings.matmul / largest]
+    """The roofs of arithmetic, and those of the quickest copy, from a cache, and of the largest, from memory."""
+    largest, highest = ceilings.copies[max(ceilings.copies)], max(ceilings.products.values())
+    intensities = [row.op.flops / row.op.moved for row in rows] + [highest / largest]
     x = np.geomspace(min(intensities) / 2, max(intensities) * 4, 200)
-    dtype = str(ceilings.dtype).removeprefix("torch.")
-    label = f"matrix product, {ceilings.matmul / 1e9:.4g} GFLOP/s ({dtype})"
-    axes.plot(x, np.full_like(x, ceilings.matmul / 1e9), color=LINE, linewidth=1.5, label=label)
+    for (dtype, rate), style in zip(ceilings.products.items(), ("-", ":"), strict=False):
+        label = f"matrix product, {rate / 1e9:.4g} GFLOP/s ({type_name(dtype)})"
+        axes.plot(x, np.full_like(x, rate / 1e9), color=LINE, linewidth=1.5, linestyle=style, label=label)
     for name, rate, style in (("cache", max(ceilings.copies.values()), "--"), ("memory", largest, "-.")):
-        below = x[x * rate <= ceilings.matmul]
+        below = x[x * rate <= highest]
         if len(below):
             label = f"copy in {name}, {rate / 1e9:.3g} GB/s"
             axes.plot(below, below * rate / 1e9, color=LINE, linewidth=1, linestyle=style, label=label)

@@ -26,6 +26,7 @@ from dfengine.errors import DfengineError, UsageError
 from dfengine.kernels import CannotRunError, forced_backend
 from dfengine.kernels.quantization import FORMATS
 from dfengine.models import Model
+from dfengine.wording import counted
 
 log = logging.getLogger("dfengine")
 
@@ -44,9 +45,10 @@ class ProgramRunner:
     The model is the runner's own from then on: its weights move into the programs, which therefore never go stale.
     backend: forces the implementation of every op that has a kernel for its hardware (`Op.substitute`); by default on a
     CPU that of C++, on a GPU the first that serves. tactics: "default" takes what is known of the device, "tuned" and
-    "exhaustive" measure what is not when a program is made (`dfengine.engine.tune`), for at most `tuning_seconds` each;
-    a forced backend leaves them out. buckets: whether batches are filled up to one of `BUCKETS`, as by default on a
-    GPU, where each program is captured as a CUDA graph. ranges: of a precision of eight bits, which needs them.
+    "exhaustive" measure what is not when a program is made (`dfengine.engine.tune`), for at most `tuning_seconds` each,
+    and keep what was measured also where that is interrupted; a forced backend leaves them out. buckets: whether
+    batches are filled up to one of `BUCKETS`, as by default on a GPU, where each program is captured as a CUDA graph.
+    ranges: of a precision of eight bits, which needs them.
     Raises `NotLoweredError` for a configuration that has no program and `CannotRunError` where the backend does not
     serve one of its ops, and leaves the model as it was.
     """
@@ -158,26 +160,38 @@ class ProgramRunner:
         else:
             memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if least > memory:
-            raise DfengineError(f"{self.device}: no memory for {batch} images at once; use a smaller batch_size")
+            wanted = f"{counted(batch, 'image')} at once"
+            raise DfengineError(f"{self.device}: no memory for {wanted}; use a smaller batch_size")
 
     def _made(self, program: Program, arena: Arena) -> Executor:
         """The executor of a program: tuned where that was asked for, and captured on a GPU."""
         executor = self._bound(program, arena)
         if self.tactics is not None and self.level != "default":
-            choices, left = tune(executor, self.tactics, self.level, self.tuning_seconds)
+            try:
+                choices, left = tune(executor, self.tactics, self.level, self.tuning_seconds)
+            except BaseException:
+                done = counted(self.tactics.unsaved, "op")
+                if self._saved():
+                    log.warning("ended early: %s measured, kept in %s; the next run goes on", done, self.tactics.path)
+                raise
             self.choices += choices
             self.unmeasured += left
             if choices:
-                try:
-                    self.tactics.save()
-                except DfengineError as error:
-                    log.warning("%s: what was measured holds for this run alone", error)
+                self._saved()
                 executor = self._bound(program, arena)
         if self.device.type == "cuda":
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             graphs = executor.capture(self._pool)
             log.info("captured batch %d: %d ops in %d CUDA graphs", program.batch, len(program.ops), graphs)
         return executor
+
+    def _saved(self) -> bool:
+        """Whether there was something measured to keep and it is kept; says why where it cannot be."""
+        try:
+            return self.tactics.unsaved > 0 and self.tactics.save()
+        except DfengineError as error:
+            log.warning("%s: what was measured holds for this run alone", error)
+            return False
 
     def program_batch(self, count: int) -> int:
         """The batch size whose program runs `count` images, or as many of them as it takes."""

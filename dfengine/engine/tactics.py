@@ -19,6 +19,8 @@ import os
 import platform
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from dfengine import native
 from dfengine.devices import hardware_name
 from dfengine.engine.program import Constant, Op, Value
 from dfengine.errors import DfengineError, UsageError
-from dfengine.files import atomic_write, locked, os_reason
+from dfengine.files import atomic_write, check_writable, locked, os_reason
 from dfengine.kernels import OPS, triton_import
 from dfengine.kernels.conv_weight import ConvWeight
 
@@ -141,8 +143,11 @@ def cache_folder() -> Path:
         return Path(tempfile.gettempdir()) / f"dfengine-{os.getuid()}" / "tactics"
 
 
-def check_cache() -> None:
-    """Raises `DfengineError` where nothing can be kept in `cache_folder`, which is left as it is."""
+def check_cache(made: bool = False) -> None:
+    """Raises `DfengineError` where nothing can be kept in `cache_folder`, which is left as it is.
+
+    made: make it, and try to write a file there, which sees more than its permissions say.
+    """
     folder = cache_folder()
     try:
         there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
@@ -154,6 +159,18 @@ def check_cache() -> None:
     if reason:
         named = there == Path(os.environ.get(CACHE, ""))
         raise DfengineError(f"{_cache_variable()}{reason}" if named else f"{_cache_variable()}{there}: {reason}")
+    if made:
+        with _named_trouble():
+            check_writable(folder / "tactics.json")
+
+
+@contextmanager
+def _named_trouble() -> Iterator[None]:
+    """For `with`: a DfengineError of the block says what could not be kept, and which variable names the place."""
+    try:
+        yield
+    except DfengineError as error:
+        raise DfengineError(f"{_cache_variable()}measured tactics: {error}") from None
 
 
 def _cache_variable() -> str:
@@ -202,6 +219,8 @@ class Tactics:
         self.path = cache_folder() / name
         if os.environ.get(CACHE) and not self.path.parent.is_dir():
             warn_of_cache()
+        self.unsaved = 0
+        """Records since the last `save`."""
         self._known: dict[str, Tactic] = {}
         shipped, named = SHIPPED / name, os.environ.get(FILE)
         if shipped.is_file():
@@ -231,16 +250,20 @@ class Tactics:
 
     def record(self, op: Op, tactic: Tactic) -> None:
         self._known[signature(op)] = self._measured[signature(op)] = tactic
+        self.unsaved += 1
 
-    def save(self) -> None:
+    def save(self) -> bool:
         """Writes what was measured here to the cache, with what another process wrote meanwhile.
 
-        With `warn_of_cache`'s warning where that cannot be; raises `DfengineError` for a failing disk.
+        Whether it is kept: with `warn_of_cache`'s warning where that cannot be. Raises `DfengineError` for a failing
+        disk.
         """
         if not warn_of_cache():
-            return
-        with locked(self.path):
+            return False
+        with _named_trouble(), locked(self.path):
             self.write(self.path, self._remembered() | self._measured)
+        self.unsaved = 0
+        return True
 
     def write(self, path: Path, tactics: dict[str, Tactic] | None = None) -> None:
         """Writes a file of the same form elsewhere: to ship it, or for DFENGINE_TACTICS."""

@@ -9,16 +9,22 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 import torch
 
+from dfengine.kernels import OPS
+from dfengine.kernels.conv_weight import ConvWeight
+from dfengine.kernels.quantization import Quantization
+
 CLOCKS = {"elapsed": time.perf_counter, "cpu": time.process_time}
 MATMUL = {"cpu": 2048, "cuda": 8192}
 """Side of the matrices whose product is the ceiling of arithmetic."""
+INT8_LAYER = (32, 512)
+"""Pixels on a side, and channels, of the 3x3 convolution whose rate is the ceiling of int8 on a CPU."""
 COPIES = {"cpu": range(18, 29, 2), "cuda": range(20, 31, 2)}
 """Binary logarithms of the bytes that the copies move, read and written, which are the ceiling of bandwidth."""
 
@@ -61,18 +67,25 @@ def on_cuda(function: Callable, sets: list) -> Callable[[], float]:
 
 
 def interleaved(
-    functions: dict[str, Callable], sets: list, device: str, seconds: float, clock: str = "elapsed"
+    functions: dict[str, Callable],
+    sets: list,
+    device: str,
+    seconds: float,
+    clock: str = "elapsed",
+    least: int = 5,
+    warmup: int = 2,
 ) -> dict[str, list[float]]:
-    """Seconds of calls of every function, in turn, at least five of each, for about `seconds` after a warm-up.
+    """Seconds of calls of every function, in turn, at least `least` of each, for about `seconds` after `warmup` calls.
 
     sets: the arguments of the calls, which rotate. device: "cpu" or "cuda". clock: of `CLOCKS`, on a CPU.
     """
     timed = {name: on_cuda(f, sets) if device == "cuda" else on_cpu(f, sets, clock) for name, f in functions.items()}
     times: dict[str, list[float]] = {name: [] for name in timed}
     for once in timed.values():
-        once(), once()
+        for _ in range(warmup):
+            once()
     end, rounds = time.perf_counter() + seconds, 0
-    while time.perf_counter() < end or rounds < 5:
+    while time.perf_counter() < end or rounds < least:
         for name, once in timed.items():
             times[name].append(once())
         rounds += 1
@@ -96,36 +109,57 @@ def copy_function(moved: int, count: int, device: str | torch.device) -> Callabl
 @cache
 def matmul_rate(dtype: torch.dtype, device: str, clock: str = "elapsed", seconds: float = 0.5) -> float:
     """FLOP/s of the product of two large square matrices on `device`, "cpu", "cuda" or "cuda:N"; measured once in a
-    process."""
+    process.
+
+    int8, on a CPU: of the engine's own convolution of a large layer, which reads and writes bfloat16; torch's product
+    of int8 matrices is slower than that, and would be no ceiling.
+    """
     kind = torch.device(device).type
-    side = MATMUL[kind]
-    sets = [tuple(torch.ones((side, side), dtype=dtype, device=device) for _ in range(3))]
-    times = interleaved({"product": lambda a, b, c: torch.mm(a, b, out=c)}, sets, kind, seconds, clock)["product"]
-    return 2 * side**3 / statistics.median(times)
+    if dtype == torch.int8:
+        product, sets, flops = _int8_product()
+    else:
+        side = MATMUL[kind]
+        sets = [tuple(torch.ones((side, side), dtype=dtype, device=device) for _ in range(3))]
+        product, flops = lambda a, b, c: torch.mm(a, b, out=c), 2 * side**3
+    times = interleaved({"product": product}, sets, kind, seconds, clock)["product"]
+    return flops / statistics.median(times)
+
+
+def _int8_product() -> tuple[Callable[[], None], list, int]:
+    """A convolution in int8 on the CPU, its (no) arguments, and its FLOPs. Raises CannotRunError where none is."""
+    side, channels = INT8_LAYER
+    weight = torch.ones((channels, channels, 3, 3))
+    packed = ConvWeight.pack(weight, dtype=torch.bfloat16, quantization=Quantization("int8", 0.0, 1.0))
+    x, y = (torch.ones((1, side, side, channels), dtype=torch.bfloat16) for _ in range(2))
+    arguments = (x, None, packed, None, None, None, "none", "none", None, "none", "none", y, None, 0)
+    convolution = OPS["conv2d"].implementations["cpu"]
+    convolution.available("cpu")
+    convolution.can_run(*arguments)
+    return convolution.bound(*arguments), [()], 2 * side**2 * 9 * channels**2
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device reaches at best. matmul: FLOP/s of a large product of matrices of `dtype`.
+    """What a device reaches at best. products: FLOP/s of a large product (`matmul_rate`), by the type that is
+    multiplied.
 
     copies: bytes read and written -> bytes/s of a copy of that many, again and again on the same buffers: small ones
     stay in a cache, as the activations of a program do.
     """
 
-    dtype: torch.dtype
-    matmul: float
+    products: dict[torch.dtype, float]
     copies: dict[int, float]
 
     @classmethod
-    def measured(cls, device: torch.device, dtype: torch.dtype, seconds: float = 0.1) -> Ceilings:
-        """Of `device`; about `seconds` for each copy, and for the product where five of it are done by then."""
+    def measured(cls, device: torch.device, types: Iterable[torch.dtype], seconds: float = 0.1) -> Ceilings:
+        """Of `device`; about `seconds` for each copy, and for each product where five of it are done by then."""
         copies = {}
         for exponent in COPIES[device.type]:
             # Several copies in a graph, so that its launch does not count; on a CPU the sets only rotate.
             sets, copy = [()] * (16 if device.type == "cuda" else 1), copy_function(2**exponent, 1, device)
             times = interleaved({"copy": copy}, sets, device.type, seconds)["copy"]
             copies[2**exponent] = 2**exponent / min(times)  # beside other work most are far slower
-        return cls(dtype, matmul_rate(dtype, str(device), seconds=seconds), copies)
+        return cls({dtype: matmul_rate(dtype, str(device), seconds=seconds) for dtype in types}, copies)
 
     def bandwidth(self, moved: int) -> float:
         """Bytes/s of a copy that moves `moved` bytes, between those measured; beyond them that of the nearest."""
@@ -133,6 +167,11 @@ class Ceilings:
         rates = [math.log2(self.copies[size]) for size in sizes]
         return float(2 ** np.interp(math.log2(max(moved, 1)), [math.log2(size) for size in sizes], rates))
 
-    def bound(self, flops: int, moved: int) -> float:
-        """Seconds below which so much arithmetic and traffic cannot go: the longer of the two."""
-        return max(flops / self.matmul, moved / self.bandwidth(moved))
+    def bound(self, flops: int, moved: int, dtype: torch.dtype) -> float:
+        """Seconds below which so much arithmetic of this type and traffic cannot go: the longer of the two."""
+        return max(flops / self.products[dtype], moved / self.bandwidth(moved))
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """As "bfloat16"."""
+    return str(dtype).removeprefix("torch.")

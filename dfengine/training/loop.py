@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import signal
@@ -26,36 +25,25 @@ from dfengine.engine.modules import ModuleRunner
 from dfengine.engine.runner import make_runner
 from dfengine.errors import DfengineError, UsageError
 from dfengine.evaluation.calibration import calibrate
-from dfengine.files import locked
 from dfengine.models import ModelConfig
 from dfengine.precision import with_trial
 from dfengine.training.config import TrainConfig, start_path
 from dfengine.training.data import read_normals
 from dfengine.training.distributed import World
 from dfengine.training.log import RunLog
-from dfengine.training.outputs import check_outputs, run_folder_of
+from dfengine.training.outputs import check_outputs, held, run_folder_of
 from dfengine.training.plan import Automatic, settle
 from dfengine.training.probe import agreed_precision
 from dfengine.training.record import training_record
 from dfengine.training.schedule import Budget, Clock, stage_of
 from dfengine.training.state import RunState, TrainingInterrupted, check_identity, load_state, read_state
 from dfengine.training.trainer import Trainer, TrainingDiverged
-from dfengine.training.validation import run, validate, verdict
+from dfengine.training.validation import run, tolerance, validate, verdict
 from dfengine.wording import counted
 
 MAX_VALIDATION_NORMALS = 64
 MAX_VALIDATING = 0.05  # share of a budget of minutes
 INFERENCE_SEED = 0  # of validation and calibration: the seed that detection takes by default
-MIN_TOLERANCE = 0.005
-
-
-def tolerance(best: float, normals: int) -> float:
-    """By how much a later validation score may be worse than the best one and still take its place.
-
-    One standard error of an AUROC of `best` on so many normals (the one-standard-error rule of Breiman et al., 1984):
-    on a dozen images the score is noisy; of weights that score alike, those trained longer are the better ones.
-    """
-    return max(MIN_TOLERANCE, math.sqrt(max(0.0, best * (1 - best)) / max(1, normals)))
 
 
 @dataclass(frozen=True)
@@ -100,26 +88,10 @@ def train(
     if config.threads:
         torch.set_num_threads(config.threads)
     try:
-        with World(config.device) as world, _held(run_folder_of(Path(out)), world):
+        with World(config.device) as world, held(run_folder_of(Path(out)), world):
             return _Run(config, model_config, Path(data), Path(out), world, resume, console).go(stop)
     finally:
         torch.set_num_threads(threads)
-
-
-@contextmanager
-def _held(folder: Path, world: World) -> Iterator[None]:
-    """For `with`: no other run writes into `folder`. The main process locks it; all are refused with its reason."""
-    with ExitStack() as stack:
-        refusal = ""
-        if world.is_main:
-            busy = f"{folder}: another run is writing into it; wait for its end, or choose another --out"
-            try:
-                stack.enter_context(locked(folder, busy))
-            except DfengineError as error:
-                refusal = str(error)
-        if refusal := world.from_main(refusal):
-            raise DfengineError(refusal)
-        yield
 
 
 class _Run:

@@ -1,13 +1,16 @@
-"""Where a run writes, checked before anything is read."""
+"""Where a run writes: checked before anything is read, and held against other runs."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from dfengine.checkpoint import check_target
-from dfengine.errors import UsageError
-from dfengine.files import check_writable
+from dfengine.errors import DfengineError, UsageError
+from dfengine.files import check_writable, locked
+from dfengine.training.distributed import World
 
 SUFFIX = ".safetensors"
 RUN_SUFFIX = ".run"
@@ -40,3 +43,19 @@ def check_outputs(out: Path, *sources: Path, resume: bool = False) -> None:
     folder = run_folder_of(out)
     if folder.exists():
         check_writable(folder / "state.safetensors")
+
+
+@contextmanager
+def held(folder: Path, world: World) -> Iterator[None]:
+    """For `with`: no other run writes into `folder`. The main process locks it; all are refused with its reason."""
+    with ExitStack() as stack:
+        refusal = ""
+        if world.is_main:
+            busy = f"{folder}: another run is writing into it; wait for its end, or choose another --out"
+            try:
+                stack.enter_context(locked(folder, busy))
+            except DfengineError as error:
+                refusal = str(error)
+        if refusal := world.from_main(refusal):
+            raise DfengineError(refusal)
+        yield

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import cv2
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ BATCH = 32
 PANEL_NORMALS, PANEL_ANOMALIES = 3, 7
 GAP = 2  # pixels between the panel's tiles
 DOUBTFUL = 0.85  # image AUROC on synthetic anomalies below which a detector comes with a warning
+MIN_TOLERANCE = 0.005
 
 
 def validate(runner: ModuleRunner, data: ValidationSet, stage: int, seed: int) -> tuple[dict[str, float], np.ndarray]:
@@ -41,6 +44,15 @@ def validate(runner: ModuleRunner, data: ValidationSet, stage: int, seed: int) -
     metrics["val_pixel_ap"] = average_precision(truth, values)
     metrics["val_score"] = 0.5 * (metrics["val_image_auroc"] + metrics["val_pixel_ap"])
     return metrics, panel(data.images[shown], reconstructions[shown], maps[shown], data.masks[shown])
+
+
+def tolerance(best: float, normals: int) -> float:
+    """By how much a later validation score may be worse than the best one and still take its place.
+
+    One standard error of an AUROC of `best` on so many normals (the one-standard-error rule of Breiman et al., 1984):
+    on a dozen images the score is noisy; of weights that score alike, those trained longer are the better ones.
+    """
+    return max(MIN_TOLERANCE, math.sqrt(max(0.0, best * (1 - best)) / max(1, normals)))
 
 
 def verdict(metrics: dict[str, float], trained: int = 0) -> list[str]:

@@ -32,3 +32,10 @@ def test_another_result_makes_a_page_stale(monkeypatch, capsys, tmp_path):
 def test_a_page_without_its_marker_is_an_error():
     with pytest.raises(ValueError, match="no marker <!-- speed: begin -->"):
         tables.written("text", "speed", "table")
+
+
+def test_a_share_of_another_type_than_the_rows_says_so():
+    row = {"precision": "int8", "percent_of_matmul": 57.3}
+    assert tables.of_matmul(row) == "57% of bfloat16"
+    assert tables.of_matmul(row | {"matmul": "int8"}) == "57%"
+    assert tables.of_matmul(row | {"precision": "bfloat16", "matmul": "bfloat16"}) == "57%"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,12 @@ import pytest
 from dfengine import native
 from dfengine.checkpoint import Checkpoint, save_checkpoint
 from tests.helpers import tiny_model
+
+
+@pytest.fixture(autouse=True)
+def _idle(monkeypatch):
+    """What else runs on this machine warns of nothing."""
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0), raising=False)
 
 
 @pytest.fixture

@@ -1,8 +1,20 @@
 from __future__ import annotations
 
 import json
+import os
 
+import pytest
+import torch
+
+from dfengine.checkpoint import Checkpoint, save_checkpoint
 from dfengine.cli import main
+from dfengine.commands import plan
+from dfengine.engine.measure import unmeasured
+from dfengine.engine.modules import ModuleRunner
+from dfengine.engine.quantize import measured_ranges
+from dfengine.engine.runner import ProgramRunner
+from dfengine.precision import eight_bits
+from tests.helpers import tiny_model
 
 
 def test_every_batch_size_has_two_rows(tiny, tmp_path, capsys):
@@ -15,7 +27,40 @@ def test_every_batch_size_has_two_rows(tiny, tmp_path, capsys):
     assert [(row["runs"], row["batch"]) for row in rows] == [
         ("detect", 1), ("PyTorch modules", 1), ("detect", 3), ("PyTorch modules", 3)
     ]  # fmt: skip
-    assert all(row["images_per_second"] > 0 and row["ms"] <= row["ms_p99"] and row["calls"] >= 5 for row in rows)
+    assert all(row["images_per_second"] > 0 and row["ms"] <= row["ms_p99"] and row["calls"] == 2 for row in rows)
+
+
+def test_a_slow_rival_gets_a_warm_up_and_two_calls(tiny, monkeypatch, capsys):
+    run, calls = ModuleRunner.run, []
+    monkeypatch.setattr(ModuleRunner, "run", lambda self, unit: calls.append(len(unit)) or run(self, unit))
+    assert main(["bench", str(tiny), "--batch", "2", "--seconds", "0", "--precision", "float32"]) == 0
+    assert calls == [2, 2, 2]
+
+
+@pytest.mark.parametrize("command", [["bench", "--seconds", "0"], ["info", "--plan"], ["tune", "--seconds", "0"]])
+def test_other_work_is_said_before_anything_is_timed(command, tiny, monkeypatch, capsys):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(plan, "measure", lambda executor: unmeasured(executor))
+    warning = "dfengine: warning: load average 2.1 on 4 processors: beside other work times are longer"
+    for load, warned in ((2.1, True), (2.0, False)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        assert main([command[0], str(tiny), *command[1:], "--precision", "float32", "--batch", "1"]) == 0
+        printed = capsys.readouterr()
+        assert printed.err.startswith(warning) == warned and printed.err.count("\n") == warned
+        assert f"load average{' at the start' if command[0] == 'bench' else ''}: {load}" in printed.out
+    assert main(["info", str(tiny), "--plan", "--no-measure"]) == 0 and not capsys.readouterr().err
+
+
+def test_the_modules_beside_int8_are_called_what_they_are(tmp_path, capsys):
+    if eight_bits(torch.device("cpu")) is None:
+        pytest.skip("this machine multiplies no bytes")
+    model = tiny_model(base=16)
+    ranges = measured_ranges(ProgramRunner(tiny_model(base=16)).executor(1), torch.rand(1, 32, 32, 3))
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, Checkpoint(model.config, model.state_dict(), verified={"int8": {"ranges": ranges}}))
+    assert main(["bench", str(path), "--batch", "1", "--seconds", "0", "--precision", "int8"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[:-5] for row in rows] == [["detect", "int8"], ["PyTorch", "modules", "bfloat16"]]
 
 
 def test_wrong_usage_is_one_line(tiny, capsys):

@@ -347,7 +347,7 @@ def test_calibrate_sets_how_many_pixels_a_score_averages(checkpoint, data, capsy
     assert load_checkpoint(checkpoint).config.top_k == 3200
 
 
-def test_calibrate_keeps_trial_images_with_the_maps_of_the_weights_beside_them(checkpoint, data):
+def test_calibrate_keeps_trial_images_with_the_maps_of_the_weights_beside_them(checkpoint, data, capsys):
     def agrees(loaded: Checkpoint) -> bool:
         runner = make_runner(loaded.build(), torch.device("cpu"), "float32", 0)
         return (trial_maps(runner, loaded.trial.images) - loaded.trial.anomaly_map.float()).abs().max() < 3e-4
@@ -365,6 +365,12 @@ def test_calibrate_keeps_trial_images_with_the_maps_of_the_weights_beside_them(c
     assert main(["calibrate", str(checkpoint), "--threshold", "0.5", "--half"]) == 0
     halved = load_checkpoint(checkpoint)
     assert torch.equal(halved.trial.images, first.trial.images) and agrees(halved) and halved.verified == {}
+    assert "without what `dfengine verify --record` noted" in capsys.readouterr().err
+    # Weights that are halves already stay what was verified.
+    save_checkpoint(checkpoint, replace(halved, verified={"bfloat16": {}}))
+    assert main(["calibrate", str(checkpoint), "--half"]) == 0
+    again = load_checkpoint(checkpoint)
+    assert again.same_weights(halved) and again.verified == {"bfloat16": {}} and not capsys.readouterr().err
     # Without pictures there is no trial to make.
     save_checkpoint(checkpoint, replace(first, trial=None))
     assert main(["calibrate", str(checkpoint), "--threshold", "0.5", "--half"]) == 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
@@ -38,8 +41,8 @@ def test_the_instructions_that_multiply_bfloat16_are_named(capsys):
     assert f", amx_bf16 {usable}" in capsys.readouterr().out.replace("\n", " ")
 
 
-@pytest.mark.parametrize("forced, status", [("cuda", 1), ("nonsense", 2)])
-def test_every_command_names_the_variable_that_forces_a_backend(forced, status, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("forced", ["cuda", "nonsense"])
+def test_every_command_names_the_variable_that_forces_a_backend(forced, tmp_path, capsys, monkeypatch):
     path, photos, out = str(shipped_checkpoint()), tmp_path / "photos", str(tmp_path / "out")
     photos.mkdir()
     for name in ("0.png", "1.png", "2.png"):
@@ -49,11 +52,26 @@ def test_every_command_names_the_variable_that_forces_a_backend(forced, status, 
     detect = ["detect", path, str(photos), "--out", out]
     train = ["train", str(photos), "--out", f"{out}.safetensors", "--steps", "1", "--workers", "0"]
     for command in (plan, detect, ["verify", path], ["tune", path], ["bench", path], ["profile", path], train):
-        assert main([*command, "--device", "cpu"]) == status
+        assert main([*command, "--device", "cpu"]) == 2
         assert f"dfengine: DFENGINE_BACKEND={forced}: " in capsys.readouterr().err
-    assert main(["info"]) == (0 if status == 1 else 2)
+    assert main(["info"]) == (0 if forced == "cuda" else 2)
     printed = capsys.readouterr()
     assert f"DFENGINE_BACKEND={forced}" in printed.out + printed.err
+
+
+def test_records_of_precisions_that_are_unknown_here_are_not_read_out(tmp_path, capsys):
+    path, passed = tmp_path / "a.safetensors", {"data": {"name": "photos"}, "date": "2026-01-02"}
+    for verified, words in (
+        ({"int3": passed, "int8": passed | {"refused": ["a map"]}, "bfloat16": passed},
+         "int8 was refused on photos (2026-01-02), bfloat16 passed on photos (2026-01-02);"),
+        ({"int3": passed}, "no other than float32 was held to images"),
+    ):  # fmt: skip
+        save_checkpoint(path, replace(load_checkpoint(shipped_checkpoint()), verified=verified))
+        assert main(["info", str(path)]) == 0
+        printed = " ".join(capsys.readouterr().out.split())
+        assert words in printed and "int3" not in printed
+    assert main(["info", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["verified"] == {"int3": passed}
 
 
 def test_a_training_record_of_another_form_is_shown_as_it_is(tmp_path, capsys):

@@ -13,7 +13,7 @@ from dfengine.engine.measure import measure
 from dfengine.engine.timing import Ceilings
 from tests.helpers import tiny_model
 
-CEILINGS = Ceilings(torch.float32, 1e11, {2**18: 5e10, 2**28: 1e10})
+CEILINGS = Ceilings({torch.float32: 1e11, torch.bfloat16: 2e11}, {2**18: 5e10, 2**28: 1e10})
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def test_the_plan_names_every_op_with_its_time(tiny, capsys):
     )
     assert "4x32x32x8" in rows[1] and rows[1].split()[-1] in ("matmul", "bandwidth")
     assert f"{len(program.ops)} ops, {program.flops / 1e9:.2f} GFLOP" in "\n".join(lines)
-    assert "images/s" in lines[-2] and "100.0 GFLOP/s (float32)" in lines[-1]
+    assert "images/s" in lines[-2] and "100.0 GFLOP/s (float32), 200.0 GFLOP/s (bfloat16)" in lines[-1]
 
 
 def test_the_plan_as_json_adds_up(tiny, capsys):
@@ -44,7 +44,7 @@ def test_the_plan_as_json_adds_up(tiny, capsys):
     assert totals["ops"] == len(ops) and totals["flops"] == sum(op["flops"] for op in ops)
     assert totals["ops_us"] == pytest.approx(sum(op["us"] for op in ops))
     assert totals["percent_of_roofline"] == pytest.approx(100 * sum(op["bound_us"] for op in ops) / totals["us"])
-    assert facts["ceilings"]["matmul_gflops"] == 100
+    assert facts["ceilings"]["matmul_gflops_by_type"] == {"float32": 100, "bfloat16": 200}
 
 
 def test_without_times(tiny, capsys, monkeypatch):

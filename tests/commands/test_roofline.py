@@ -12,7 +12,7 @@ from dfengine.engine.timing import Ceilings
 
 
 def test_a_png_and_a_summary(tiny, tmp_path, capsys, monkeypatch):
-    ceilings = Ceilings(torch.float32, 1e11, {2**18: 5e10, 2**28: 1e10})
+    ceilings = Ceilings({torch.float32: 1e11}, {2**18: 5e10, 2**28: 1e10})
     monkeypatch.setattr(roofline, "measure", functools.partial(measure, seconds=0.0, ceilings=ceilings))
     out = tmp_path / "new" / "roofline.png"
     assert main(["roofline", str(tiny), "--out", str(out), "--batch", "2", "--precision", "float32"]) == 0

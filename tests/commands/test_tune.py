@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import errno
 import json
+from pathlib import Path
 
 import pytest
 
 from dfengine import native
 from dfengine.cli import main
 from dfengine.engine import tune
+from dfengine.errors import DfengineError
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="dfengine._native is missing")
 
@@ -48,12 +51,60 @@ def test_a_cache_that_cannot_be_written_loses_nothing(tiny, tmp_path, capsys, ca
     assert "is a folder, not a file" in capsys.readouterr().err
 
 
+def test_a_cache_that_only_seems_writable_is_named_before_anything_is_measured(tiny, tmp_path, capsys, monkeypatch):
+    """As /proc is for root."""
+    folder = tmp_path / "odd"
+    monkeypatch.setenv("DFENGINE_CACHE", str(folder))
+
+    def odd(self, *_args, **_options):
+        if folder in (self, *self.parents):
+            raise OSError(errno.ENOENT, "no such file")
+        return made(self, *_args, **_options)
+
+    made = Path.mkdir
+    monkeypatch.setattr(Path, "mkdir", odd)
+    assert main(["tune", str(tiny), "--batch", "1"]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"dfengine: DFENGINE_CACHE={folder}: measured tactics: {folder}/tactics/")
+    assert "cannot be written: no such file; name a file with --out" in printed.err and not printed.out
+    assert main(["tune", str(tiny), "--batch", "1", "--out", str(tmp_path / "here.json")]) == 0
+    warned = capsys.readouterr().err
+    assert warned.startswith(f"dfengine: warning: DFENGINE_CACHE={folder}: measured tactics: ")
+    assert warned.endswith("cannot be written: no such file: what was measured holds for this run alone\n")
+
+
 @pytest.mark.parametrize("command", ["bench", "profile", "roofline"])
 def test_a_result_that_cannot_be_written_is_refused_before_it_is_measured(command, tiny, tmp_path, capsys):
     (tmp_path / "folder.png").mkdir()
     assert main([command, str(tiny), "--batch", "1", "--out", str(tmp_path / "folder.png")]) == 1
     refusal = "cannot be written: is a folder, not a file"
     assert capsys.readouterr() == ("", f"dfengine: {tmp_path / 'folder.png'}: {refusal}\n")
+
+
+@pytest.mark.parametrize("end, status", [(KeyboardInterrupt, 130), (DfengineError("the device is lost"), 1)])
+def test_what_was_measured_before_an_early_end_is_kept_and_not_measured_again(
+    end, status, tiny, tmp_path, capsys, monkeypatch
+):
+    measured, turns = tune._measured, []
+
+    def third_ends(*arguments):
+        turns.append(arguments[1].name)
+        if len(turns) == 3:
+            raise end
+        return measured(*arguments)
+
+    command = ["tune", str(tiny), "--batch", "1", "--precision", "float32"]
+    with monkeypatch.context() as patch:
+        patch.setattr(tune, "_measured", third_ends)
+        assert main(command) == status
+    (kept,) = (tmp_path / "cache" / "tactics").glob("*.json")
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"dfengine: warning: ended early: 2 ops measured, kept in {kept}; the next run goes")
+    assert len(json.loads(kept.read_text())["tactics"]) == 2 and not printed.out
+    went_on = []
+    monkeypatch.setattr(tune, "_measured", lambda *arguments: went_on.append(arguments[1].name) or measured(*arguments))
+    assert main(command) == 0
+    assert went_on[0] == turns[2] and not set(turns[:2]) & set(went_on)
 
 
 def test_no_time_is_said(tiny, capsys):

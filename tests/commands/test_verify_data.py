@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,12 +115,42 @@ def test_a_spoilt_precision_is_refused_in_one_line(checkpoint, data, capsys, mon
     assert "largest map difference" in printed.out and "passes" not in printed.out
     assert "bfloat16" in load_checkpoint(checkpoint).verified  # nothing was to be recorded
     assert verify(checkpoint, data, "--record") == 1
-    assert f"(noted in {checkpoint})" in capsys.readouterr().err
+    assert f"(noted in {checkpoint}, where before it passed on data (" in capsys.readouterr().err
     (reason,) = load_checkpoint(checkpoint).verified["bfloat16"]["refused"]
     assert reason.startswith("a map differs by 0.1")
 
 
-def test_auto_keeps_from_a_refused_precision(checkpoint, data, capsys, monkeypatch):
+def test_a_note_says_which_one_it_takes_the_place_of(checkpoint, data, capsys, monkeypatch):
+    date = time.strftime("%Y-%m-%d", time.gmtime())
+    assert verify(checkpoint, data, "--record") == 0
+    assert f"bfloat16 passes; noted in {checkpoint}\n" in capsys.readouterr().out
+    with monkeypatch.context() as spoilt:
+        spoil_precision(spoilt, "bfloat16", lambda maps: maps[:, 3, 5].add_(0.1))
+        assert verify(checkpoint, data, "--record") == 1
+    refused = capsys.readouterr().err
+    assert refused.endswith(f"(noted in {checkpoint}, where before it passed on data ({date}))\n")
+    assert verify(checkpoint, data, "--record") == 0
+    passed = capsys.readouterr()
+    assert f"; noted in {checkpoint}, where before it was refused on data ({date})\n" in passed.out and not passed.err
+
+
+def test_scores_the_wrong_way_round_are_said(checkpoint, data, capsys):
+    (data / "test" / "good").rename(data / "test" / "odd")
+    defects = [folder for folder in (data / "test").iterdir() if folder.name != "odd"]
+    (data / "test" / "good").mkdir()
+    for folder in defects:
+        for path in folder.iterdir():
+            path.rename(data / "test" / "good" / f"{folder.name}-{path.name}")
+        folder.rmdir()
+    shutil.rmtree(data / "ground_truth", ignore_errors=True)
+    assert verify(checkpoint, data) == 0
+    printed = capsys.readouterr()
+    area = float(re.search(r"image AUROC, float32 +(\S+)", printed.out)[1])
+    assert area < 0.5
+    assert printed.err.startswith(f"dfengine: warning: image AUROC of float32 {area:.3f}: defective images score lower")
+
+
+def test_auto_keeps_from_a_refused_precision(checkpoint, data, capsys, caplog, monkeypatch):
     monkeypatch.setattr("dfengine.precision.cpu_has_bfloat16", lambda: True)
     monkeypatch.setattr("dfengine.precision.default_product", lambda dtype: "pairs")
     assert dfengine.load(checkpoint).precision == "bfloat16"
@@ -127,10 +158,19 @@ def test_auto_keeps_from_a_refused_precision(checkpoint, data, capsys, monkeypat
         spoil_precision(spoilt, "bfloat16", lambda maps: maps[:, 3, 5].add_(0.1))
         assert verify(checkpoint, data, "--record") == 1
     assert dfengine.load(checkpoint).precision == "float32"
+    assert not caplog.records
     assert dfengine.load(checkpoint, precision="bfloat16").precision == "bfloat16"  # asked for by name
+    (record,) = caplog.records
+    assert re.fullmatch(
+        r"precision bfloat16 was refused on data \(\d{4}-\d\d-\d\d\): a map differs by 0\.1\d* \(0\.05 allowed\); "
+        r'it runs as asked, "auto" avoids it',
+        record.getMessage(),
+    )
+    caplog.clear()
     assert main(["info", str(checkpoint)]) == 0
     assert "bfloat16 was refused on data" in capsys.readouterr().out
-    assert verify(checkpoint, data, "--record") == 0
+    assert verify(checkpoint, data, "--record") == 0 and not caplog.records
+    assert dfengine.load(checkpoint, precision="bfloat16").precision == "bfloat16" and not caplog.records
     assert dfengine.load(checkpoint).precision == "bfloat16"
     refused = replace(load_checkpoint(checkpoint), verified={"bfloat16": {"device": "cuda", "refused": ["a map"]}})
     save_checkpoint(checkpoint, refused)

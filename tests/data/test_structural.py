@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from dfengine.data.augment import Augmentation, AugmentConfig
+from dfengine.data.fills import membrane
 from dfengine.data.foreground import estimate_foreground
 from dfengine.data.regions import Scene, any_region, compactness
-from dfengine.data.structural import STRUCTURAL_KINDS, Structural, changed_mask, membrane
+from dfengine.data.structural import STRUCTURAL_KINDS, Structural, changed_mask
 from tests.data.scenes import bars
 
 IMAGES, FOREGROUNDS = bars(6, 64)

@@ -5,13 +5,17 @@ import time
 import pytest
 import torch
 
+from dfengine import native
 from dfengine.engine.execute import Executor
 from dfengine.engine.lower import Lowering
 from dfengine.engine.measure import measure, place, trial_images, trial_inputs, unmeasured
+from dfengine.engine.quantize import measured_ranges
+from dfengine.engine.runner import ProgramRunner
 from dfengine.engine.timing import Ceilings
+from dfengine.kernels.conv2d_cpu import byte_products
 from tests.helpers import tiny_model
 
-CEILINGS = Ceilings(torch.float32, 1e11, {2**18: 1e10, 2**22: 1e10})
+CEILINGS = Ceilings({torch.float32: 1e11, torch.bfloat16: 2e11, torch.int8: 4e11}, {2**18: 1e10, 2**22: 1e10})
 
 
 def bound(batch: int = 1, device: str = "cpu", **options) -> Executor:
@@ -33,6 +37,23 @@ def test_every_op_gets_its_time_and_its_bound():
     assert plan.percent == pytest.approx(100 * sum(row.bound for row in plan.rows) / plan.run_seconds)
 
 
+@pytest.mark.skipif(not (native.available() and byte_products()), reason="no compiled kernel here multiplies bytes")
+def test_what_is_multiplied_in_int8_is_held_to_the_rate_of_int8(monkeypatch):
+    ranges = measured_ranges(ProgramRunner(tiny_model(base=16)).executor(1), torch.rand(1, 32, 32, 3))
+    executor = ProgramRunner(tiny_model(base=16), precision="int8", ranges=ranges).executor(1)
+    asked = []
+    measured = lambda device, types: asked.extend(types) or CEILINGS  # noqa: E731
+    monkeypatch.setattr(Ceilings, "measured", measured)
+    rates = {}
+    for row in measure(executor, 0.0).rows:
+        constant = row.op.arguments.get("weight")
+        in_bytes = row.op.kernel == "conv2d" and constant.content.quantization is not None
+        arithmetic, traffic = row.op.flops / (4e11 if in_bytes else 2e11), row.op.moved / 1e10
+        assert row.bound == pytest.approx(max(arithmetic, traffic))
+        rates.setdefault(in_bytes, []).append(row.op.name)
+    assert asked == [torch.bfloat16, torch.int8] and len(rates[True]) == len(ranges) and rates[False]
+
+
 def test_a_slow_op_is_found():
     executor = bound()
     index = [op.name for op in executor.program.ops].index("up.1.0.conv2")
@@ -50,7 +71,7 @@ def test_ops_of_a_loop_count_all_its_steps():
     first = plan.slowest()[0]
     assert first.op.name == "up.1.0.conv2" and first.repeat == 5 and first.seconds >= 0.05
     assert first.facts()["flops"] == 5 * first.op.flops
-    assert first.bound == 5 * CEILINGS.bound(first.op.flops, first.op.moved)
+    assert first.bound == 5 * CEILINGS.bound(first.op.flops, first.op.moved, torch.float32)
     assert sum(row.flops for row in plan.rows) == executor.program.flops
 
 

@@ -17,7 +17,7 @@ from tests.helpers import tiny_model
 
 def test_a_measured_plan_becomes_a_png():
     executor = Executor(Lowering(tiny_model()).program(1))
-    plan = measure(executor, 0.0, Ceilings(torch.float32, 1e11, {2**18: 5e10, 2**28: 1e10}))
+    plan = measure(executor, 0.0, Ceilings({torch.float32: 1e11, torch.int8: 4e11}, {2**18: 5e10, 2**28: 1e10}))
     content = roofline_plot(plan, "tiny on this machine")
     with Image.open(io.BytesIO(content)) as image:
         assert image.format == "PNG" and image.width > 1200

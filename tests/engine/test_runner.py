@@ -12,7 +12,7 @@ from dfengine.engine import runner as runner_module
 from dfengine.engine.lower import NotLoweredError
 from dfengine.engine.modules import ModuleRunner
 from dfengine.engine.runner import ProgramRunner, make_runner
-from dfengine.errors import UsageError
+from dfengine.errors import DfengineError, UsageError
 from dfengine.kernels import CannotRunError
 from dfengine.models import build_model, preset
 from tests.helpers import redraw, tiny_model
@@ -95,6 +95,16 @@ def test_a_program_that_needs_a_reference_is_refused_and_the_model_kept(monkeypa
     served = make_runner(model, CPU, "float32", 0)
     assert isinstance(served, ModuleRunner)
     assert served.run(images(1)).anomaly_map.shape == (1, 32, 32)
+
+
+@compiled
+@pytest.mark.parametrize("batch, counted", [(1, "1 image"), (2, "2 images")])
+def test_a_batch_beyond_memory_is_counted_in_words(batch, counted, monkeypatch):
+    served = ProgramRunner(tiny_model())
+    served._executors.clear()
+    monkeypatch.setattr(runner_module.os, "sysconf", lambda name: 1)  # a page of a byte
+    with pytest.raises(DfengineError, match=f"no memory for {counted} at once"):
+        served.executor(batch)
 
 
 @compiled
@@ -184,8 +194,9 @@ def test_the_reverse_chain_runs_in_graphs_of_its_body():
 
 def test_a_forced_backend_runs_or_says_why_not(monkeypatch):
     monkeypatch.setenv("DFENGINE_BACKEND", "cuda")
-    with pytest.raises(CannotRunError, match="^DFENGINE_BACKEND=cuda: .*cuda backend does not run on cpu"):
+    with pytest.raises(CannotRunError, match="^DFENGINE_BACKEND=cuda: .*cuda backend does not run on cpu") as refused:
         make_runner(tiny_model(), CPU, "float32", 0)
+    assert refused.value.exit_code == 2
     monkeypatch.setenv("DFENGINE_BACKEND", "cpu")
     with monkeypatch.context() as patch, pytest.raises(NotLoweredError, match=r"up\.0\.0"):
         patch.setattr(runner_module, "Lowering", _not_lowered)

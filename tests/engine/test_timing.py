@@ -5,8 +5,11 @@ import time
 import pytest
 import torch
 
+from dfengine import native
 from dfengine.engine import timing
 from dfengine.engine.timing import Ceilings, copy_function, interleaved, matmul_rate
+from dfengine.kernels import CannotRunError
+from dfengine.kernels.conv2d_cpu import byte_products
 
 KIB, MIB = 2**10, 2**20
 
@@ -18,6 +21,12 @@ def test_functions_take_turns_on_rotating_arguments():
     assert {name: len(values) for name, values in times.items()} == {"a": 5, "b": 5}
     assert calls[:4] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]  # the warm-up
     assert calls[4:10] == [("a", 2), ("b", 2), ("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+
+
+def test_the_least_number_of_calls_and_of_the_warm_up_may_be_others():
+    calls = []
+    times = interleaved({"a": lambda: calls.append(1)}, [()], "cpu", 0.0, least=2, warmup=1)
+    assert len(times["a"]) == 2 and len(calls) == 3
 
 
 def test_a_time_is_that_of_the_call():
@@ -37,25 +46,36 @@ def test_copies_take_turns_on_their_buffers():
 
 
 def test_bandwidth_lies_between_those_measured():
-    ceilings = Ceilings(torch.float32, 1e11, {4 * MIB: 8e9, 256 * KIB: 32e9})
+    ceilings = Ceilings({torch.float32: 1e11}, {4 * MIB: 8e9, 256 * KIB: 32e9})
     assert ceilings.bandwidth(1) == pytest.approx(32e9)
     assert ceilings.bandwidth(MIB) == pytest.approx(16e9)
     assert ceilings.bandwidth(2**40) == pytest.approx(8e9)
 
 
 def test_the_bound_is_the_longer_of_arithmetic_and_traffic():
-    ceilings = Ceilings(torch.float32, 1e11, {MIB: 1e10})
-    assert ceilings.bound(2 * 10**9, 10**6) == pytest.approx(0.02)
-    assert ceilings.bound(10**6, 10**8) == pytest.approx(0.01)
+    ceilings = Ceilings({torch.float32: 1e11, torch.int8: 4e11}, {MIB: 1e10})
+    assert ceilings.bound(2 * 10**9, 10**6, torch.float32) == pytest.approx(0.02)
+    assert ceilings.bound(10**6, 10**8, torch.float32) == pytest.approx(0.01)
+    assert ceilings.bound(2 * 10**9, 10**6, torch.int8) == pytest.approx(0.005)
 
 
 def test_ceilings_are_measured_on_this_device(monkeypatch):
     monkeypatch.setattr(timing, "MATMUL", {"cpu": 96})
     monkeypatch.setattr(timing, "COPIES", {"cpu": range(16, 19)})
+    monkeypatch.setattr(timing, "INT8_LAYER", (16, 32))
+    in_bytes = [torch.int8] if byte_products() else []
     matmul_rate.cache_clear()
     try:
-        found = Ceilings.measured(torch.device("cpu"), torch.float32, 0.0)
+        found = Ceilings.measured(torch.device("cpu"), [torch.float32, *in_bytes], 0.0)
     finally:
         matmul_rate.cache_clear()  # of so small a product
     assert list(found.copies) == [2**16, 2**17, 2**18]
-    assert all(1e7 < rate < 1e13 for rate in (found.matmul, *found.copies.values()))
+    assert list(found.products) == [torch.float32, *in_bytes]
+    assert all(1e7 < rate < 1e13 for rate in (*found.products.values(), *found.copies.values()))
+
+
+def test_no_rate_of_int8_is_given_where_nothing_multiplies_it(monkeypatch):
+    monkeypatch.setattr(native, "module", None)
+    matmul_rate.cache_clear()
+    with pytest.raises(CannotRunError, match="dfengine._native is not available"):
+        matmul_rate(torch.int8, "cpu")

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,8 +24,8 @@ from dfengine.training import TrainConfig, TrainingDiverged, TrainingInterrupted
 from dfengine.training import log as log_module
 from dfengine.training import trainer as trainer_module
 from dfengine.training.log import read_log
-from dfengine.training.loop import tolerance
 from dfengine.training.state import load_state, save_state
+from dfengine.training.validation import tolerance
 from tests.helpers import tiny_config
 
 CONFIG = TrainConfig(
@@ -304,12 +305,13 @@ def test_training_learns(normals, tmp_path):
 
 
 def test_a_run_starts_from_the_weights_it_is_given(straight, normals, tmp_path):
-    config = CONFIG.replace(
-        steps=1, denoiser_share=1.0, init=str(straight.out), learning_rate=1e-12, keep="last", seed=1
-    )
+    start = tmp_path / "start.safetensors"
+    save_checkpoint(start, replace(load_checkpoint(straight.out), verified={"bfloat16": {"device": "cpu"}}))
+    config = CONFIG.replace(steps=1, denoiser_share=1.0, init=str(start), learning_rate=1e-12, keep="last", seed=1)
     result = train(config, tiny_config(), normals, tmp_path / "net.safetensors")
     assert result.record["data"] == straight.record["data"]
-    before, after = load_checkpoint(straight.out).state, load_checkpoint(result.out).state
+    assert load_checkpoint(result.out).verified == {}  # that was of the weights before
+    before, after = load_checkpoint(start).state, load_checkpoint(result.out).state
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, rtol=1e-5, atol=1e-6)
     with pytest.raises(CheckpointError, match="has shape"):
