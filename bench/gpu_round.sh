@@ -3,14 +3,16 @@
 #
 #   bench/gpu_round.sh --stage {tests,kernels,tactics,throughput,profile,sanitize,check,train,all} [--out DIR] [--again]
 #
-# tests: facts about the machine, the tests of kernels, engine and everything marked gpu. kernels: every op timed. tactics: the quickest kernels
-# for the full model (dfengine tune). throughput: detection and one evaluation beside the rivals. profile: every op with its time, and Nsight
-# Compute on the five longest. sanitize: conv2d's CUDA tiles under compute-sanitizer. check: offline compilation for sm_80, 86, 89 and 90.
+# tests: facts about the machine, the tests of kernels, engine and everything marked gpu. kernels: every op timed, conv2d first, then all again
+# beside torch.compile. tactics: the quickest kernels for the full model (dfengine tune). throughput: detection and one evaluation beside the
+# rivals. profile: every op with its time, and Nsight Compute on the five longest and on conv2d's kernels at its three largest layers.
+# sanitize: conv2d's CUDA tiles under compute-sanitizer. check: offline compilation for sm_80, 86, 89 and 90.
 # train (not part of all): the full model on the data set ${DATA:-$DFENGINE_DATA/rail_eclip} at ${SIZE:-128} pixels, ${STEPS:-13125} steps of
 # 16 images, 210,000 as in the papers, in legs: run again, it goes on from the last state; then its metrics and its weights in half precision.
 # Each stage ends within ${STAGE_SECONDS:-530} seconds. What a stage wrote into DIR (default build/gpu-round) is kept: run again, it goes on with
-# the files that are missing; --again begins anew. Nothing is timed before the tests have passed. The Python is ${PYTHON:-python3} (3.11 or later) with torch, triton
-# and pytest in it; dfengine runs from this checkout without being installed, with its extension where pybind11, cmake and a compiler are there.
+# what is missing; --again begins anew. Nothing is timed before the tests have passed. The Python is ${PYTHON:-python3} (3.11 or later) with torch, triton
+# and pytest in it; dfengine runs from this checkout without being installed, with its extension where pybind11, cmake and a compiler are there, else
+# with one that lies in dfengine/. The CUDA kernels need nvcc for that, or cupy.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -43,10 +45,12 @@ for entry in dfengine/*; do
 done
 ln -s "$PWD/kernels" "$layout/dfengine/kernels"
 export PYTHONSAFEPATH=1 PYTHONPATH="$layout:$PWD${PYTHONPATH:+:$PYTHONPATH}"
-if "$PYTHON" -c 'import pybind11' 2>/dev/null; then
+if "$PYTHON" -c 'import pybind11' 2>/dev/null && command -v cmake >/dev/null; then
     # Kept between rounds: cmake builds again only what changed.
     "$PYTHON" setup.py -q build_ext --build-lib "$layout" --build-temp build/gpu-native >build/gpu-native.log 2>&1 ||
         echo "the extension was not built: build/gpu-native.log" | tee -a "$log"
+else
+    for built in dfengine/_native*.so; do [ -e "$built" ] && ln -s "$PWD/$built" "$layout/dfengine/"; done
 fi
 
 "$PYTHON" - <<'END' | tee -a "$log" || exit 1
@@ -57,6 +61,15 @@ import torch
 if not torch.cuda.is_available():
     sys.exit("no CUDA device: nothing here to measure")
 print(torch.cuda.get_device_name(), "torch", torch.__version__, "CUDA", torch.version.cuda)
+
+from dfengine import native
+from dfengine.kernels import CannotRunError, cuda_launch
+
+print(native.status())
+try:
+    cuda_launch.available("cuda")
+except CannotRunError as error:
+    print("without the CUDA kernels, whose tests skip:", error)
 END
 
 deadline=$((SECONDS + ${STAGE_SECONDS:-530}))
@@ -103,15 +116,18 @@ case "$stage" in
             exit 1
         fi ;;
 esac
-if wants kernels && missing kernels.json; then
+if wants kernels; then
     begin
+    [ "$again" = no ] || rm -f "$out"/kernels*.json
     mapfile -t ops < <(cd bench/kernels && ls [!_]*.py | sed 's/\.py$//' | grep -vx conv2d)
-    run kernels "$PYTHON" bench/kernels.py "${ops[@]}" --device cuda --seconds 0.5 --json "$out/kernels.json"
-fi
-# Three batches of every layer: the file holds what was timed when time ran out.
-if wants kernels && missing kernels-conv2d.json; then
-    begin
-    run kernels-conv2d "$PYTHON" bench/kernels.py conv2d --device cuda --seconds 0.3 --json "$out/kernels-conv2d.json"
+    time_kernels() { # name, arguments...: goes on with the rows that its file has not got
+        run "$1" "$PYTHON" bench/kernels.py "${@:2}" --device cuda --json "$out/$1.json" --resume
+    }
+    time_kernels kernels-conv2d conv2d --seconds 0.2 --match 8x256x256x128
+    time_kernels kernels "${ops[@]}" --seconds 0.3
+    time_kernels kernels-conv2d conv2d --seconds 0.2
+    time_kernels kernels-conv2d conv2d --seconds 0.2 --compile
+    time_kernels kernels "${ops[@]}" --seconds 0.3 --compile
 fi
 if wants tactics && missing tactics.json; then
     begin
@@ -149,12 +165,22 @@ for op in ops:
         run ncu bash -c '"$@" >"$0"' "$out/ncu.csv" ncu --csv --page raw --set basic --nvtx "${ranges[@]}" --profile-from-start off \
             --clock-control none "$PYTHON" -m dfengine profile "${plan[@]}" --iterations 1
     fi
+    for layer in "128 to 128, 3x3, dilation 1 8x256" "128+128 to 128, 3x3, dilation 1 8x256" "256 to 256, 3x3, dilation 1 8x64"; do
+        file="ncu-conv2d-${layer%%,*}.csv" file="${file// /-}"
+        if missing "$file" && command -v ncu >/dev/null; then
+            run "ncu $layer" bash -c '"$@" >"$0"' "$out/$file" ncu --csv --page raw --set detailed --kernel-name regex:conv2d \
+                --clock-control none "$PYTHON" bench/kernels.py conv2d --device cuda --once --match "$layer"
+        fi
+    done
 fi
-if [ "$stage" = sanitize ]; then
+if wants sanitize; then
     begin
     for tool in memcheck racecheck; do
-        run "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m pytest -q -p no:cacheprovider -o pythonpath= \
-            -o addopts="--import-mode=importlib -ra" -o timeout=0 tests/kernels/test_conv2d_{cuda,wgmma}.py -k every_tile
+        if missing "$tool.txt"; then
+            run "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m pytest -q -p no:cacheprovider -o pythonpath= \
+                -o addopts="--import-mode=importlib -ra" -o timeout=0 tests/kernels/test_conv2d_{cuda,wgmma}.py -k every_tile &&
+                echo passed >"$out/$tool.txt"
+        fi
     done
 fi
 if [ "$stage" = train ]; then

@@ -70,6 +70,15 @@ def results_path(head: dict, name: str, folder: Path = ROOT / "bench" / "results
     return folder / re.sub(r"[^A-Za-z0-9.]+", "-", head["device"]).strip("-").lower() / f"{name}.json"
 
 
+def rows_of(path: Path, head: dict) -> list[dict]:
+    """The rows of a file measured on the same machine in the same way, each with its commit; else none."""
+    if not path.exists():
+        return []
+    before = json.loads(path.read_text(encoding="utf-8"))
+    same = all(before.get(key) == head.get(key) for key in ("device", "torch", "threads", "tactics", "clock"))
+    return [{"commit": before.get("commit")} | row for row in before["rows"]] if same else []
+
+
 def write(path: Path, result: dict, tell: bool = True) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")

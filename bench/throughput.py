@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from bench.energy import joules_per_call  # noqa: E402
-from bench.measuring import environment, peak_memory, results_path, write  # noqa: E402
+from bench.measuring import environment, peak_memory, results_path, rows_of, write  # noqa: E402
 from bench.rivals import HALF_BESIDE, RIVALS, OneEvaluation, WholeDetection, rival  # noqa: E402
 from dfengine.engine.arithmetic import float32_arithmetic  # noqa: E402
 from dfengine.engine.builder import Fusion  # noqa: E402
@@ -150,9 +150,7 @@ def statistics_of(times: list[float], batch: int) -> dict[str, float]:
     return found
 
 
-def bench(
-    case: str, name: str, size: int | None, batch: int, precision: str, arguments: argparse.Namespace
-) -> dict:
+def bench(case: str, name: str, size: int | None, batch: int, precision: str, arguments: argparse.Namespace) -> dict:
     """One row. Exits where the engine is wrong."""
     device, config = arguments.device, preset(name, **({"image_size": size} if size else {}))
     sets, make = inputs_of(case, config.image_size, batch, device), maker(case, name, size, batch, device)
@@ -292,15 +290,6 @@ def shown(row: dict) -> str:
     peaks = ", ".join(f"{label} {value:.0f}" for label, value in row.get("peak_mb", {}).items() if value)
     memory = f"  peak MB: {peaks}" if peaks else ""
     return f"{row['case']} {head} {row['precision']}: {times}{tail}{memory}"
-
-
-def rows_of(path: Path, head: dict) -> list[dict]:
-    """The rows of a file measured on the same machine with the same torch, each with its commit; else none."""
-    if not path.exists():
-        return []
-    before = json.loads(path.read_text(encoding="utf-8"))
-    same = all(before.get(key) == head.get(key) for key in ("device", "torch", "threads", "tactics"))
-    return [{"commit": before.get("commit")} | row for row in before["rows"]] if same else []
 
 
 def merged(kept: list[dict], rows: list[dict]) -> list[dict]:

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from bench import rivals, throughput
+from bench import measuring, rivals, throughput
 
 HEAD = {"device": "cpu", "commit": "abc", "torch": "2", "threads": 2, "tactics": "default"}
 
@@ -18,18 +18,18 @@ def row(batch: int, ms: float) -> dict:
 
 def test_a_row_measured_again_takes_the_place_of_the_old(tmp_path):
     path = tmp_path / "rows.json"
-    assert throughput.rows_of(path, HEAD) == []
+    assert measuring.rows_of(path, HEAD) == []
     path.write_text(json.dumps(HEAD | {"rows": [row(1, 5.0), row(2, 7.0)]}))
-    kept = throughput.rows_of(path, HEAD)
+    kept = measuring.rows_of(path, HEAD)
     new = [row(1, 4.0), row(4, 9.0)]
     assert throughput.merged(kept, new) == [{"commit": "abc"} | row(2, 7.0), *new]
 
 
-@pytest.mark.parametrize("key", ["device", "torch", "threads", "tactics"])
+@pytest.mark.parametrize("key", ["device", "torch", "threads", "tactics", "clock"])
 def test_rows_of_another_machine_are_left(tmp_path, key):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(HEAD | {key: "other", "rows": [row(1, 5.0)]}))
-    assert throughput.rows_of(path, HEAD) == []
+    assert measuring.rows_of(path, HEAD) == []
 
 
 def test_a_rival_of_another_device_says_so():
