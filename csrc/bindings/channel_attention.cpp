@@ -7,13 +7,12 @@
 namespace dfe {
 namespace {
 
-constexpr int64_t SMALL = 1 << 15;     // values of a sample that one thread serves sooner than several can be woken
 constexpr int64_t POOL_CHANNELS = 64;  // that a thread pools at a time where a sample is divided
 
 // Whole samples to the threads where there are enough of them, or where they are small, so that each stays in one thread's cache; else the
 // channels and then the rows of one sample. The results are the same.
 void run_passes(const ChannelAttentionArguments& p, const ChannelAttentionPasses& passes, int threads) {
-    if (p.batch >= threads || p.height * p.width * p.channels <= SMALL) {
+    if (p.batch >= threads || p.height * p.width * p.channels <= SMALL_LOOP) {
         const Scratch scratch(p.scratch_floats, pieces_of(p.batch, threads));
         parallel_for(p.batch, threads, [&](int piece, int64_t begin, int64_t end) {
             for (int64_t n = begin; n < end; ++n) {

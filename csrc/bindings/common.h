@@ -36,20 +36,22 @@ T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-// Floats for each piece of a parallel_for, far enough apart to share no cache line. The memory stays with the calling thread for its next
-// call; it is valid until then.
+// Floats for each piece of a parallel_for, far enough apart to share no cache line, and floats that all pieces share. The memory stays with the
+// calling thread for its next call; it is valid until then.
 class Scratch {
 public:
-    Scratch(int64_t floats, int pieces) : stride_((floats + 31) / 16 * 16) {
+    Scratch(int64_t floats, int pieces, int64_t shared = 0) : stride_((floats + 31) / 16 * 16) {
         static thread_local std::vector<float> held;
-        held.resize(std::max(held.size(), static_cast<size_t>(stride_ * pieces)));
+        held.resize(std::max(held.size(), static_cast<size_t>(stride_ * pieces + shared)));
         start_ = held.data();
+        shared_ = start_ + stride_ * pieces;
     }
     float* of(int piece) const { return start_ + piece * stride_; }
+    float* shared() const { return shared_; }
 
 private:
     int64_t stride_;
-    float* start_;
+    float *start_, *shared_;
 };
 
 }  // namespace dfe

@@ -24,28 +24,28 @@ GroupNormArguments group_norm_arguments(std::array<int64_t, 4> shape, int type, 
 // Whole samples to the threads where there are enough of them, so that each stays in one thread's cache; else the tiles of one sample.
 // The results are the same.
 void run_passes(const GroupNormArguments& p, const GroupNormPasses& passes, int threads) {
+    const int64_t values = p.pixels * p.channels;
     if (p.batch >= threads) {
         const Scratch scratch(p.shared_floats + p.scratch_floats, pieces_of(p.batch, threads));
-        parallel_for(p.batch, threads, [&](int piece, int64_t begin, int64_t end) {
+        const auto samples = [&](int piece, int64_t begin, int64_t end) {
             float* const shared = scratch.of(piece);
             for (int64_t n = begin; n < end; ++n) {
                 passes.sums(p, n, 0, p.tiles, shared, shared + p.shared_floats);
                 passes.join(p, n, shared);
                 passes.apply(p, n, 0, p.tiles, shared, shared + p.shared_floats);
             }
-        });
+        };
+        parallel_for(p.batch, threads, samples, p.batch * values);
         return;
     }
-    std::vector<float> shared(static_cast<size_t>(p.shared_floats));
-    const Scratch scratch(p.scratch_floats, pieces_of(p.tiles, threads));
+    const Scratch scratch(p.scratch_floats, pieces_of(p.tiles, threads), p.shared_floats);
+    float* const shared = scratch.shared();
     for (int64_t n = 0; n < p.batch; ++n) {
-        parallel_for(p.tiles, threads, [&](int piece, int64_t begin, int64_t end) {
-            passes.sums(p, n, begin, end, shared.data(), scratch.of(piece));
-        });
-        passes.join(p, n, shared.data());
-        parallel_for(p.tiles, threads, [&](int piece, int64_t begin, int64_t end) {
-            passes.apply(p, n, begin, end, shared.data(), scratch.of(piece));
-        });
+        const auto sums = [&](int piece, int64_t begin, int64_t end) { passes.sums(p, n, begin, end, shared, scratch.of(piece)); };
+        const auto apply = [&](int piece, int64_t begin, int64_t end) { passes.apply(p, n, begin, end, shared, scratch.of(piece)); };
+        parallel_for(p.tiles, threads, sums, values);
+        passes.join(p, n, shared);
+        parallel_for(p.tiles, threads, apply, values);
     }
 }
 
@@ -94,7 +94,7 @@ void plan_group_norm(GroupNormArguments& p) {
     p.tiles = (p.pixels + p.tile_pixels - 1) / p.tile_pixels;
     p.keep = p.dy != nullptr && p.activation != Activation::none && p.pixels * p.channels <= 1 << 18;
     p.shared_floats = (6 + 3 * p.tiles) * p.channels + 3 * p.lanes + (p.keep ? p.pixels * p.channels : 0);
-    p.scratch_floats = 8 * p.lanes;
+    p.scratch_floats = 7 * p.lanes;
 }
 
 void bind_group_norm(py::module_& module) {

@@ -24,7 +24,8 @@ void group_norm_moments(uintptr_t x, int type, std::array<int64_t, 3> shape, int
     const MomentsTiles run = DFE_AT_LEVEL(level_named(level), moments_tiles)(p);
     const Unlocked unlocked;
     const Scratch scratch(p.scratch_floats, pieces_of(items, threads));
-    parallel_for(items, threads, [&](int piece, int64_t begin, int64_t end) { run(p, begin, end, scratch.of(piece)); });
+    parallel_for(items, threads, [&](int piece, int64_t begin, int64_t end) { run(p, begin, end, scratch.of(piece)); },
+                 p.batch * p.pixels * p.channels);
 }
 
 // sources: two of (moments, counts, tiles, channels); absent tensors are 0.
@@ -79,7 +80,8 @@ void group_norm_apply(std::array<std::array<uintptr_t, 3>, 2> sources, int type,
     const ApplyLines run = DFE_AT_LEVEL(level_named(level), apply_lines)(p);
     const Unlocked unlocked;
     const Scratch scratch(p.scratch_floats, pieces_of(items, threads));
-    parallel_for(items, threads, [&](int piece, int64_t begin, int64_t end) { run(p, begin, end, scratch.of(piece)); });
+    parallel_for(items, threads, [&](int piece, int64_t begin, int64_t end) { run(p, begin, end, scratch.of(piece)); },
+                 p.batch * p.height * p.width * p.channels);
 }
 
 // Pixels that fill vectors whatever the number of channels.

@@ -25,7 +25,8 @@ void one_step(uintptr_t x_t, uintptr_t eps, uintptr_t x_0, uintptr_t pair, uintp
 
     const Unlocked unlocked;
     const Scratch scratch(p.scratch_floats, pieces_of(p.tiles, threads));
-    parallel_for(p.tiles, threads, [&](int piece, int64_t begin, int64_t end) { run(p, stream, begin, end, scratch.of(piece)); });
+    parallel_for(p.tiles, threads, [&](int piece, int64_t begin, int64_t end) { run(p, stream, begin, end, scratch.of(piece)); },
+                 p.pixels * p.channels);
 }
 
 }  // namespace

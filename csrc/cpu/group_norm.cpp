@@ -2,13 +2,14 @@
 // between the two passes. Every loop runs along a row of `lanes` values, in which lane l belongs to channel l % channels.
 #include "group_norm.h"
 
-#include "rows.h"
+#include "gradient_rows.h"
 
 namespace dfe {
 namespace DFE_ISA {
 namespace {
 
-constexpr int64_t SUMS = 3;  // that a tile leaves for each channel
+constexpr int64_t SUMS = 3;    // that a tile leaves for each channel
+constexpr int64_t SAMPLE = 8;  // the rows from one to the next whose mean is the centre of a tile's sums
 
 struct Tile {
     int64_t offset, pixels;  // first value, in elements from the start of the activation; number of pixels
@@ -33,7 +34,9 @@ float* lanes_of(const GroupNormArguments& p, float* shared, int64_t which) {
 // dz of the whole sample.
 float* kept_of(const GroupNormArguments& p, float* shared) { return lanes_of(p, shared, 3); }
 
-// Leaves per channel: a centre close to the tile's mean, and the sums of (x - centre) and (x - centre)^2.
+// Leaves per channel: a centre close to the tile's mean, and the sums of (x - centre) and (x - centre)^2. The centre is the mean of every SAMPLE-th
+// row, of k of the n values. Those alone differ from the tile's mean by k (centre - mean)^2 in sum of squares or more, so that the squared differences
+// from the centre sum to 1 + n / k <= SAMPLE + 2 times those from the mean at most: few digits are lost in the merge.
 template <typename T>
 void forward_sums(const GroupNormArguments& p, int64_t n, int64_t begin, int64_t end, float* shared, float* scratch) {
     const int64_t channels = p.channels, lanes = p.lanes;
@@ -44,9 +47,10 @@ void forward_sums(const GroupNormArguments& p, int64_t n, int64_t begin, int64_t
         const int64_t size = at.pixels * channels;
         float* const out = sums_of(p, shared, tile);
         const int64_t rows = (size + lanes - 1) / lanes, last = size - (rows - 1) * lanes;
-        add_rows(x, rows, lanes, lanes, last, sum);
+        const int64_t sampled = rows == 1 ? 1 : (rows - 1 + SAMPLE - 1) / SAMPLE;  // whole rows, but for a tile of one
+        add_rows(x, sampled, SAMPLE * lanes, lanes, rows == 1 ? last : lanes, sum);
         fold(sum, lanes, channels, centre);
-        const float share = 1.0f / static_cast<float>(at.pixels);
+        const float share = 1.0f / static_cast<float>(rows == 1 ? at.pixels : sampled * p.row_pixels);
         for (int64_t c = 0; c < channels; ++c) centre[c] *= share;
         spread(centre, lanes, channels);
         add_rows_centred(x, rows, lanes, lanes, last, size, centre, sum, squares);
@@ -118,58 +122,40 @@ void forward_apply(const GroupNormArguments& p, int64_t n, int64_t begin, int64_
     if (p.stream) stream_fence();
 }
 
-// The lanes of the gradient's first pass: x normalised is x * rstd after the centre is taken off, z = weight * that + bias.
-void backward_lanes(const GroupNormArguments& p, int64_t n, float* DFE_RESTRICT centre, float* DFE_RESTRICT rstd, float* DFE_RESTRICT weight,
-                    float* DFE_RESTRICT bias) {
+// The lanes of the gradient's passes, in the scratch of a thread.
+GradientLanes gradient_lanes(const GroupNormArguments& p, int64_t n, float* shared, float* scratch) {
     const int64_t channels = p.channels, size = channels / p.groups;
+    const auto part = [&](int64_t which) { return scratch + which * p.lanes; };
+    const GradientLanes lanes{part(0), part(1), part(2), part(3), part(4), part(5), part(6), lanes_of(p, shared, 0), lanes_of(p, shared, 1)};
     for (int64_t c = 0; c < channels; ++c) {
         const int64_t group = n * p.groups + c / size;
-        centre[c] = p.shift == nullptr ? p.mean[group] : p.mean[group] - p.shift[n * channels + c];
-        rstd[c] = p.rstd[group];
-        weight[c] = p.weight[c];
-        bias[c] = p.bias[c];
+        lanes.centre[c] = p.shift == nullptr ? p.mean[group] : p.mean[group] - p.shift[n * channels + c];
+        lanes.rstd[c] = p.rstd[group];
+        lanes.weight[c] = p.weight[c];
+        lanes.bias[c] = p.bias[c];
     }
-    spread(centre, p.lanes, channels);
-    spread(rstd, p.lanes, channels);
-    spread(weight, p.lanes, channels);
-    spread(bias, p.lanes, channels);
-}
-
-template <typename T, Activation A>
-void add_gradients(const T* DFE_RESTRICT x, const T* DFE_RESTRICT dy, int64_t count, const float* DFE_RESTRICT centre,
-                   const float* DFE_RESTRICT rstd, const float* DFE_RESTRICT weight, const float* DFE_RESTRICT bias, float* DFE_RESTRICT sum,
-                   float* DFE_RESTRICT product, float* DFE_RESTRICT normalised, float* DFE_RESTRICT kept) {
-    for (int64_t l = 0; l < count; ++l) {
-        const float hat = (load(x + l) - centre[l]) * rstd[l];
-        const float dz = load(dy + l) * activation_slope<A>(hat * weight[l] + bias[l]);
-        kept[l] = dz;
-        sum[l] += dz;
-        product[l] += dz * hat;
-        normalised[l] += hat;
-    }
+    for (int64_t which = 0; which < 4; ++which) spread(part(which), p.lanes, channels);
+    return lanes;
 }
 
 // Leaves per channel the sums of dz, dz * xhat and xhat, with dz = dy * act'(z), and dz itself where p.keep says so.
-template <typename T, Activation A>
+template <typename T, Activation A, bool Keep>
 void backward_sums(const GroupNormArguments& p, int64_t n, int64_t begin, int64_t end, float* shared, float* scratch) {
-    const int64_t channels = p.channels, lanes = p.lanes;
-    float *const sum = scratch, *const product = scratch + lanes, *const normalised = scratch + 2 * lanes;
-    float *const centre = scratch + 3 * lanes, *const rstd = scratch + 4 * lanes;
-    float *const weight = scratch + 5 * lanes, *const bias = scratch + 6 * lanes, *const unused = scratch + 7 * lanes;
-    backward_lanes(p, n, centre, rstd, weight, bias);
+    const int64_t channels = p.channels;
+    const GradientLanes lanes = gradient_lanes(p, n, shared, scratch);
     for (int64_t tile = begin; tile < end; ++tile) {
         const Tile at = tile_of(p, n, tile);
         const int64_t size = at.pixels * channels;
         const T* const x = static_cast<const T*>(p.x) + at.offset;
         const T* const dy = static_cast<const T*>(p.dy) + at.offset;
-        clear(sum, SUMS * lanes);
-        for (int64_t i = 0; i < size; i += lanes) {
-            const int64_t count = size - i < lanes ? size - i : lanes;
-            float* const to = p.keep ? kept_of(p, shared) + tile * p.tile_pixels * channels + i : unused;
-            add_gradients<T, A>(x + i, dy + i, count, centre, rstd, weight, bias, sum, product, normalised, to);
+        float* const kept = Keep ? kept_of(p, shared) + tile * p.tile_pixels * channels : nullptr;
+        clear(lanes.sum, SUMS * p.lanes);
+        for (int64_t i = 0; i < size; i += p.lanes) {
+            const int64_t count = size - i < p.lanes ? size - i : p.lanes;
+            add_gradients<T, A, Keep>(lanes, x + i, dy + i, count, Keep ? kept + i : nullptr);
         }
         float* const out = sums_of(p, shared, tile);
-        for (int64_t k = 0; k < SUMS; ++k) fold(sum + k * lanes, lanes, channels, out + k * channels);
+        for (int64_t k = 0; k < SUMS; ++k) fold(lanes.sum + k * p.lanes, p.lanes, channels, out + k * channels);
     }
 }
 
@@ -212,54 +198,41 @@ void backward_join(const GroupNormArguments& p, int64_t n, float* shared) {
     spread(of_hat, p.lanes, channels);
 }
 
-template <typename T, typename G, Activation A>
-void write_gradients(const T* DFE_RESTRICT x, const G* DFE_RESTRICT dy, int64_t count, const float* DFE_RESTRICT centre,
-                     const float* DFE_RESTRICT rstd, const float* DFE_RESTRICT weight, const float* DFE_RESTRICT bias,
-                     const float* DFE_RESTRICT constant, const float* DFE_RESTRICT of_hat, T* DFE_RESTRICT dx) {
-    for (int64_t l = 0; l < count; ++l) {
-        const float hat = (load(x + l) - centre[l]) * rstd[l];
-        const float dz = load(dy + l) * activation_slope<A>(hat * weight[l] + bias[l]);
-        store(dx + l, dz * (weight[l] * rstd[l]) + (hat * of_hat[l] + constant[l]));
-    }
-}
-
-template <typename T, Activation A>
+template <typename T, Activation A, bool Kept>
 void backward_apply(const GroupNormArguments& p, int64_t n, int64_t begin, int64_t end, float* shared, float* scratch) {
-    const int64_t lanes = p.lanes;
-    float *const centre = scratch, *const rstd = scratch + lanes, *const weight = scratch + 2 * lanes, *const bias = scratch + 3 * lanes;
-    const float *const constant = lanes_of(p, shared, 0), *const of_hat = lanes_of(p, shared, 1);
-    backward_lanes(p, n, centre, rstd, weight, bias);
+    const GradientLanes lanes = gradient_lanes(p, n, shared, scratch);
     for (int64_t tile = begin; tile < end; ++tile) {
         const Tile at = tile_of(p, n, tile);
         const int64_t size = at.pixels * p.channels;
         const T* const x = static_cast<const T*>(p.x) + at.offset;
         const T* const dy = static_cast<const T*>(p.dy) + at.offset;
         T* const dx = static_cast<T*>(p.dx) + at.offset;
-        for (int64_t i = 0; i < size; i += lanes) {
-            const int64_t count = size - i < lanes ? size - i : lanes;
-            if (p.keep) {
+        for (int64_t i = 0; i < size; i += p.lanes) {
+            const int64_t count = size - i < p.lanes ? size - i : p.lanes;
+            if (Kept) {
                 const float* const dz = kept_of(p, shared) + tile * p.tile_pixels * p.channels + i;
-                write_gradients<T, float, Activation::none>(x + i, dz, count, centre, rstd, weight, bias, constant, of_hat, dx + i);
+                write_gradients<T, float, Activation::none>(lanes, x + i, dz, count, dx + i);
             } else {
-                write_gradients<T, T, A>(x + i, dy + i, count, centre, rstd, weight, bias, constant, of_hat, dx + i);
+                write_gradients<T, T, A>(lanes, x + i, dy + i, count, dx + i);
             }
         }
     }
 }
 
 template <typename T, Activation A>
-GroupNormPasses passes(bool backward) {
-    if (backward) return {backward_sums<T, A>, backward_apply<T, A>, backward_join};
+GroupNormPasses passes(const GroupNormArguments& p, bool backward) {
+    if (backward && p.keep) return {backward_sums<T, A, true>, backward_apply<T, A, true>, backward_join};
+    if (backward) return {backward_sums<T, A, false>, backward_apply<T, A, false>, backward_join};
     return {forward_sums<T>, forward_apply<T, A>, forward_join};
 }
 
 template <typename T>
 GroupNormPasses passes_of(const GroupNormArguments& p, bool backward) {
     switch (p.activation) {
-        case Activation::gelu: return passes<T, Activation::gelu>(backward);
-        case Activation::silu: return passes<T, Activation::silu>(backward);
-        case Activation::relu: return passes<T, Activation::relu>(backward);
-        default: return passes<T, Activation::none>(backward);
+        case Activation::gelu: return passes<T, Activation::gelu>(p, backward);
+        case Activation::silu: return passes<T, Activation::silu>(p, backward);
+        case Activation::relu: return passes<T, Activation::relu>(p, backward);
+        default: return passes<T, Activation::none>(p, backward);
     }
 }
 

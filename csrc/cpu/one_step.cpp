@@ -32,10 +32,60 @@ const T* converted(const float* DFE_RESTRICT values, int64_t size, T* DFE_RESTRI
 }
 const float* converted(const float* values, int64_t, float*) { return values; }
 
+#if defined(__AVX512F__)
+// Where the lanes of three vectors of pairs of three channels come from: of a vector of x_0 and one of the result, both from value first[k] on.
+template <int LANES, typename Index>
+struct PairLanes {
+    alignas(64) Index from[3][LANES];
+    int first[3];
+    constexpr PairLanes() : from{}, first{} {
+        for (int k = 0; k < 3; ++k) {
+            first[k] = LANES * k / 6 * 3;
+            for (int l = 0; l < LANES; ++l) {
+                const int value = LANES * k + l, own = value / 6 * 3 + value % 3 - first[k];
+                from[k][l] = static_cast<Index>(value % 6 < 3 ? own : own + LANES);
+            }
+        }
+    }
+};
+
+static inline __m512i lanes_of_two(__m512i a, const int32_t* from, __m512i b) { return _mm512_permutex2var_epi32(a, _mm512_load_si512(from), b); }
+static inline __m512i lanes_of_two(__m512i a, const int16_t* from, __m512i b) { return _mm512_permutex2var_epi16(a, _mm512_load_si512(from), b); }
+
+// Pairs of three channels without gaps between pixels, as far as whole vectors can be read; returns the pixels done.
+template <typename T, typename Index>
+int64_t lay_out_vectors(const T* x_0, const T* result, int64_t count, T* pair) {
+    constexpr int LANES = 64 / static_cast<int>(sizeof(T)), PIXELS = LANES / 2;
+    static constexpr PairLanes<LANES, Index> lanes;
+    int64_t i = 0;
+    for (; 3 * i + lanes.first[2] + LANES <= 3 * count; i += PIXELS) {
+        for (int k = 0; k < 3; ++k) {
+            const __m512i a = _mm512_loadu_si512(x_0 + 3 * i + lanes.first[k]), b = _mm512_loadu_si512(result + 3 * i + lanes.first[k]);
+            _mm512_storeu_si512(pair + 6 * i + LANES * k, lanes_of_two(a, lanes.from[k], b));
+        }
+    }
+    return i;
+}
+int64_t lay_out_vectors(const float* x_0, const float* result, int64_t count, float* pair) {
+    return lay_out_vectors<float, int32_t>(x_0, result, count, pair);
+}
+template <typename T>
+int64_t lay_out_vectors(const T* x_0, const T* result, int64_t count, T* pair) {
+    return lay_out_vectors<T, int16_t>(x_0, result, count, pair);
+}
+#else
+template <typename T>
+int64_t lay_out_vectors(const T*, const T*, int64_t, T*) {
+    return 0;
+}
+#endif
+
 template <typename T>
 void lay_out(const T* DFE_RESTRICT x_0, const T* DFE_RESTRICT result, int64_t channels, int64_t count, int64_t stride, T* DFE_RESTRICT pair) {
     if (channels == 3) {
-        for (int64_t i = 0; i < count; ++i, pair += stride) {
+        const int64_t done = stride == 6 ? lay_out_vectors(x_0, result, count, pair) : 0;
+        pair += done * stride;
+        for (int64_t i = done; i < count; ++i, pair += stride) {
             memcpy(pair, x_0 + 3 * i, 3 * sizeof(T));
             memcpy(pair + 3, result + 3 * i, 3 * sizeof(T));
         }

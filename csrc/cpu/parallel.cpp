@@ -167,9 +167,9 @@ void with_helpers(int threads, const std::function<void()>& work) {
     }
 }
 
-void parallel_for(int64_t items, int threads, const LoopBody& body) {
+void parallel_for(int64_t items, int threads, const LoopBody& body, int64_t values) {
     const int pieces = pieces_of(items, threads);
-    if (pieces == 1) {
+    if (pieces == 1 || (leading == nullptr && values <= SMALL_LOOP)) {
         body(0, 0, items);
     } else {
         if (items > Team::MOST_ITEMS) throw std::length_error("a loop of so many items is not divided");

@@ -146,6 +146,18 @@ def test_keeps_its_digits_where_the_mean_is_large(launcher, act):
         assert error < bound, (name, error)
 
 
+@pytest.mark.parametrize("every", [8, 16, 64])
+def test_keeps_its_digits_where_a_few_rows_lie_apart(launcher, every):
+    """The variance must not lose digits to where in a tile the mean is guessed from."""
+    x, dy, weight, bias, _ = make((2, 31, 33, 16), torch.float32, deviation=0.1)
+    x.view(2, -1, 16)[:, ::every] += 50.0
+    results = run_into_nan(launcher, x, dy, weight, bias, None, 4, "none")
+    exact = through_torch(x, dy, weight, bias, None, 4, "none", torch.float64)
+    for name, bound in dict(y=2e-6, mean=1e-6, rstd=1e-6).items():
+        error = (results[name].double() - exact[name]).abs().max() / exact[name].abs().max()
+        assert error < bound, (name, error)
+
+
 def test_runs_agree_bit_for_bit_whatever_the_batch(launcher):
     x, dy, weight, bias, shift = make((5, 31, 33, 24), torch.float32)
     first = run_into_nan(launcher, x, dy, weight, bias, shift, 6, "gelu")
@@ -263,3 +275,47 @@ def test_wrong_arguments_are_refused(changes, message):
     arguments = dict(x=torch.zeros(2, 8, 4, 4), weight=torch.ones(8), bias=torch.zeros(8), groups=2)
     with pytest.raises(ValueError, match=message):
         group_norm.group_norm(**{**arguments, **changes})
+
+
+@pytest.mark.skipif(not native.available(), reason="dfengine._native is missing")
+@pytest.mark.parametrize("act", ["gelu", "silu", "relu"])
+@pytest.mark.parametrize("level", ["base", "avx2", "avx512"])
+def test_activations_over_their_range_in_bfloat16(level, act):
+    """As above; results are rounded, and GELU has the digits that this leaves."""
+    if not native.cpu_levels().get(level):
+        pytest.skip(f"this processor does not run {level}")
+    z = torch.cat((torch.linspace(-30, 30, 6001), torch.linspace(-1e-3, 1e-3, 201), torch.tensor([-1e4, 1e4])))
+    x, weight = torch.zeros((1, 1, 1, len(z)), dtype=torch.bfloat16), torch.zeros(len(z))
+    launcher = (
+        lambda *args: group_norm._run_cpu(*args, level=level),
+        lambda *args: group_norm._run_cpu_backward(*args, level=level),
+    )
+    results = run_into_nan(launcher, x, torch.ones_like(x), weight, z, None, 1, act)
+    exact = z.double().requires_grad_()
+    y = getattr(F, act)(exact)
+    (slope,) = torch.autograd.grad(y.sum(), exact)
+    error = (results["y"].flatten().double() - y.detach()).abs() - y.detach().abs() * 1.1 * 2**-8
+    assert error.max() < 5e-5
+    assert (results["dbias"].double() - slope).abs().max() < 1e-4
+
+
+@pytest.mark.skipif(not native.available(), reason="dfengine._native is missing")
+@pytest.mark.parametrize("act", group_norm.ACTIVATIONS)
+@pytest.mark.parametrize("dtype", group_norm.TYPES, ids=str)
+@pytest.mark.parametrize("level", ["base", "avx2", "avx512"])
+def test_not_a_number_stays_one(level, dtype, act):
+    """In its own group, wherever in a row it lies, and nowhere else."""
+    if not native.cpu_levels().get(level):
+        pytest.skip(f"this processor does not run {level}")
+    launcher = (
+        lambda *args: group_norm._run_cpu(*args, level=level),
+        lambda *args: group_norm._run_cpu_backward(*args, level=level),
+    )
+    for pixel in (0, 5, 34):
+        inputs = make((2, 5, 7, 12), dtype)
+        inputs[0].view(2, 35, 12)[1, pixel, 5] = float("nan")
+        results = run_into_nan(launcher, *inputs, 3, act)
+        for name in ("y", "dx"):
+            groups = results[name].view(2, 35, 3, 4)
+            assert groups[1, :, 1].isnan().all(), (name, pixel)
+            assert groups[0].isfinite().all() and groups[1, :, ::2].isfinite().all(), (name, pixel)

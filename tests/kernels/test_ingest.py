@@ -119,6 +119,7 @@ CASES = [
     ((3, 13, 23, 3), "nchw"),
     ((2, 9, 31, 1), "cropped"),
     ((2, 5, 6, 7), "cropped"),
+    ((1, 40, 41, 3), "nhwc"),  # more than a tile, of which the last ends within a vector
 ]
 
 

@@ -20,7 +20,7 @@ GUIDED = one_step.coefficients(SCHEDULE.alpha_bar[[200, 400]], 0.9)
 PLAIN = one_step.coefficients(SCHEDULE.alpha_bar[[400]])
 KINDS = [(dtype, dtype) for dtype in one_step.TYPES] + [(torch.float32, torch.float16), (torch.float32, torch.bfloat16)]
 # (N, H, W, C): one pixel; odd; runs of 16 bytes in every type; one channel; many.
-SHAPES = [(1, 1, 1, 3), (3, 7, 11, 3), (2, 8, 12, 3), (2, 16, 24, 1), (1, 5, 6, 7)]
+SHAPES = [(1, 1, 1, 3), (3, 7, 11, 3), (2, 8, 12, 3), (2, 16, 24, 1), (1, 5, 6, 7), (1, 33, 37, 3)]
 
 
 @pytest.fixture(params=launchers.names(one_step.CONFIGURATIONS))
