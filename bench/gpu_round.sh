@@ -10,8 +10,8 @@
 # train (not part of all): the full model on the data set ${DATA:-$DFENGINE_DATA/rail_eclip} at ${SIZE:-128} pixels, ${STEPS:-13125} steps of
 # 16 images, 210,000 as in the papers, in legs: run again, it goes on from the last state; then its metrics and its weights in half precision.
 # Each stage ends within ${STAGE_SECONDS:-530} seconds. What a stage wrote into DIR (default build/gpu-round) is kept: run again, it goes on with
-# what is missing; --again begins anew. Nothing is timed before the tests have passed. The Python is ${PYTHON:-python3} (3.11 or later) with torch, triton
-# and pytest in it; dfengine runs from this checkout without being installed, with its extension where pybind11, cmake and a compiler are there, else
+# what is missing; --again begins anew, but for train. Nothing is timed before the tests have passed. The Python is ${PYTHON:-python3} (3.11 or later) with torch, triton
+# and pytest in it; dfengine runs from this checkout without being installed, with its extension where pybind11 and cmake are there, else
 # with one that lies in dfengine/. The CUDA kernels need nvcc for that, or cupy.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -46,7 +46,6 @@ done
 ln -s "$PWD/kernels" "$layout/dfengine/kernels"
 export PYTHONSAFEPATH=1 PYTHONPATH="$layout:$PWD${PYTHONPATH:+:$PYTHONPATH}"
 if "$PYTHON" -c 'import pybind11' 2>/dev/null && command -v cmake >/dev/null; then
-    # Kept between rounds: cmake builds again only what changed.
     "$PYTHON" setup.py -q build_ext --build-lib "$layout" --build-temp build/gpu-native >build/gpu-native.log 2>&1 ||
         echo "the extension was not built: build/gpu-native.log" | tee -a "$log"
 else
@@ -83,14 +82,22 @@ run() { # name, command...
         return 1
     fi
     echo "== $name" | tee -a "$log"
+    # timeout starts no functions.
+    [ "$1" != into ] || set -- bash -c 'into "$@"' into "${@:2}"
     timeout --kill-after=10 "$left" "$@" 2>&1 | tee -a "$log" | tail -n 40
     local status="${PIPESTATUS[0]}"
-    if [ "$status" -ne 0 ]; then
+    if [ "$status" -eq 130 ] && [ "$stage" = train ]; then
+        echo "== that leg is over: run the stage again" | tee -a "$log"
+    elif [ "$status" -ne 0 ]; then
         echo "== $name failed with $status" | tee -a "$log"
         failed=1
     fi
     return "$status"
 }
+into() { # file, command...: the file is there once the command has ended well
+    "${@:2}" >"$1.part" && mv "$1.part" "$1"
+}
+export -f into
 missing() { # file: whether it is still to be written
     [ "$again" = yes ] || [ ! -s "$out/$1" ]
 }
@@ -118,7 +125,7 @@ case "$stage" in
 esac
 if wants kernels; then
     begin
-    [ "$again" = no ] || rm -f "$out"/kernels*.json
+    [ "$again" = no ] || rm -f "$out"/kernels.json "$out"/kernels-conv2d.json
     mapfile -t ops < <(cd bench/kernels && ls [!_]*.py | sed 's/\.py$//' | grep -vx conv2d)
     time_kernels() { # name, arguments...: goes on with the rows that its file has not got
         run "$1" "$PYTHON" bench/kernels.py "${@:2}" --device cuda --json "$out/$1.json" --resume
@@ -153,7 +160,7 @@ if wants profile; then
     begin
     plan=("build/$PRESET-redrawn.safetensors" --device cuda --precision "$PRECISION" --batch 16)
     if checkpoint && missing plan.json; then
-        run plan bash -c '"$0" -m dfengine info --plan --json "${@:2}" >"$1"' "$PYTHON" "$out/plan.json" "${plan[@]}"
+        run plan into "$out/plan.json" "$PYTHON" -m dfengine info --plan --json "${plan[@]}"
     fi
     if missing ncu.csv && command -v ncu >/dev/null && [ -s "$out/plan.json" ]; then
         mapfile -t ranges < <("$PYTHON" -c '
@@ -162,24 +169,30 @@ ops = sorted(json.load(open(sys.argv[1]))["ops"], key=lambda op: -op["us"])[:5]
 for op in ops:
     print("--nvtx-include", op["kernel"] + " " + op["name"] + "/", sep="\n")
 ' "$out/plan.json")
-        run ncu bash -c '"$@" >"$0"' "$out/ncu.csv" ncu --csv --page raw --set basic --nvtx "${ranges[@]}" --profile-from-start off \
+        run ncu into "$out/ncu.csv" ncu --csv --page raw --set basic --nvtx "${ranges[@]}" --profile-from-start off \
             --clock-control none "$PYTHON" -m dfengine profile "${plan[@]}" --iterations 1
     fi
-    for layer in "128 to 128, 3x3, dilation 1 8x256" "128+128 to 128, 3x3, dilation 1 8x256" "256 to 256, 3x3, dilation 1 8x64"; do
+    for layer in "128 to 128, 3x3, dilation 1 8x256x256x128" "128+128 to 128, 3x3, dilation 1 8x256x256x128" "256 to 256, 3x3, dilation 1 8x64x64x256"; do
         file="ncu-conv2d-${layer%%,*}.csv" file="${file// /-}"
         if missing "$file" && command -v ncu >/dev/null; then
-            run "ncu $layer" bash -c '"$@" >"$0"' "$out/$file" ncu --csv --page raw --set detailed --kernel-name regex:conv2d \
-                --clock-control none "$PYTHON" bench/kernels.py conv2d --device cuda --once --match "$layer"
+            run "ncu $layer" into "$out/$file" ncu --csv --page raw --set detailed --kernel-name regex:conv2d \
+                --clock-control none "$PYTHON" bench/kernels.py conv2d --device cuda --once --match "conv2d $layer float16"
         fi
     done
 fi
-if wants sanitize; then
+if wants sanitize && ! command -v compute-sanitizer >/dev/null; then
+    echo "== sanitize: compute-sanitizer was not found" | tee -a "$log"
+    [ "$stage" = all ] || failed=1
+elif wants sanitize; then
     begin
     for tool in memcheck racecheck; do
         if missing "$tool.txt"; then
-            run "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m pytest -q -p no:cacheprovider -o pythonpath= \
-                -o addopts="--import-mode=importlib -ra" -o timeout=0 tests/kernels/test_conv2d_{cuda,wgmma}.py -k every_tile &&
-                echo passed >"$out/$tool.txt"
+            run "$tool" into "$out/$tool.txt" compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m pytest -q -p no:cacheprovider \
+                -o pythonpath= -o addopts="--import-mode=importlib -ra" -o timeout=0 tests/kernels/test_conv2d_{cuda,wgmma}.py -k every_tile
+            if ! grep -q "[0-9] passed" "$out/$tool.txt" 2>/dev/null; then # all skipped, perhaps
+                rm -f "$out/$tool.txt"
+                failed=1
+            fi
         fi
     done
 fi
@@ -190,14 +203,13 @@ if [ "$stage" = train ]; then
     trained="build/gpu-train/$name.safetensors"
     mkdir -p build/gpu-train
     [ -e "${trained%.safetensors}.run/state.safetensors" ] && resume=(--resume)
-    leg=$(((deadline - SECONDS - 60) / 60)) # minutes; one is left for the checkpoint
+    leg=$(((deadline - SECONDS - 120) / 60)) # minutes; two are left for the checkpoint and its metrics
+    [ "$leg" -ge 1 ] || leg=1
     # shellcheck disable=SC2086
     run "train $name" "$PYTHON" -m dfengine train "$data" --out "$trained" --preset "$PRESET" --image-size "$size" --steps "${STEPS:-13125}" \
         --device cuda --precision "$PRECISION" --leg-minutes "$leg" ${TRAIN_OPTIONS:-} "${resume[@]}"
-    [ $? -eq 130 ] && echo "== that leg is over: run the stage again" | tee -a "$log"
     cp "${trained%.safetensors}.run/log.csv" "$out/$name-log.csv" 2>/dev/null
     if [ -s "$trained" ]; then
-        begin
         run "evaluate $name" "$PYTHON" -m dfengine evaluate "$trained" "$data" --out "build/gpu-train/$name-evaluation" --device cuda &&
             cp "build/gpu-train/$name-evaluation/metrics.json" "$out/$name-metrics.json"
         run "halve $name" "$PYTHON" -m dfengine calibrate "$trained" "$data" --false-alarm-rate 0.1 --half --device cuda --out "$out/$name-half.safetensors"

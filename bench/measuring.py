@@ -14,6 +14,7 @@ import torch
 import dfengine.native
 from dfengine._version import __version__
 from dfengine.devices import hardware_name
+from dfengine.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -81,6 +82,6 @@ def rows_of(path: Path, head: dict) -> list[dict]:
 
 def write(path: Path, result: dict, tell: bool = True) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    atomic_write(path, json.dumps(result, indent=1) + "\n")
     if tell:
         print(f"wrote {path}")

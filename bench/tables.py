@@ -79,7 +79,7 @@ def model_name(row: dict) -> str:
 
 def rival_ms(row: dict, name: str) -> str:
     """The milliseconds of the runner of this column; "" where it did not run."""
-    times = {re.sub(r" b?float\d+$", "", label): runner["ms"] for label, runner in row["runners"].items()}
+    times = {re.sub(r" (b?float\d+|tf32)$", "", label): runner["ms"] for label, runner in row["runners"].items()}
     return f"{times[name]:.1f}" if name in times else ""
 
 

@@ -34,8 +34,12 @@ def _load():
         if note.is_file():
             return None, note.read_text(encoding="utf-8").strip()
         return None, f"cannot be imported ({error})"
-    if _outdated(_native):
-        reason = "the compiled extension is older than this code: reinstall to rebuild it"
+    try:
+        outdated = _outdated(_native)
+    except OSError as error:
+        return None, f"its sources cannot be read ({error})"
+    if outdated:
+        reason = "the compiled extension was built from other sources: reinstall to rebuild it"
         log.warning("%s; torch takes its place", reason)
         return None, reason
     return _native, ""

@@ -18,7 +18,7 @@ def digest(folder: str | os.PathLike, cuda: bool) -> str:
     found = hashlib.sha256()
     for part in ("", "bindings", "common", "cpu", *(["cuda"] if cuda else [])):
         for name in sorted(os.listdir(os.path.join(folder, part))):
-            if name.endswith((".cpp", ".cu", ".h")):
+            if name.endswith((".cpp", ".cu", ".h")) and not name.startswith("."):  # an editor's locks and copies
                 with open(os.path.join(folder, part, name), "rb", buffering=0) as file:
                     content = file.read()
                 found.update(f"{part}/{name} {len(content)}\n".encode())

@@ -13,6 +13,9 @@ def check_records(records: Any, name: str) -> None:
     if not isinstance(records, dict) or not all(isinstance(record, dict) for record in records.values()):
         raise CheckpointError(f"{name}: metadata field 'verified' is not a table of records")
     for precision, record in records.items():
+        refused = record.get("refused", [])
+        if not isinstance(refused, list) or not all(isinstance(reason, str) for reason in refused):
+            raise CheckpointError(f"{name}: the reasons why {precision} was refused are not a list of texts")
         if not _are_ranges(record.get("ranges", {})):
             raise CheckpointError(f"{name}: the ranges verified for {precision} are not pairs of numbers around 0")
 

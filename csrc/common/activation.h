@@ -75,6 +75,7 @@ DFE_HD float activated(float z) {
 // The derivative; of relu at 0 it is 0.
 template <Activation A>
 DFE_HD float activation_slope(float z) {
+    z = z > 86.0f ? 86.0f : z < -86.0f ? -86.0f : z;  // beyond, 0 and 1 to rounding, where z times what is left of exp() would not be
     if (A == Activation::gelu) {
         const float magnitude = magnitude_of(z), bell = exp_of_negative(-0.5f * z * z), tail = normal_tail(magnitude, bell);
         return (z > 0.0f ? 1.0f - tail : tail) + z * bell * 0.398942280f;

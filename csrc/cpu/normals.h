@@ -16,8 +16,9 @@ constexpr int ROUNDS = 10;
 // What the words of all pixels share: the keys of the rounds, and in the first two the words that no pixel changes.
 struct PhiloxStart {
     uint32_t key0[ROUNDS], key1[ROUNDS];
-    uint32_t second_1, second_2, third_3;  // xored into: word 2 of round 1; words 0 and 2 of round 2; word 3 after it
-    uint32_t first_2;
+    uint32_t first_2;             // xored into the upper half of the pixel's product, word 2 after round 1
+    uint32_t second_0, second_2;  // likewise into words 0 and 2 of round 2
+    uint32_t second_3;            // word 3 after round 2
 };
 
 static inline PhiloxStart philox_start(uint32_t group, uint32_t step_scale, uint32_t draw, uint32_t key0, uint32_t key1) {
@@ -28,9 +29,9 @@ static inline PhiloxStart philox_start(uint32_t group, uint32_t step_scale, uint
     }
     const uint32_t word_0 = multiply_high(0xCD9E8D57u, step_scale) ^ group ^ key0;  // of the counter after round 1
     start.first_2 = draw ^ key1;
-    start.second_1 = 0xCD9E8D57u * step_scale ^ start.key0[1];
+    start.second_0 = 0xCD9E8D57u * step_scale ^ start.key0[1];
     start.second_2 = multiply_high(0xD2511F53u, word_0) ^ start.key1[1];
-    start.third_3 = 0xD2511F53u * word_0;
+    start.second_3 = 0xD2511F53u * word_0;
     return start;
 }
 
@@ -42,8 +43,8 @@ static inline void philox_8(const PhiloxStart& start, __m512i pixel, __m512i* DF
     constexpr int XOR = 0x96;  // of three
     __m512i from_0 = _mm512_mul_epu32(pixel, first);
     __m512i from_2 = _mm512_mul_epu32(_mm512_xor_si512(upper(from_0), each(start.first_2)), second);
-    __m512i x0 = _mm512_xor_si512(upper(from_2), each(start.second_1)), x1 = from_2;
-    __m512i x2 = _mm512_xor_si512(from_0, each(start.second_2)), x3 = each(start.third_3);
+    __m512i x0 = _mm512_xor_si512(upper(from_2), each(start.second_0)), x1 = from_2;
+    __m512i x2 = _mm512_xor_si512(from_0, each(start.second_2)), x3 = each(start.second_3);
     for (int round = 2; round < ROUNDS; ++round) {
         from_0 = _mm512_mul_epu32(x0, first), from_2 = _mm512_mul_epu32(x2, second);
         x0 = _mm512_ternarylogic_epi32(upper(from_2), x1, each(start.key0[round]), XOR), x1 = from_2;

@@ -220,8 +220,8 @@ DFE_HD Floats piecewise(const float (&table)[Powers][GELU_PIECES], Floats m) {
 
 constexpr int SIGMOID = 4;  // beside those of Activation
 
-// The formulas of activation.h, and for few digits m Phi(-m) as a polynomial in m = min(|z|, 4.25): within 5e-5, and within a tenth of
-// the rounding to bfloat16 where that is more. For the fewest with m up to 3.5: within 8e-4.
+// The formulas of activation.h; GELU in AVX-512 from the tables of gelu_tables.h, elsewhere for few digits with m Phi(-m) as a polynomial in
+// m = min(|z|, 4.25): within 5e-5, and within a tenth of the rounding to bfloat16 where that is more. For the fewest with m up to 3.5: within 8e-4.
 template <int A, Digits D>
 DFE_HD Floats activated(Floats z) {
     if (A == static_cast<int>(Activation::gelu) && D == Digits::fewest) {
@@ -265,9 +265,10 @@ DFE_HD Floats slope(Floats z) {
         return 0.5f + reinterpret_cast<Floats>(reinterpret_cast<Words>(rise) ^ (reinterpret_cast<Words>(z) & 0x80000000u));
     }
     if (A == Activation::silu) {
-        const Floats e = power_of_two_in_range<D>(larger(broadcast(-125.0f), magnitude_of(z) * -1.44269504f));
+        const Floats m = smaller(broadcast(86.0f), magnitude_of(z));  // beyond, 0 and 1 to rounding
+        const Floats e = power_of_two_in_range<D>(m * -1.44269504f);
         const Floats share = reciprocal<D>(1.0f + e), other = e * share;
-        return (z > 0.0f ? share : other) * (1.0f + z * (z > 0.0f ? other : share));
+        return z > 0.0f ? share * (1.0f + m * other) : other * (1.0f - m * share);
     }
     if (A == Activation::relu) return z > 0.0f ? broadcast(1.0f) : Floats{};
     return broadcast(1.0f);

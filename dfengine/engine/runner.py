@@ -172,7 +172,8 @@ class ProgramRunner:
             except BaseException:
                 done = counted(self.tactics.unsaved, "op")
                 if self._saved():
-                    log.warning("ended early: %s measured, kept in %s; the next run goes on", done, self.tactics.path)
+                    then = "; the next run goes on" if self.level == "tuned" else ""  # an exhaustive one begins anew
+                    log.warning("ended early: %s measured, kept in %s%s", done, self.tactics.path, then)
                 raise
             self.choices += choices
             self.unmeasured += left

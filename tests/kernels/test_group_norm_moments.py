@@ -69,8 +69,9 @@ def test_agree_bit_for_bit_whatever_the_batch(launcher):
 
 def test_cpu_threads_change_nothing(monkeypatch):
     cpu = launchers.launcher("cpu-base", monkeypatch)
-    x = random((2, 20, 6, 24), torch.bfloat16)
-    assert_threads_change_nothing(lambda count: run(cpu, OP, x, 16, poisoned((2, 8, 2, 24))))
+    for height in (20, 120):  # on either side of SMALL_LOOP (csrc/cpu/parallel.h)
+        x, tiles = random((2, height, 6, 24), torch.bfloat16), -(-height * 6 // 16)
+        assert_threads_change_nothing(lambda count, x=x, tiles=tiles: run(cpu, OP, x, 16, poisoned((2, tiles, 2, 24))))
 
 
 def test_default_tiles():
