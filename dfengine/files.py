@@ -158,6 +158,17 @@ def check_writable(path: str | os.PathLike) -> None:
         pass
 
 
+def check_json_writable(path: str | os.PathLike) -> None:
+    """As `check_writable`; raises DfengineError too where `path` is a file of anything but JSON, which stays."""
+    check_writable(path)
+    if not os.path.isfile(path) or not os.path.getsize(path):
+        return
+    with open(path, "rb") as file:
+        start = file.read(64).lstrip()
+    if start[:1] not in (b"{", b"["):
+        raise DfengineError(f"{path}: is there already and is not JSON; name another file")
+
+
 def _lock(file: Path, shown: Path, busy: str | None) -> int:
     """A descriptor of `file`, locked."""
     while True:

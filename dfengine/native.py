@@ -39,7 +39,7 @@ def _load():
     except OSError as error:
         return None, f"its sources cannot be read ({error})"
     if outdated:
-        reason = "the compiled extension was built from other sources: reinstall to rebuild it"
+        reason = "the compiled extension was built from other sources: rebuild it (pip install -e .)"
         log.warning("%s; torch takes its place", reason)
         return None, reason
     return _native, ""

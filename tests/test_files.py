@@ -12,7 +12,7 @@ import pytest
 from safetensors import SafetensorError
 
 from dfengine.errors import DfengineError
-from dfengine.files import atomic_path, atomic_write, locked
+from dfengine.files import atomic_path, atomic_write, check_json_writable, locked
 
 
 def test_writes_bytes_and_text_and_makes_the_folder(tmp_path):
@@ -228,3 +228,16 @@ def test_a_forked_child_does_not_keep_a_lock(tmp_path):
     finally:
         os.write(writing, b"x")
         os.waitpid(child, 0)
+
+
+def test_json_takes_the_place_of_json_alone(tmp_path):
+    target = tmp_path / "new.json"
+    check_json_writable(target)
+    assert not target.exists()
+    target.write_text(' {"a": 1}')
+    check_json_writable(target)
+    for other in (tmp_path / "photo.jpg", tmp_path / "model.safetensors"):
+        other.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
+        with pytest.raises(DfengineError, match="is there already and is not JSON"):
+            check_json_writable(other)
+        assert other.read_bytes().endswith(b"{}")

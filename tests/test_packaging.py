@@ -106,7 +106,7 @@ def test_an_extension_of_other_sources_than_those_beside_it_is_left_out_and_that
     with (source_tree / "csrc" / "bindings" / "ingest.cpp").open("a") as file:
         file.write("// another argument\n")
     said, warned = in_tree(source_tree, SERVED)
-    reason = "the compiled extension was built from other sources: reinstall to rebuild it"
+    reason = "the compiled extension was built from other sources: rebuild it (pip install -e .)"
     assert said == f"dfengine._native is not available: {reason}\nreference\n"
     assert warned == f"{reason}; torch takes its place\n"
 

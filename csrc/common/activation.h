@@ -65,6 +65,7 @@ template <Activation A>
 DFE_HD float activated(float z) {
     if (A == Activation::gelu) return (z > 0.0f ? z : 0.0f) - gelu_deficit(magnitude_of(z));
     if (A == Activation::silu) {
+        z = z < -86.0f ? -86.0f : z;  // below, 0 to rounding, where z times what is left of exp() would not be
         const float e = exp_of_negative(-magnitude_of(z));
         return z * (z > 0.0f ? 1.0f : e) / (1.0f + e);
     }

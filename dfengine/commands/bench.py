@@ -17,7 +17,7 @@ from dfengine.engine.measure import trial_images
 from dfengine.engine.modules import PRECISIONS, ModuleRunner
 from dfengine.engine.timing import interleaved, type_name
 from dfengine.errors import DfengineError
-from dfengine.files import atomic_write, check_writable
+from dfengine.files import atomic_write, check_json_writable
 from dfengine.kernels.quantization import FORMATS
 from dfengine.wording import counted
 
@@ -34,7 +34,7 @@ def run_bench(
     seconds: for each batch size, as far as `LEAST_CALLS` are done by then. Warns where other work was running.
     """
     if out is not None:
-        check_writable(out)
+        check_json_writable(out)
     load = warn_of_load()
     loaded = load_checkpoint(checkpoint)
     detector = Detector(loaded, device, precision)

@@ -107,7 +107,8 @@ def run_calibrate(
         most = calibration.bound_95 * fasteners_per_km
         wanted = f"alarms a km: {alarms_per_km:g} wanted, at most {_few_digits(most)} with 95% confidence"
         say(f"With {fasteners_per_km:g} fasteners per km of track, {wanted}.")
-    say(f"threshold {calibration.threshold:.6g}, written to {target}")
+    was = f" (before it was {seen.calibration.threshold:.6g})" if seen.calibration else ""
+    say(f"threshold {calibration.threshold:.6g}, written to {target}{was}")
     return status
 
 

@@ -7,12 +7,12 @@ import time
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 
 from dfengine.checkpoint import shipped_checkpoint
 from dfengine.commands.evaluate import evaluate_dataset
 from dfengine.commands.scoring import make_folder, open_detector, say
+from dfengine.console import OutputConsole
 from dfengine.data.fasteners import render_fastener, write_fasteners
 from dfengine.data.folders import open_dataset
 from dfengine.data.images import load_unit, resize_unit
@@ -35,7 +35,7 @@ def run_demo(out: Path, seed: int, device: str) -> int:
     make_folder(out)
     images = out / "images"
     results = out / "results"
-    console = Console(stderr=True)
+    console = OutputConsole(stderr=True)
     total = TEST_GOOD + 3 * PER_DEFECT
     say(f"rendering {total} fresh test fasteners (seed {seed}) into {images}")
     write_fasteners(images, 0, TEST_GOOD, PER_DEFECT, seed)

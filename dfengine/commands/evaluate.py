@@ -10,10 +10,19 @@ from typing import Any
 
 import cv2
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
-from dfengine.commands.scoring import Outputs, Scoring, open_detector, report_items, say, say_error, warn
+from dfengine.commands.scoring import (
+    WRONG_WAY_ROUND,
+    Outputs,
+    Scoring,
+    open_detector,
+    report_items,
+    say,
+    say_error,
+    warn,
+)
+from dfengine.console import OutputConsole
 from dfengine.data.folders import Dataset, Sample, open_dataset
 from dfengine.data.images import read_mask
 from dfengine.data.inputs import InputImage, collect_inputs
@@ -170,6 +179,8 @@ def print_metrics(result: dict[str, Any]) -> None:
     low_high = result["image_auroc_interval"]
     interval = f" (95%: {low_high[0]:.4f} to {low_high[1]:.4f})" if low_high else ""
     say(f"image AUROC {number(result['image_auroc'])}{interval}, AP {number(result['image_ap'])}")
+    if result["image_auroc"] is not None and result["image_auroc"] < 0.5:
+        warn(WRONG_WAY_ROUND)
     say(
         f"pixel AUROC {number(result['pixel_auroc'])}, AP {number(result['pixel_ap'])}, "
         f"AUPRO {number(result['aupro'])}"
@@ -221,7 +232,7 @@ def print_robustness(table: dict[str, Any]) -> None:
         f"robustness, {good} (clean 90% quantile {table['quantile_threshold']:.4f}, threshold "
         f"{number(table['threshold'], '.4f')}):"
     )
-    Console(highlight=False).print(shown)
+    OutputConsole(highlight=False).print(shown)
     failed = [row["change"] for row in table["rows"] if not row["passes"]]
     at = f"at the clean 90% quantile {table['quantile_threshold']:.4f}"
     goal = f"{at}, false alarms at most {table['goal_ratio']:g} times those of the unchanged images"

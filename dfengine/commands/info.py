@@ -17,6 +17,7 @@ from dfengine import __version__, kernels, native
 from dfengine.checkpoint import load_checkpoint
 from dfengine.commands.plan import aligned, run_plan
 from dfengine.commands.scoring import say
+from dfengine.console import OutputConsole
 from dfengine.engine.modules import PRECISIONS
 from dfengine.errors import UsageError
 from dfengine.kernels.registry import ENVIRONMENT
@@ -45,7 +46,7 @@ def run_info(
     if no_measure or (batch, device, precision) != (None, None, None):
         raise UsageError("--batch, --device, --precision and --no-measure go with --plan")
     facts = installation() if checkpoint is None else describe(checkpoint)
-    console = Console(highlight=False)
+    console = OutputConsole(highlight=False)
     if as_json:
         print(json.dumps(facts, indent=2))
     elif checkpoint is None:

@@ -12,7 +12,7 @@ from dfengine.commands.plan import aligned
 from dfengine.commands.programs import Bound, bound_program
 from dfengine.engine.profile import Timeline, captured, timeline
 from dfengine.errors import UsageError
-from dfengine.files import atomic_write, check_writable
+from dfengine.files import atomic_write, check_json_writable
 from dfengine.kernels.registry import ENVIRONMENT
 from dfengine.wording import counted
 
@@ -31,7 +31,7 @@ def run_profile(
         if on_gpu and out is not None:
             raise UsageError("--out goes with a CPU; on a GPU nsys and ncu write the profile")
         if not on_gpu:
-            check_writable(out or TRACE)
+            check_json_writable(out or TRACE)
         bound.executor.annotate()
         times = timeline(bound.executor, iterations)
         if on_gpu:

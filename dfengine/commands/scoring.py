@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dfengine import __version__
+from dfengine.console import OutputConsole
 from dfengine.data.images import IMAGE_SUFFIXES
 from dfengine.data.inputs import InputImage
 from dfengine.detection import Detection, write_rows
@@ -27,10 +27,15 @@ from dfengine.wording import counted
 
 UNCALIBRATED = "the checkpoint is not calibrated: a threshold of 0.5 is used; set one with `dfengine calibrate`"
 
+WRONG_WAY_ROUND = (
+    "defective images score lower than sound ones; are the labels, or the detector, the wrong way round?"
+)
+"""Of an image AUROC below 0.5."""
+
 
 def say(text: str) -> None:
     """One line on standard output, as it is."""
-    Console(soft_wrap=True, highlight=False, markup=False).print(text)
+    OutputConsole(soft_wrap=True, highlight=False, markup=False).print(text)
 
 
 def say_error(text: str) -> None:
@@ -94,7 +99,7 @@ class Scoring:
         """
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         start = time.perf_counter()
-        console = Console(stderr=True)
+        console = OutputConsole(stderr=True)
         # A bar that is not shown would leave an empty line.
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task("scoring", total=len(images))

@@ -6,8 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from dfengine.console import OutputConsole
 from dfengine.data.augment import AugmentConfig
 from dfengine.data.synthesis import SynthesisConfig
 from dfengine.errors import UsageError
@@ -62,5 +61,5 @@ def run_train(
         config = config.replace(augment=AugmentConfig.off())
     elif moves:
         config = config.replace(augment=dataclasses.replace(filled.augment, **moves))
-    result = run_training(config, model, data, out, resume=resume, console=Console())
+    result = run_training(config, model, data, out, resume=resume, console=OutputConsole())
     return 3 if result.record.get("data", {}).get("skipped") else 0

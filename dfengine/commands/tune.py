@@ -9,7 +9,7 @@ from dfengine.commands.plan import aligned
 from dfengine.commands.programs import Bound, bound_program
 from dfengine.engine.tactics import check_cache
 from dfengine.errors import DfengineError, UsageError
-from dfengine.files import check_writable
+from dfengine.files import check_json_writable
 from dfengine.kernels.registry import ENVIRONMENT
 from dfengine.wording import counted
 
@@ -33,7 +33,7 @@ def run_tune(
         except DfengineError as error:
             raise DfengineError(f"{error}; name a file with --out to keep what is measured") from None
     else:
-        check_writable(out)
+        check_json_writable(out)
     with bound_program(checkpoint, sizes[0], device, precision, 0, tactics, seconds, timed=True) as bound:
         if bound.runner.tactics is None:
             raise UsageError(f"{ENVIRONMENT}={os.environ[ENVIRONMENT]}: leaves tactics no choice; tune without it")

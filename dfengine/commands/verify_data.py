@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from dfengine import __version__
 from dfengine.checkpoint import Checkpoint, load_checkpoint, update_checkpoint
-from dfengine.commands.scoring import Scoring, say, warn
+from dfengine.commands.scoring import WRONG_WAY_ROUND, Scoring, say, warn
+from dfengine.console import OutputConsole
 from dfengine.data.folders import Dataset, fingerprint, open_dataset
 from dfengine.data.inputs import InputImage, collect_inputs
 from dfengine.detector import Detector
@@ -77,9 +77,10 @@ def run_verify_data(
     if scoring.stopped:
         raise DfengineError("verify: float32 did not score all images, so nothing is said of the precision")
     _print(comparison)
+    if measured:
+        say(f"ranges from {counted(len(measured), 'other normal image')}; none of these is compared")
     if comparison.auroc_float32 is not None and comparison.auroc_float32 < 0.5:
-        wrong = "defective images score lower than sound ones; are the labels, or the detector, the wrong way round?"
-        warn(f"image AUROC of float32 {comparison.auroc_float32:.3f}: {wrong}")
+        warn(f"image AUROC of float32 {comparison.auroc_float32:.3f}: {WRONG_WAY_ROUND}")
     passes, noted = not comparison.failures, ""
     if record:
         unread = {name for name, _ in scoring.refused}
@@ -173,4 +174,4 @@ def _print(comparison: PrecisionComparison) -> None:
     row(f"image AUROC, {comparison.precision}", comparison.auroc, ".5f")
     row("difference in points", comparison.auroc_points, "+.3f", f"{AUROC_POINTS:g}")
     row("labels that flip at the threshold", comparison.flips, "d")
-    Console(highlight=False).print(table)
+    OutputConsole(highlight=False).print(table)
