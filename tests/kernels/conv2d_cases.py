@@ -53,6 +53,14 @@ FEATURES = [
     Case((1, 6, 4), (33,), 6, 3, 2, False, "none", "up", "down", "relu"),
     Case((1, 4, 4), (7,), 17, 3, 1, True, "relu", "none", "up", "sigmoid"),
 ]
+BESIDE = [
+    # wider than the rows of a tile, so that all but the first begin at a column past 0: two samples of two sources
+    # through every loader, and every residual
+    Case((2, 6, 20), (40, 24), 24, 3, 1, True, "gelu", "up", "up", aligned=True),
+    Case((2, 6, 20), (20, 12), 24, 3, 1, True, "silu", "up", "down"),
+    Case((2, 6, 20), (72, 8), 24, 3, 1, True, "gelu", "none", "down", aligned=True),
+    Case((2, 6, 20), (9, 7), 21, 3, 1, False, "relu", "down", "up", "gelu"),
+]
 
 
 def slice_of_wider(values: Tensor, aligned: bool = False) -> Tensor:

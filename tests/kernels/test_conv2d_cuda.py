@@ -16,6 +16,7 @@ from dfengine.kernels import conv2d_cuda as cuda
 from tests.kernels import cuda_on_host, launchers
 from tests.kernels.contract import assert_numeric_contract
 from tests.kernels.conv2d_cases import (
+    BESIDE,
     Case,
     check_contract,
     check_moments,
@@ -75,6 +76,12 @@ def test_every_tile_meets_the_contract_in_both_orders(tile, dtype, monkeypatch):
             for backwards in (False, True)
         ]
         assert all(torch.equal(*pair) for pair in zip(*both, strict=True) if pair[0] is not None)
+
+
+@pytest.mark.parametrize("tile", cuda.TILES, ids=lambda tile: tile.name)
+def test_tiles_beside_each_other(tile, monkeypatch):
+    for number, case in enumerate(BESIDE):
+        check_contract(launcher_of(monkeypatch, cuda.Placement(tile, 8)), case, torch.float16, seed=number)
 
 
 @pytest.mark.parametrize("tile", cuda.TILES, ids=lambda tile: tile.name)

@@ -11,6 +11,7 @@ from dfengine.kernels import conv2d_cuda as cuda
 from tests.kernels import launchers
 from tests.kernels.contract import assert_numeric_contract
 from tests.kernels.conv2d_cases import (
+    BESIDE,
     Case,
     check_contract,
     check_moments,
@@ -52,6 +53,12 @@ def test_every_tile_meets_the_contract_in_both_orders(tile, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("tile", cuda.WGMMA_TILES, ids=lambda tile: tile.name)
+def test_tiles_beside_each_other(tile, monkeypatch):
+    for number, case in enumerate(BESIDE):
+        check_contract(launcher_of(monkeypatch, cuda.Placement(tile, 8)), case, torch.float16, seed=number)
+
+
+@pytest.mark.parametrize("tile", cuda.WGMMA_TILES, ids=lambda tile: tile.name)
 def test_every_shape_of_a_tile_leaves_the_moments_it_can(tile, monkeypatch):
     seen = set()
     for width in (1 << shift for shift in range(3, tile.pixels.bit_length())):
@@ -75,8 +82,8 @@ def test_a_sample_does_not_depend_on_its_batch(monkeypatch):
     assert torch.equal(run_into_nan(launcher, part)[0], whole[order])
 
 
-PART = "block.loader.finish(chunk + 1, next, (tap - AHEAD) * RUNS, (tap - AHEAD + 1) * RUNS);"
-CHUNK = f"tap >= AHEAD && more) {{\n                    {PART}"
+PART = "block.loader.finish(chunk + 1, next, part * RUNS / PARTS, (part + 1) * RUNS / PARTS);"
+CHUNK = f"tap >= AHEAD && more) {{\n                    const unsigned part = tap - AHEAD;\n                    {PART}"
 EARLY = CHUNK.replace(">= AHEAD", "== 0").replace(PART, "block.loader.finish(chunk + 1, next);")
 MISTAKES = {
     "no wait for the sums": ("    wgmma_wait<0>();\n", ""),
