@@ -258,16 +258,25 @@ def prepacked(weight: ConvWeight, channels: Sequence[int], tile: Tile) -> Tensor
     return weight.prepacked[key]
 
 
-@functools.cache
 def capability_of(device: torch.device) -> tuple[int, int]:
-    """That of the device; on the host, where only the tests run this, that of an RTX 4090."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 9)
+    """That of the device, without a number of the current one; on the host, where only the tests run this, that of an
+    RTX 4090."""
+    return _capability(cuda_launch.index_of(device)) if device.type == "cuda" else (8, 9)
 
 
-@functools.cache
 def multiprocessors_of(device: torch.device) -> int:
     """Of the device, as `capability_of`."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
+    return _multiprocessors(cuda_launch.index_of(device)) if device.type == "cuda" else 128
+
+
+@functools.cache
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _chosen(device, shape, channels, reach, tile_pixels) -> Placement:
@@ -282,7 +291,7 @@ def tiles_on(device: torch.device, dtype: torch.dtype) -> tuple[Tile, ...]:
     """TILES, and those of WGMMA_TILES that run there."""
     if capability_of(device) not in WGMMA_DEVICES:
         return TILES
-    return TILES + tuple(tile for tile in WGMMA_TILES if cuda_launch.runs(_kernel(dtype, tile), device))
+    return TILES + tuple(tile for tile in WGMMA_TILES if not cuda_launch.refusal(_kernel(dtype, tile), device))
 
 
 def geometry(weight, resample, residual, residual_resample, y) -> tuple[int, tuple[int, int, int, int]]:
@@ -299,8 +308,9 @@ def _run_cuda(
     tile_pixels, placement=None, half_sums=False, tile="", width=0,
 ) -> None:  # fmt: skip
     """placement: instead of the one chosen, or tile and width, the name of its tile and the width of its rows.
-    half_sums: sum the products of each chunk and tap in float16, in the tile 128x64 only; the error of a sum is then at
-    most 2^-10 of the sum of its products' magnitudes, plus 2^-24 for each chunk and tap."""
+    half_sums: sum the products of each chunk and tap in float16, in the tile 128x64 only. Were each step of 16 products
+    rounded once, as on the host, the error of a sum would be at most 2^-10 of the sum of its products' magnitudes, plus
+    2^-24 for each chunk and tap; a tensor core may round more often and lose more, how much is not measured."""
     channels = tuple(t.shape[3] for t in (x, x2) if t is not None)
     reach, shape = geometry(weight, resample, residual, residual_resample, y)
     wanted = tile_pixels if moments is not None else 0
@@ -359,6 +369,8 @@ def _can_run_cuda(
     place = _chosen(x.device, shape, channels, reach, tile_pixels if moments is not None else 0)
     if max(place.grid(shape)) > 65535:
         raise CannotRunError("more than 65535 samples, or tiles of a sample")
+    if x.is_cuda and (reason := cuda_launch.refusal(_kernel(x.dtype, place.tile), x.device)):
+        raise CannotRunError(reason)
 
 
 def _configurations(

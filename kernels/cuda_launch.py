@@ -30,13 +30,15 @@ without its features, `sm_90`."""
 
 
 def available(device: str) -> None:
-    """Raise CannotRunError with the reason where CUDA C++ kernels do not run on `device` ("cpu" or "cuda")."""
+    """Raise CannotRunError with the reason where CUDA C++ kernels do not run on `device`: "cpu", or "cuda", which is
+    the current one."""
     if device != "cuda":
         raise CannotRunError(f"the cuda backend does not run on {device}")
     if not torch.cuda.is_available():
         raise CannotRunError("no CUDA device")
-    if not _compiled_in() and importlib.util.find_spec("cupy") is None:
-        raise CannotRunError("dfengine._native was built without nvcc, and cupy is not installed")
+    index = torch.cuda.current_device()
+    if not _extension_serves(index) and importlib.util.find_spec("cupy") is None:
+        raise CannotRunError(f"{_lacking(index)}, and cupy is not installed")
 
 
 def launch(
@@ -49,7 +51,8 @@ def launch(
 ) -> None:
     """Launch `kernel` of csrc/cuda/<op>.cu on the current stream of the device that holds the first tensor.
 
-    grid, block: in blocks and threads; shared: bytes of dynamic shared memory. Raises RuntimeError with CUDA's message.
+    grid, block: in blocks and threads; shared: bytes of dynamic shared memory. Raises CannotRunError where there is no
+    code for the device and no cupy that could compile it, RuntimeError with CUDA's message.
     """
     device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
     with torch.cuda.device(device):
@@ -57,21 +60,31 @@ def launch(
         if _in_extension(kernel, device.index):
             native.module.cuda_launch(kernel, grid, block, shared, stream, packed(arguments))
             return
-        import cupy
-
-        function = _function(op, kernel, device.index)
+        cupy, function = _cupy(device.index), _function(op, kernel, device.index)
         key = op, kernel, device.index
-        if shared > _allowed.get(key, 48 * 1024):  # the driver is asked only for more than before
-            function.max_dynamic_shared_size_bytes = _allowed[key] = shared
+        if shared > _allowed.get(key, MUCH_SHARED):  # the driver is asked only for more than before
+            if key not in _allowed:
+                function.preferred_shared_memory_carveout = 100
+            if shared > 48 * 1024:
+                function.max_dynamic_shared_size_bytes = shared
+            _allowed[key] = shared
         values = tuple(_address(argument) if _is_pointer(argument) else argument for argument in arguments)
         with cupy.cuda.ExternalStream(stream):
             function(grid, block, values, shared_mem=shared)
 
 
-def runs(kernel: str, device: torch.device) -> bool:
-    """Whether there is a way to launch a kernel on a device of its architecture: compiled in, or by cupy."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return _in_extension(kernel, index) or importlib.util.find_spec("cupy") is not None
+def refusal(kernel: str, device: torch.device) -> str:
+    """Why there is no way to launch a kernel on a CUDA device of its architecture; "" where it is compiled in, or cupy
+    can compile it."""
+    index = index_of(device)
+    if _in_extension(kernel, index) or importlib.util.find_spec("cupy") is not None:
+        return ""
+    return f"{kernel}: {_lacking(index)}, and cupy is not installed"
+
+
+def index_of(device: torch.device) -> int:
+    """The number of a CUDA device; without one it is the current one."""
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def packed(arguments: Sequence[Argument]) -> bytes:
@@ -96,6 +109,22 @@ def _compiled_in() -> bool:
 
 
 @functools.cache
+def _extension_serves(device: int) -> bool:
+    """Whether any of its kernels runs there; apart from those of ARCHITECTURES all have code for the same devices."""
+    return _compiled_in() and any(_in_extension(kernel, device) for kernel in native.module.cuda_kernels())
+
+
+def _lacking(device: int) -> str:
+    """What the extension lacks to serve the device."""
+    if native.module is None:
+        return native.status()
+    if not _compiled_in():
+        return "dfengine._native was built without nvcc"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"dfengine._native has no code for compute capability {major}.{minor}"
+
+
+@functools.cache
 def _in_extension(kernel: str, device: int) -> bool:
     if not _compiled_in() or kernel not in native.module.cuda_kernels():
         return False
@@ -117,8 +146,11 @@ def compile_options() -> tuple[str, ...]:
     )
 
 
+MUCH_SHARED = 16 * 1024
+"""Bytes of dynamic shared memory (csrc/bindings/cuda.cpp has the same) beyond which a kernel is given all that a
+multiprocessor has, at the cost of its first-level cache: for the other blocks that are meant to share it."""
 _allowed: dict[tuple[str, str, int], int] = {}
-"""By op, kernel and device: dynamic shared memory that was asked for, where that is more than any kernel may have."""
+"""By op, kernel and device: the most dynamic shared memory that was asked for, where that is much."""
 
 
 @functools.cache
@@ -131,12 +163,17 @@ def _function(op: str, kernel: str, device: int):
         raise
 
 
-@functools.cache
-def _compiled(op: str, device: int):
+def _cupy(device: int):
     try:
         import cupy
-    except Exception as error:  # installed, and broken in whatever way
-        raise CannotRunError(f"cupy cannot be imported: {error}") from error
+    except Exception as error:  # missing, or installed and broken in whatever way
+        raise CannotRunError(f"{_lacking(device)}, and cupy cannot be imported: {error}") from error
+    return cupy
+
+
+@functools.cache
+def _compiled(op: str, device: int):
+    cupy = _cupy(device)
     text = (native.source_folder() / "cuda" / f"{op}.cu").read_text(encoding="utf-8")
     if op in ARCHITECTURES:
         return cupy.RawModule(path=str(_cubin(op, text, (*compile_options(), f"-arch={ARCHITECTURES[op]}"))))

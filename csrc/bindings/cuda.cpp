@@ -31,15 +31,18 @@ bool cuda_kernel_runs(const std::string& name) {
     return runs;
 }
 
-// Lets a kernel have that much dynamic shared memory on the current device; the driver is asked only for more than before.
+// Lets a kernel have that much dynamic shared memory on the current device; the driver is asked only for more than before. With much of it, it is
+// given all that a multiprocessor has, at the cost of its first-level cache, for the other blocks that are meant to share it.
 void allow_shared(const void* function, unsigned shared) {
-    if (shared <= 48 * 1024) return;
+    constexpr unsigned MUCH = 16 * 1024;  // kernels/cuda_launch.py: MUCH_SHARED
+    if (shared <= MUCH) return;
     static std::map<std::pair<const void*, int>, unsigned> allowed;  // the interpreter's lock is held
     int device = 0;
     check(cudaGetDevice(&device));
     unsigned& most = allowed[{function, device}];
     if (shared <= most) return;
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+    if (most == 0) check(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+    if (shared > 48 * 1024) check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
     most = shared;
 }
 

@@ -15,9 +15,9 @@ namespace dfe {
 template <typename T, typename Tile>
 __device__ __forceinline__ void conv2d_wgmma_block(const Conv2dCall<T>& call, unsigned char* shared) {
     constexpr int STAGES = Tile::STAGES, AHEAD = STAGES - 2;  // the last step of the stage before is still multiplied
-    constexpr int PARTS = 9 - AHEAD, RUNS = (Tile::VECTORS + PARTS - 1) / PARTS;  // of the next chunk, from tap AHEAD on
+    constexpr unsigned PARTS = 9 - AHEAD, RUNS = Tile::VECTORS;  // of the next chunk: one part behind each tap from AHEAD on
     static_assert(AHEAD >= 1 && Tile::STEPS % 2 == 0 && Tile::WARPS_N == 1 && Tile::WARPS_M % 4 == 0, "not a tile of warpgroups");
-    static_assert(PARTS * RUNS <= 16, "the loader knows 16 runs");
+    static_assert(RUNS <= 16, "the loader knows 16 runs");
 
     Conv2dBlock<T, Tile, AHEAD> block(call, shared);  // whose stages to copy are those to multiply less AHEAD
     uint32_t input[Tile::FRAGMENTS];
@@ -61,7 +61,8 @@ __device__ __forceinline__ void conv2d_wgmma_block(const Conv2dCall<T>& call, un
                 wgmma_commit();
                 // The copies of the chunk to come were started AHEAD taps ago or more.
                 if (step == 1 && tap >= AHEAD && more) {
-                    block.loader.finish(chunk + 1, next, (tap - AHEAD) * RUNS, (tap - AHEAD + 1) * RUNS);
+                    const unsigned part = tap - AHEAD;
+                    block.loader.finish(chunk + 1, next, part * RUNS / PARTS, (part + 1) * RUNS / PARTS);
                     __syncwarp();
                 }
                 wgmma_wait<1>();

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfengine.kernels import conv2d, conv2d_cuda, group_norm_moments
+from dfengine.kernels import CannotRunError, conv2d, conv2d_cuda, cuda_launch, group_norm_moments
 from dfengine.kernels.quantization import Quantization
+from tests.kernels import launchers
 from tests.kernels.contract import assert_numeric_contract
 
 NAN = float("nan")
@@ -51,6 +53,14 @@ FEATURES = [
     Case((1, 6, 4), (33,), 6, 3, 2, False, "none", "up", "down", "relu"),
     Case((1, 4, 4), (7,), 17, 3, 1, True, "relu", "none", "up", "sigmoid"),
 ]
+BESIDE = [
+    # wider than the rows of a tile, so that all but the first begin at a column past 0: two samples of two sources
+    # through every loader, and every residual
+    Case((2, 6, 20), (40, 24), 24, 3, 1, True, "gelu", "up", "up", aligned=True),
+    Case((2, 6, 20), (20, 12), 24, 3, 1, True, "silu", "up", "down"),
+    Case((2, 6, 20), (72, 8), 24, 3, 1, True, "gelu", "none", "down", aligned=True),
+    Case((2, 6, 20), (9, 7), 21, 3, 1, False, "relu", "down", "up", "gelu"),
+]
 
 
 def slice_of_wider(values: Tensor, aligned: bool = False) -> Tensor:
@@ -87,6 +97,22 @@ def make(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple:
     x2 = xs[1] if len(xs) == 2 else None
     names = case.prologue, case.resample, residual, case.residual or "none", case.act
     return (xs[0], x2, weight, bias, scale, offset, *names)
+
+
+def require_cuda(tile: conv2d_cuda.Tile = conv2d_cuda.TILES[0]) -> None:
+    """Skips with the reason where there is a GPU that does not run the CUDA kernel of this tile."""
+    if not launchers.GPU:
+        return
+    try:
+        cuda_launch.available("cuda")
+    except CannotRunError as error:
+        pytest.skip(str(error))
+    device = torch.device("cuda")
+    capability = conv2d_cuda.capability_of(device)
+    if capability < (8, 0) or (tile.warpgroups and capability not in conv2d_cuda.WGMMA_DEVICES):
+        pytest.skip(f"the device, of compute capability {capability[0]}.{capability[1]}, has no such tensor cores")
+    if refused := cuda_launch.refusal(f"conv2d_float16_{tile.name}", device):
+        pytest.skip(refused)
 
 
 def moment_pixels(launcher, arguments: tuple, tile_pixels: int) -> int:

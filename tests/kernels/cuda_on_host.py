@@ -28,6 +28,8 @@ def compiled(text: str) -> ctypes.CDLL:
         source, built = folder / "source.cpp", folder / "source.so"
         source.write_text(text)
         flags = ["-std=c++17", "-O1", "-ffp-contract=fast", "-shared", "-fPIC", "-w"]
+        # As on a GPU: a vector that is not aligned is an error (a trap, without a library), and 32-bit integers wrap.
+        flags += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error", "-fwrapv"]
         subprocess.run([compiler, *flags, *cuda_launch.compile_options()[1:], "-o", built, source], check=True)
         return ctypes.CDLL(str(built))
     finally:

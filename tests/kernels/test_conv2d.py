@@ -26,6 +26,7 @@ from tests.kernels.conv2d_cases import (
     make,
     moment_pixels,
     on,
+    require_cuda,
     run_into_nan,
     through_torch,
 )
@@ -46,6 +47,8 @@ def cheap_launcher(request, monkeypatch):
     dtype = request.node.callspec.params.get("dtype", torch.float16)
     if request.param.startswith("cuda") and dtype not in conv2d_cuda.NAMES:
         pytest.skip("the CUDA kernel multiplies 16-bit types")
+    if request.param.startswith("cuda"):
+        require_cuda()
     return launchers.launcher(request.param, monkeypatch, CONFIGURATIONS)
 
 
@@ -124,22 +127,22 @@ def test_other_kernels_and_types_fall_back(monkeypatch):
         (Case((1, 6, 6), (4,), 3, 5), torch.float32, "5 x 5", "library"),
         (Case((1, 6, 6), (4,), 3), torch.float64, "float64", "reference"),
     ):
-        x, _, weight, *_ = make(case, dtype)
+        x, _, weight, *_ = arguments = make(case, dtype)
         with pytest.raises(CannotRunError, match=message):
-            conv2d.conv2d(x, weight, backend="triton")
+            conv2d.OP.implementations["triton"].can_run(*arguments, torch.empty_like(x[..., :3]), None, 0)
         assert torch.equal(conv2d.conv2d(x, weight), conv2d.conv2d(x, weight, backend=taken))
 
 
 def test_triton_refuses_other_dilations():
-    x, _, weight, *_ = make(Case((1, 6, 6), (4,), 3, 3, 3), torch.float32)
+    arguments = make(Case((1, 6, 6), (4,), 3, 3, 3), torch.float32)
     with pytest.raises(CannotRunError, match="dilation 3"):
-        conv2d.conv2d(x, weight, backend="triton")
+        conv2d.OP.implementations["triton"].can_run(*arguments, torch.empty((1, 6, 6, 3)), None, 0)
 
 
 def test_moments_of_another_tile_are_refused(monkeypatch):
     launcher = launchers.launcher(CHEAP, monkeypatch, CONFIGURATIONS)
-    arguments = make(Case((1, 6, 6), (4,), 3), torch.float32)
-    y, moments = torch.empty((1, 6, 6, 3)), torch.empty((1, 1, 2, 3))
+    arguments = tuple(on(value, launcher.device) for value in make(Case((1, 6, 6), (4,), 3), torch.float32))
+    y, moments = (torch.empty(shape, device=launcher.device) for shape in ((1, 6, 6, 3), (1, 1, 2, 3)))
     with pytest.raises(CannotRunError, match="36"):
         launcher.run(conv2d.OP, *arguments, y, moments, 36)
     with pytest.raises(CannotRunError, match="36"):
@@ -206,14 +209,16 @@ def test_recorded_calls_go_through_the_custom_op(monkeypatch):
 
 
 def test_a_released_weight_is_refused_by_what_wants_its_taps(monkeypatch):
-    launchers.launcher(CHEAP, monkeypatch, CONFIGURATIONS)
-    x, _, weight, *_ = make(Case((1, 4, 6), (5,), 4), torch.float32)
-    with pytest.raises(ValueError, match="nothing was made"):
+    devices = dict(reference="cpu", triton=launchers.launcher(CHEAP, monkeypatch, CONFIGURATIONS).device)
+    if native.available():
+        devices["cpu"] = "cpu"
+    for backend, device in devices.items():
+        x, _, weight, *_ = (on(value, device) for value in make(Case((1, 4, 6), (5,), 4), torch.float32))
+        with pytest.raises(ValueError, match="nothing was made"):
+            weight.release()
+        weight.prepacked["form"] = object()
         weight.release()
-    weight.prepacked["form"] = object()
-    weight.release()
-    assert weight.packed.shape == (3, 3, 5, 4) and weight.packed.dtype == torch.float32
-    for backend in ("reference", "triton", "cpu") if native.available() else ("reference", "triton"):
+        assert weight.packed.shape == (3, 3, 5, 4) and weight.packed.dtype == torch.float32
         with pytest.raises(CannotRunError, match="released"):
             conv2d.conv2d(x, weight, backend=backend)
         with pytest.raises(CannotRunError, match="released"):
@@ -292,6 +297,7 @@ def test_wrong_weights_are_refused(make_weight, message):
 @pytest.mark.parametrize("dtype", conv2d.TYPES, ids=str)
 def test_gpu_takes_triton_at_the_shapes_of_the_networks(dtype, monkeypatch):
     monkeypatch.delenv("DFENGINE_BACKEND", raising=False)
+    launchers.launcher(CHEAP, monkeypatch, CONFIGURATIONS)  # skips without triton
     for case in (
         Case((1, 128, 128), (128,), 128, 3, 1, residual="none", act="gelu"),
         Case((2, 8, 8), (512,), 512, 3, 2, True, "gelu"),

@@ -4,7 +4,9 @@ the host's stand-in for a GPU finds mistakes. What all implementations share is 
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,18 @@ from dfengine.kernels import CannotRunError, conv2d
 from dfengine.kernels import conv2d_cuda as cuda
 from tests.kernels import cuda_on_host, launchers
 from tests.kernels.contract import assert_numeric_contract
-from tests.kernels.conv2d_cases import Case, check_contract, check_moments, make, on, run_into_nan, through_torch
+from tests.kernels.conv2d_cases import (
+    BESIDE,
+    Case,
+    check_contract,
+    check_moments,
+    make,
+    moment_pixels,
+    on,
+    require_cuda,
+    run_into_nan,
+    through_torch,
+)
 
 HALVES = tuple(cuda.NAMES)
 EVERY_TILE = cuda.TILES + cuda.WGMMA_TILES
@@ -24,6 +37,8 @@ EDIT_CHUNK = ("if (taps == 1 || chunk == 0) {", "if (chunk == 0) {")
 
 
 def launcher_of(monkeypatch, place: cuda.Placement | None = None, backwards: bool = False, edit=None, **options):
+    """On the GPU, where one is and runs the kernel, else on the host."""
+    require_cuda()
     if not launchers.GPU:
         cuda_on_host.install(monkeypatch, backwards, edit)
     options |= {} if place is None else {"placement": place}
@@ -61,6 +76,12 @@ def test_every_tile_meets_the_contract_in_both_orders(tile, dtype, monkeypatch):
             for backwards in (False, True)
         ]
         assert all(torch.equal(*pair) for pair in zip(*both, strict=True) if pair[0] is not None)
+
+
+@pytest.mark.parametrize("tile", cuda.TILES, ids=lambda tile: tile.name)
+def test_tiles_beside_each_other(tile, monkeypatch):
+    for number, case in enumerate(BESIDE):
+        check_contract(launcher_of(monkeypatch, cuda.Placement(tile, 8)), case, torch.float16, seed=number)
 
 
 @pytest.mark.parametrize("tile", cuda.TILES, ids=lambda tile: tile.name)
@@ -304,6 +325,7 @@ def test_what_is_not_served_is_refused(case, dtype, message):
 
 def test_every_configuration_runs_as_it_is_named(monkeypatch):
     """What tuning tries: tiles by name and width, which a file can hold."""
+    require_cuda()
     case = Case((1, 8, 16), (16,), 24, 3, 1, True, "gelu")
     arguments = make(case, torch.float16)
     device = "cuda" if launchers.GPU else "cpu"
@@ -319,9 +341,20 @@ def test_every_configuration_runs_as_it_is_named(monkeypatch):
         check_moments(y.cpu(), moments.cpu(), 16)
 
 
+def test_a_device_without_a_number_is_the_current_one(monkeypatch):
+    of_two, current = {0: ((8, 0), 108), 1: ((8, 9), 128)}, [0]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: of_two[device][0])
+    properties = {number: SimpleNamespace(multi_processor_count=count) for number, (_, count) in of_two.items()}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties.get)
+    for cached in (cuda._capability, cuda._multiprocessors):
+        monkeypatch.setattr(cuda, cached.__name__, functools.cache(cached.__wrapped__))
+    for current[0] in (0, 1, 0):
+        for device, number in ((torch.device("cuda"), current[0]), (torch.device("cuda", 1), 1)):
+            assert (cuda.capability_of(device), cuda.multiprocessors_of(device)) == of_two[number]
+
+
 def test_older_devices_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert cuda.capability_of.__wrapped__(torch.device("cuda", 0)) == (7, 5)
     monkeypatch.setattr(cuda, "capability_of", lambda device: (7, 5))
     arguments = make(Case((1, 6, 6), (4,), 3), torch.float16)
     with pytest.raises(CannotRunError, match="7.5 is below 8.0"):
@@ -329,21 +362,25 @@ def test_older_devices_are_refused(monkeypatch):
 
 
 def test_the_packed_weight_is_kept_for_each_division_of_the_channels(monkeypatch):
-    x, _, weight, *rest = make(Case((1, 5, 6), (24,), 8), torch.float16)
     launcher = launcher_of(monkeypatch)
-    whole, _ = run_into_nan(launcher, (x, None, weight, *rest))
-    y = torch.empty_like(whole)
-    for channels in (10, 24):
+    arguments = make(Case((1, 5, 6), (24,), 8), torch.float16)
+    exact, plain = (through_torch(arguments, dtype) for dtype in (torch.float64, torch.float16))
+    x, _, weight, *rest = (on(value, launcher.device) for value in arguments)
+    y, kept = torch.empty((1, 5, 6, 8), dtype=torch.float16, device=launcher.device), []
+    for channels in (24, 10, 24, 10):
         parts = (x, None) if channels == 24 else (x[..., :10].contiguous(), x[..., 10:].contiguous())
-        launcher.run(conv2d.OP, *parts, weight, *rest, y, None, 0)
-        torch.testing.assert_close(y, whole, rtol=2e-3, atol=2e-3)
-    assert len(weight.prepacked) == 2
+        launcher.run(conv2d.OP, *parts, weight, *rest, y.fill_(torch.nan), None, 0)
+        assert_numeric_contract(y.cpu(), exact, plain)
+        kept.append(list(weight.prepacked.values()))
+    assert [len(forms) for forms in kept] == [1, 2, 2, 2]
+    assert all(one is other for one, other in zip(kept[1], kept[3], strict=True))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_gpu_meets_the_contract_at_the_shapes_of_the_networks(dtype):
     """Forced to CUDA C++, in every tile that is legal for the shape on this device; twice, with the same bits."""
+    require_cuda()
     for case in (
         Case((1, 128, 128), (128,), 128, 3, 1, True, "gelu", "none", "none"),
         Case((2, 8, 8), (512,), 512, 3, 2, True, "gelu"),
@@ -358,7 +395,13 @@ def test_gpu_meets_the_contract_at_the_shapes_of_the_networks(dtype):
         _, _, weight, *_, resample, residual, residual_resample, _ = arguments
         _, shape = cuda.geometry(weight, resample, residual, residual_resample, y)
         tiles = cuda.tiles_on(torch.device("cuda"), dtype)
+        exact, plain = through_torch(arguments, torch.float64), through_torch(arguments, dtype)
         for place in cuda.placements(shape[1:3], reach, torch.cuda.get_device_capability(), tiles=tiles):
             launcher = launchers.Launcher("cuda", "cuda", {"placement": place})
-            first, again = (check_contract(launcher, case, dtype)[0] for _ in range(2))
-            assert torch.equal(first, again)
+            run = moment_pixels(launcher, arguments, 0)
+            (first, moments), again = (run_into_nan(launcher, arguments, run, case.aligned) for _ in range(2))
+            assert_numeric_contract(first, exact, plain)
+            assert torch.equal(first, again[0])
+            if run:
+                check_moments(first, moments, run)
+                assert torch.equal(moments, again[1])

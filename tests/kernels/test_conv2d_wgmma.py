@@ -10,7 +10,17 @@ from dfengine.kernels import CannotRunError, conv2d, cuda_launch
 from dfengine.kernels import conv2d_cuda as cuda
 from tests.kernels import launchers
 from tests.kernels.contract import assert_numeric_contract
-from tests.kernels.conv2d_cases import Case, check_contract, check_moments, make, on, run_into_nan, through_torch
+from tests.kernels.conv2d_cases import (
+    BESIDE,
+    Case,
+    check_contract,
+    check_moments,
+    make,
+    on,
+    require_cuda,
+    run_into_nan,
+    through_torch,
+)
 from tests.kernels.test_conv2d_cuda import HALVES, cases, launcher_of, placement
 
 HOPPER = (9, 0)
@@ -19,10 +29,9 @@ TILE = {tile.name: tile for tile in cuda.WGMMA_TILES}
 
 @pytest.fixture(autouse=True)
 def on_hopper(monkeypatch):
+    require_cuda(cuda.WGMMA_TILES[0])
     if not launchers.GPU:
         monkeypatch.setattr(cuda, "capability_of", lambda device: HOPPER)
-    elif torch.cuda.get_device_capability() != HOPPER:
-        pytest.skip("the device has no wgmma")
 
 
 def size_of(case: Case) -> tuple[int, int]:
@@ -41,6 +50,12 @@ def test_every_tile_meets_the_contract_in_both_orders(tile, dtype, monkeypatch):
             for backwards in (False, True)
         ]
         assert all(torch.equal(*pair) for pair in zip(*both, strict=True) if pair[0] is not None)
+
+
+@pytest.mark.parametrize("tile", cuda.WGMMA_TILES, ids=lambda tile: tile.name)
+def test_tiles_beside_each_other(tile, monkeypatch):
+    for number, case in enumerate(BESIDE):
+        check_contract(launcher_of(monkeypatch, cuda.Placement(tile, 8)), case, torch.float16, seed=number)
 
 
 @pytest.mark.parametrize("tile", cuda.WGMMA_TILES, ids=lambda tile: tile.name)
@@ -67,8 +82,8 @@ def test_a_sample_does_not_depend_on_its_batch(monkeypatch):
     assert torch.equal(run_into_nan(launcher, part)[0], whole[order])
 
 
-PART = "block.loader.finish(chunk + 1, next, (tap - AHEAD) * RUNS, (tap - AHEAD + 1) * RUNS);"
-CHUNK = f"tap >= AHEAD && more) {{\n                    {PART}"
+PART = "block.loader.finish(chunk + 1, next, part * RUNS / PARTS, (part + 1) * RUNS / PARTS);"
+CHUNK = f"tap >= AHEAD && more) {{\n                    const unsigned part = tap - AHEAD;\n                    {PART}"
 EARLY = CHUNK.replace(">= AHEAD", "== 0").replace(PART, "block.loader.finish(chunk + 1, next);")
 MISTAKES = {
     "no wait for the sums": ("    wgmma_wait<0>();\n", ""),
@@ -129,16 +144,17 @@ def test_tactics_try_it_where_it_runs(monkeypatch):
     implementation, asked = conv2d.OP.implementations["cuda"], []
 
     def names(runs: bool) -> set[str]:
-        monkeypatch.setattr(cuda_launch, "runs", lambda kernel, device: asked.append(kernel) or runs)
-        return {options["tile"] for options in implementation.configurations(*arguments, y, moments, 16)}
+        with monkeypatch.context() as patch:
+            patch.setattr(cuda_launch, "refusal", lambda kernel, device: asked.append(kernel) or ("" if runs else "no"))
+            return {options["tile"] for options in implementation.configurations(*arguments, y, moments, 16)}
 
     assert names(True) >= set(TILE) and not names(False) & set(TILE)
     assert set(asked) == {f"conv2d_float16_{name}" for name in TILE}
-    options = next(o for o in implementation.configurations(*arguments, y, moments, 16) if o["tile"] == "64x64")
-    launcher_of(monkeypatch, tile="wgmma_64x128", width=options["width"]).run(conv2d.OP, *arguments, y, moments, 16)
+    launcher_of(monkeypatch, tile="wgmma_64x128", width=16).run(conv2d.OP, *arguments, y, moments, 16)
     assert_numeric_contract(y.cpu(), exact, plain)
     check_moments(y.cpu(), moments.cpu(), 16)
+    launcher = launcher_of(monkeypatch, cuda.Placement(TILE["wgmma_64x128"], 8))
     monkeypatch.setattr(cuda, "capability_of", lambda device: (8, 9))
     assert not names(True) & set(TILE)
     with pytest.raises(CannotRunError, match="does not fit this device"):
-        run_into_nan(launcher_of(monkeypatch, cuda.Placement(TILE["wgmma_64x128"], 8)), arguments)
+        run_into_nan(launcher, arguments)
