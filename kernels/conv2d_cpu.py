@@ -55,7 +55,7 @@ def padded_channels(channels: int, product: str, kernel: int) -> int:
 
 def block_outputs(outputs: int, product: str, level: str) -> int:
     """Output channels of a block: 32, or 16 where that leaves fewer idle, and where vectors are short."""
-    wide = product != "float32" or native.module is None or level == "avx512"
+    wide = product != "float32" or native.module is None or level.startswith("avx512")
     return 32 if wide and (-(-outputs // 16) % 2 == 0 or outputs > 128) else 16
 
 
