@@ -219,5 +219,7 @@ def _clone(source: np.ndarray, target: np.ndarray, region: np.ndarray) -> np.nda
     if not inner.any():
         return target
     y, x = np.nonzero(inner)
+    if min(np.ptp(y), np.ptp(x)) < 2:  # OpenCV 5 fails on less than 3 pixels, which have no inside to blend
+        return np.where(inner[..., None], source, target)
     centre = (int(x.min() + x.max() + 1) // 2, int(y.min() + y.max() + 1) // 2)
     return cv2.seamlessClone(source, target, inner.astype(np.uint8) * 255, centre, cv2.NORMAL_CLONE)

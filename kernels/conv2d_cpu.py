@@ -2,7 +2,8 @@
 
 The GEMM takes a block of output channels at a time and reads its weights in order: (blocks, K K C', B), with C' the
 padded channels and B the outputs of a block; where it multiplies bfloat16, channels come in pairs:
-(blocks, K K C' / 2, B, 2), and bytes in fours. A product is how it multiplies: float32 vectors (every type, every
+(blocks, K K C' / 2, B, 2), and bytes in fours. Up to four outputs of float32 are one block of 1, 2 or 4:
+(K K C' / 16, B, 16). A product is how it multiplies: float32 vectors (every type, every
 processor), pairs of bfloat16 (AVX512_BF16) or tiles of them (AMX-BF16), and for a quantized weight fours of bytes
 (AVX512_VNNI) or tiles of them (AMX-INT8).
 """
@@ -53,8 +54,10 @@ def padded_channels(channels: int, product: str, kernel: int) -> int:
     return -(-channels // 8) * 8
 
 
-def block_outputs(outputs: int, product: str, level: str) -> int:
-    """Output channels of a block: 32, or 16 where that leaves fewer idle, and where vectors are short."""
+def block_outputs(outputs: int, product: str, level: str, padded: int) -> int:
+    """Output channels of a block: 32, or 16 where that leaves fewer idle, and where vectors are short; or up to 4."""
+    if product == "float32" and outputs <= 4 and padded % 16 == 0:
+        return 1 << (outputs - 1).bit_length()
     wide = product != "float32" or native.module is None or level.startswith("avx512")
     return 32 if wide and (-(-outputs // 16) % 2 == 0 or outputs > 128) else 16
 
@@ -65,6 +68,8 @@ def pack(packed: Tensor, product: str, block: int) -> Tensor:
     padded, blocks, word = padded_channels(channels, product, kernel_height), -(-outputs // block), PER_WORD[product]
     weight = F.pad(packed, (0, blocks * block - outputs, 0, padded - channels))
     weight = weight.reshape(-1, blocks, block).permute(1, 0, 2)
+    if block <= 4:
+        return weight.to(torch.float32).reshape(-1, 16, block).transpose(1, 2).contiguous()
     if word == 1:
         return weight.to(torch.float32).contiguous()
     return weight.reshape(blocks, -1, word, block).transpose(2, 3).contiguous()
@@ -110,8 +115,8 @@ def prepacked(weight: ConvWeight, product: str, level: str) -> Prepacked:
     """Made once."""
     key = f"cpu {product} {level}"
     if key not in weight.prepacked:
-        block = block_outputs(weight.outputs, product, level)
         padded = padded_channels(weight.inputs, product, weight.kernel[0])
+        block = block_outputs(weight.outputs, product, level, padded)
         if product in BYTE_PRODUCTS:
             rounding = weight.quantization
             made = Prepacked(*pack_bytes(weight, product, block), padded, block, (1 / rounding.step, rounding.zero))

@@ -19,6 +19,34 @@ constexpr int LANES = 4, ROWS = 2;
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 #define DFE_UNROLL _Pragma("GCC unroll 32")
 
+// The sum of the lanes of each vector.
+#if defined(__AVX512F__)
+inline void add_lanes(const Vector (&sums)[16], float* totals) {
+    __m512 pairs[8], fours[4];
+    DFE_UNROLL
+    for (int i = 0; i < 8; ++i) {
+        const __m512 a = (__m512)sums[2 * i], b = (__m512)sums[2 * i + 1];
+        pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    }
+    DFE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        const __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
+        fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    const auto halves = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)); };
+    _mm512_store_ps(totals, halves(halves(fours[0], fours[1]), halves(fours[2], fours[3])));
+}
+#else
+template <int Count>
+inline void add_lanes(const Vector (&sums)[Count], float* totals) {
+    for (int i = 0; i < Count; ++i) {
+        float total = 0.0f;
+        for (int l = 0; l < LANES; ++l) total += sums[i][l];
+        totals[i] = total;
+    }
+}
+#endif
+
 template <int Rows, int Vectors>
 void float_block_at(const BlockArguments& p, int64_t at) {
     const float* DFE_RESTRICT b = static_cast<const float*>(p.b);
@@ -50,6 +78,42 @@ template <int Rows, int Vectors>
 void float_block(const BlockArguments& p) {
     for (int64_t i = 0; i < p.count; ++i) float_block_at<Rows, Vectors>(p, i * Rows);
 }
+
+// Few outputs, which would leave most lanes of the block above idle: here the lanes are values of a run, summed up at the end. Weights:
+// (values / 16, Outputs, 16). c still has 16 outputs, the others 0.
+template <int Pixels, int Outputs>
+void few_block_at(const BlockArguments& p, int64_t at) {
+    const float* DFE_RESTRICT b = static_cast<const float*>(p.b);
+    float* const c = p.c + at * 16;
+    const int64_t pitch = p.pitch;
+    Vector sums[Pixels * Outputs] = {};
+    for (int64_t r = 0; r < p.runs; ++r) {
+        const float* a = static_cast<const float*>(p.a) + at * pitch + p.starts[r];
+        for (const float* const end = a + p.length; a != end; a += 16, b += 16 * Outputs) {
+            DFE_UNROLL
+            for (int l = 0; l < 16; l += LANES) {
+                DFE_UNROLL
+                for (int i = 0; i < Pixels; ++i) {
+                    const Vector values = *reinterpret_cast<const Vector*>(a + i * pitch + l);
+                    DFE_UNROLL
+                    for (int o = 0; o < Outputs; ++o) sums[i * Outputs + o] += values * *reinterpret_cast<const Vector*>(b + 16 * o + l);
+                }
+            }
+        }
+    }
+    alignas(64) float totals[Pixels * Outputs];
+    add_lanes(sums, totals);
+    for (int i = 0; i < Pixels; ++i) {
+        memset(c + 16 * i, 0, 64);
+        memcpy(c + 16 * i, totals + i * Outputs, sizeof(float) * Outputs);
+    }
+}
+
+template <int Pixels, int Outputs>
+void few_block(const BlockArguments& p) {
+    for (int64_t i = 0; i < p.count; ++i) few_block_at<Pixels, Outputs>(p, i * Pixels);
+}
+
 template <typename T, typename G>
 void items(const Conv2dArguments& p, int64_t begin, int64_t end, float* scratch) {
     float* const c = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(scratch) + 63) / 64 * 64);
@@ -113,6 +177,10 @@ void items(const Conv2dArguments& p, int64_t begin, int64_t end, float* scratch)
 }  // namespace
 
 Multiplier float_multiplier(int64_t outputs) {
+    constexpr int SUMS = LANES == 16 ? 16 : 8;  // vectors that stay in registers
+    if (outputs == 1) return {few_block<SUMS, 1>, SUMS, 96 / SUMS, 16, nullptr, nullptr};
+    if (outputs == 2) return {few_block<SUMS / 2, 2>, SUMS / 2, 192 / SUMS, 16, nullptr, nullptr};
+    if (outputs == 4) return {few_block<SUMS / 4, 4>, SUMS / 4, 384 / SUMS, 16, nullptr, nullptr};
     constexpr int WIDE = LANES == 16 ? 2 * ROWS : ROWS;  // rows of a block of 16 outputs
     if (outputs == 32 && LANES == 16) return {float_block<ROWS, 2>, ROWS, 8, 32, nullptr, nullptr};
     return {float_block<WIDE, 16 / LANES>, WIDE, 96 / WIDE, 16, nullptr, nullptr};

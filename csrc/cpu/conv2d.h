@@ -37,7 +37,8 @@ struct Multiplier {
 };
 constexpr int64_t STATE_BYTES = 64;  // of begin and end
 
-// Of the vectors of the compiled level, and of the instructions for bfloat16 and bytes; `outputs` is 16 or 32.
+// Of the vectors of the compiled level, and of the instructions for bfloat16 and bytes; `outputs` is 16 or 32, of floats also 1, 2 or 4, whose sums
+// stand as those of 16.
 DFE_DECLARE_AT_LEVELS(Multiplier float_multiplier(int64_t outputs);)
 Multiplier pairs_multiplier(int64_t outputs);
 Multiplier tiles_multiplier(int64_t outputs);

@@ -76,6 +76,16 @@ def test_foreign_edits_change_the_object_and_nothing_far_from_it(kind):
     assert changed >= 4
 
 
+@pytest.mark.parametrize("height, width", [(2, 2), (1, 9), (9, 2), (9, 9)])
+def test_cloning_fills_regions_of_every_size_and_nothing_else(height, width):
+    target, source = np.full((2, 32, 32, 3), 90, np.uint8)
+    source[::2] = 160
+    region = np.zeros((32, 32), bool)
+    region[10 : 10 + height, 12 : 12 + width] = True
+    change = np.abs(study_sets._clone(source, target, region).astype(int) - 90)
+    assert change[region].max() > 20 and change[~region].max() <= 3
+
+
 def test_foreign_decoys_leave_the_object():
     images, foregrounds = bars(6, 64)
     foreign = study_sets.Foreign(images, foregrounds)

@@ -33,6 +33,11 @@ LARGER = [
     (Case((2, 40, 33), (24, 16), 20, 3, 3, True, "gelu", residual="none"), 33),
     (Case((1, 30, 64), (256,), 24, 3, 4, act="gelu"), 64),
     (Case((2, 3, 2), (6,), 17, 3, 4, True, "silu"), 5),
+    # up to four outputs, summed in lanes of channels
+    (Case((2, 21, 33), (32,), 3, 3, 1, True, "gelu"), 33),
+    (Case((1, 13, 17), (16, 32), 1, 3, 2, True, "silu", residual="none", act="sigmoid"), 17),
+    (Case((2, 15, 17), (48,), 2, 1, residual="none"), 17),
+    (Case((1, 5, 9), (64,), 4, 3, 1, act="gelu"), 45),
 ]
 
 
