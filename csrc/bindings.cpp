@@ -5,6 +5,7 @@
 
 #include "bindings/call.h"
 #include "bindings/common.h"
+#include "cpu/product.h"
 #include "sources.h"  // written by CMake
 
 namespace dfe {
@@ -27,6 +28,9 @@ std::map<std::string, bool> find_levels() {
     levels["avx2"] = avx2;
     levels["avx512"] = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                        __builtin_cpu_supports("avx512vl");
+#endif
+#if defined(DFE_NARROW_PRODUCTS)
+    levels["avx512_bf16"] = levels["avx512"] && pairs_supported();
 #endif
     return levels;
 }
@@ -59,7 +63,8 @@ void run_with_helpers(int threads, const py::function& work) {
 
 Level level_named(const std::string& name) {
     const auto& levels = cpu_levels();
-    for (const auto& [level, candidate] : {std::pair{Level::avx512, "avx512"}, {Level::avx2, "avx2"}, {Level::base, "base"}}) {
+    for (const auto& [level, candidate] :
+         {std::pair{Level::avx512_bf16, "avx512_bf16"}, {Level::avx512, "avx512"}, {Level::avx2, "avx2"}, {Level::base, "base"}}) {
         const auto found = levels.find(candidate);
         if (found != levels.end() && found->second && (name.empty() || name == candidate)) return level;
     }

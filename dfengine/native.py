@@ -78,7 +78,7 @@ def cpu_levels() -> dict[str, bool]:
     if module is None:
         return {}
     levels = module.cpu_levels()
-    return {name: levels[name] for name in ("base", "avx2", "avx512") if name in levels}
+    return {name: levels[name] for name in ("base", "avx2", "avx512", "avx512_bf16") if name in levels}
 
 
 def products() -> dict[str, bool]:

@@ -58,7 +58,7 @@ def block_outputs(outputs: int, product: str, level: str, padded: int) -> int:
     """Output channels of a block: 32, or 16 where that leaves fewer idle, and where vectors are short; or up to 4."""
     if product == "float32" and outputs <= 4 and padded % 16 == 0:
         return 1 << (outputs - 1).bit_length()
-    wide = product != "float32" or native.module is None or level == "avx512"
+    wide = product != "float32" or native.module is None or level.startswith("avx512")
     return 32 if wide and (-(-outputs // 16) % 2 == 0 or outputs > 128) else 16
 
 

@@ -18,15 +18,23 @@ namespace py = pybind11;
 
 namespace dfe {
 
-enum class Level : int { base = 0, avx2 = 1, avx512 = 2 };
+enum class Level : int { base = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 
 // The named level, or the best that this processor runs for "". Throws std::invalid_argument for one that it does not run.
 Level level_named(const std::string& name);
 
 // dfe::<level>::FUNCTION of the level at hand.
 #if defined(DFE_X86_LEVELS)
-#define DFE_AT_LEVEL(LEVEL, FUNCTION) \
-    ((LEVEL) == dfe::Level::avx512 ? dfe::avx512::FUNCTION : (LEVEL) == dfe::Level::avx2 ? dfe::avx2::FUNCTION : dfe::base::FUNCTION)
+#if defined(DFE_NARROW_PRODUCTS)
+#define DFE_AT_LAST_LEVEL(FUNCTION) dfe::avx512_bf16::FUNCTION
+#else
+#define DFE_AT_LAST_LEVEL(FUNCTION) dfe::avx512::FUNCTION
+#endif
+#define DFE_AT_LEVEL(LEVEL, FUNCTION)                               \
+    ((LEVEL) == dfe::Level::avx512_bf16 ? DFE_AT_LAST_LEVEL(FUNCTION) \
+     : (LEVEL) == dfe::Level::avx512    ? dfe::avx512::FUNCTION     \
+     : (LEVEL) == dfe::Level::avx2      ? dfe::avx2::FUNCTION       \
+                                        : dfe::base::FUNCTION)
 #else
 #define DFE_AT_LEVEL(LEVEL, FUNCTION) (static_cast<void>(LEVEL), dfe::base::FUNCTION)
 #endif

@@ -34,9 +34,7 @@ Multiplier multiplier_of(Product product, Level level, int64_t outputs) {
 }
 
 Conv2dPasses passes_of(const Conv2dArguments& p, Level level) {
-#if defined(DFE_NARROW_PRODUCTS)
-    if (p.product != Product::float32) return pairs_supported() ? avx512_bf16::conv2d_passes(p) : avx512::conv2d_passes(p);
-#endif
+    if (p.product != Product::float32) level = std::max(level, Level::avx512);  // which the processor has, and lower ones know no bytes
     return DFE_AT_LEVEL(level, conv2d_passes)(p);
 }
 

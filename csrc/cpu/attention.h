@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../common/convert.h"
+#include "levels.h"
 #include "product.h"
 
 namespace dfe {
@@ -45,15 +46,7 @@ inline int64_t plan_attention(AttentionArguments& p) {
     return p.batch * p.heads * p.blocks;
 }
 
-namespace base {
-AttentionItems attention_items(FloatType);
-}
-namespace avx2 {
-AttentionItems attention_items(FloatType);
-}
-namespace avx512 {
-AttentionItems attention_items(FloatType);
-}
+DFE_DECLARE_AT_LEVELS(AttentionItems attention_items(FloatType);)
 AttentionItems attention_items_bfloat16(Product);
 
 }  // namespace dfe

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../common/convert.h"
+#include "levels.h"
 
 namespace dfe {
 
@@ -36,14 +37,6 @@ struct ChannelAttentionPasses {
     void (*apply)(const ChannelAttentionArguments&, int64_t n, int64_t begin, int64_t end, float* scratch);
 };
 
-namespace base {
-ChannelAttentionPasses channel_attention(const ChannelAttentionArguments&);
-}
-namespace avx2 {
-ChannelAttentionPasses channel_attention(const ChannelAttentionArguments&);
-}
-namespace avx512 {
-ChannelAttentionPasses channel_attention(const ChannelAttentionArguments&);
-}
+DFE_DECLARE_AT_LEVELS(ChannelAttentionPasses channel_attention(const ChannelAttentionArguments&);)
 
 }  // namespace dfe

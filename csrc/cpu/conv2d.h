@@ -7,6 +7,7 @@
 
 #include "../common/activation.h"
 #include "../common/convert.h"
+#include "levels.h"
 #include "product.h"
 
 namespace dfe {
@@ -38,15 +39,7 @@ constexpr int64_t STATE_BYTES = 64;  // of begin and end
 
 // Of the vectors of the compiled level, and of the instructions for bfloat16 and bytes; `outputs` is 16 or 32, of floats also 1, 2 or 4, whose sums
 // stand as those of 16.
-namespace base {
-Multiplier float_multiplier(int64_t outputs);
-}
-namespace avx2 {
-Multiplier float_multiplier(int64_t outputs);
-}
-namespace avx512 {
-Multiplier float_multiplier(int64_t outputs);
-}
+DFE_DECLARE_AT_LEVELS(Multiplier float_multiplier(int64_t outputs);)
 Multiplier pairs_multiplier(int64_t outputs);
 Multiplier tiles_multiplier(int64_t outputs);
 Multiplier fours_multiplier(int64_t outputs);
@@ -98,17 +91,6 @@ struct Conv2dPasses {
     void (*moments)(const Conv2dArguments&, int64_t begin, int64_t end);
 };
 
-namespace base {
-Conv2dPasses conv2d_passes(const Conv2dArguments&);
-}
-namespace avx2 {
-Conv2dPasses conv2d_passes(const Conv2dArguments&);
-}
-namespace avx512 {
-Conv2dPasses conv2d_passes(const Conv2dArguments&);
-}
-namespace avx512_bf16 {  // for the products in bfloat16, and in bytes where the processor has both
-Conv2dPasses conv2d_passes(const Conv2dArguments&);
-}
+DFE_DECLARE_AT_LEVELS(Conv2dPasses conv2d_passes(const Conv2dArguments&);)
 
 }  // namespace dfe

@@ -18,13 +18,13 @@ struct GradientLanes {
 
 template <typename T>
 inline __m512 normalised_16(const GradientLanes& lanes, const T* x, int64_t l, __mmask16 mask) {
-    return _mm512_maskz_mul_ps(mask, _mm512_sub_ps(load_16(x + l, mask), _mm512_loadu_ps(lanes.centre + l)), _mm512_loadu_ps(lanes.rstd + l));
+    return _mm512_maskz_mul_ps(mask, _mm512_sub_ps(load_masked(x + l, mask), _mm512_loadu_ps(lanes.centre + l)), _mm512_loadu_ps(lanes.rstd + l));
 }
 
 // dz of the lanes from l on, 0 where `mask` leaves them out.
 template <typename T, typename G, Activation A>
 inline __m512 before_activation_16(const GradientLanes& lanes, __m512 hat, const G* dy, int64_t l, __mmask16 mask) {
-    const __m512 gradient = load_16(dy + l, mask);
+    const __m512 gradient = load_masked(dy + l, mask);
     if (A == Activation::none) return gradient;
     return gradient * slope<A, digits_of<T>()>(_mm512_fmadd_ps(hat, _mm512_loadu_ps(lanes.weight + l), _mm512_loadu_ps(lanes.bias + l)));
 }
@@ -51,7 +51,7 @@ inline void write_gradients_16(const GradientLanes& lanes, const T* x, const G* 
     const __m512 hat = normalised_16(lanes, x, l, mask), dz = before_activation_16<T, G, A>(lanes, hat, dy, l, mask);
     const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(lanes.weight + l), _mm512_loadu_ps(lanes.rstd + l));
     const __m512 rest = _mm512_fmadd_ps(hat, _mm512_loadu_ps(lanes.of_hat + l), _mm512_loadu_ps(lanes.constant + l));
-    store_16(dx + l, mask, _mm512_fmadd_ps(dz, scale, rest));
+    store_masked(dx + l, _mm512_fmadd_ps(dz, scale, rest), mask);
 }
 
 // dx of `count` values; dy is of type T, or dz itself, with A none.

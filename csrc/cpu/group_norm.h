@@ -5,6 +5,7 @@
 
 #include "../common/activation.h"
 #include "../common/convert.h"
+#include "levels.h"
 
 namespace dfe {
 
@@ -46,17 +47,8 @@ struct GroupNormPasses {
     void (*join)(const GroupNormArguments&, int64_t n, float* shared);
 };
 
-namespace base {
-GroupNormPasses group_norm_forward(const GroupNormArguments&);
-GroupNormPasses group_norm_backward(const GroupNormArguments&);
-}  // namespace base
-namespace avx2 {
-GroupNormPasses group_norm_forward(const GroupNormArguments&);
-GroupNormPasses group_norm_backward(const GroupNormArguments&);
-}  // namespace avx2
-namespace avx512 {
-GroupNormPasses group_norm_forward(const GroupNormArguments&);
-GroupNormPasses group_norm_backward(const GroupNormArguments&);
-}  // namespace avx512
+DFE_DECLARE_AT_LEVELS(
+    GroupNormPasses group_norm_forward(const GroupNormArguments&);
+    GroupNormPasses group_norm_backward(const GroupNormArguments&);)
 
 }  // namespace dfe

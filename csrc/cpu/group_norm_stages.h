@@ -5,6 +5,7 @@
 
 #include "../common/activation.h"
 #include "../common/convert.h"
+#include "levels.h"
 
 namespace dfe {
 
@@ -74,19 +75,9 @@ void plan_apply(ApplyArguments& arguments);
 using MomentsTiles = void (*)(const MomentsArguments&, int64_t begin, int64_t end, float* scratch);
 using ApplyLines = void (*)(const ApplyArguments&, int64_t begin, int64_t end, float* scratch);
 
-#define DFE_GROUP_NORM_STAGES                                                                      \
-    MomentsTiles moments_tiles(const MomentsArguments&);                                           \
-    void merge_parts(const MergeArguments&, int64_t begin, int64_t end, float* scratch);           \
-    ApplyLines apply_lines(const ApplyArguments&);
-
-namespace base {
-DFE_GROUP_NORM_STAGES
-}
-namespace avx2 {
-DFE_GROUP_NORM_STAGES
-}
-namespace avx512 {
-DFE_GROUP_NORM_STAGES
-}
+DFE_DECLARE_AT_LEVELS(
+    MomentsTiles moments_tiles(const MomentsArguments&);
+    void merge_parts(const MergeArguments&, int64_t begin, int64_t end, float* scratch);
+    ApplyLines apply_lines(const ApplyArguments&);)
 
 }  // namespace dfe

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../common/convert.h"
+#include "levels.h"
 
 namespace dfe {
 
@@ -34,14 +35,6 @@ int64_t plan_tiles(IngestArguments& arguments);
 
 using IngestTiles = void (*)(const IngestArguments&, bool stream, int64_t begin, int64_t end, float* scratch);
 
-namespace base {
-void ingest_tiles(const IngestArguments&, bool stream, int64_t begin, int64_t end, float* scratch);
-}
-namespace avx2 {
-void ingest_tiles(const IngestArguments&, bool stream, int64_t begin, int64_t end, float* scratch);
-}
-namespace avx512 {
-void ingest_tiles(const IngestArguments&, bool stream, int64_t begin, int64_t end, float* scratch);
-}
+DFE_DECLARE_AT_LEVELS(void ingest_tiles(const IngestArguments&, bool stream, int64_t begin, int64_t end, float* scratch);)
 
 }  // namespace dfe

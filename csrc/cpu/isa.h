@@ -1,5 +1,5 @@
-// Every csrc/cpu/<op>.cpp is compiled once for each instruction set, into the namespace DFE_ISA (base, avx2, avx512), and chosen at run time
-// (bindings.cpp). Such a file must define nothing outside that namespace and use no library templates: the linker keeps one copy of an
+// Every csrc/cpu/<op>.cpp is compiled once for each instruction set, into the namespace DFE_ISA (base, avx2, avx512, avx512_bf16: levels.h), and
+// chosen at run time (bindings.cpp). Such a file must define nothing outside that namespace and use no library templates: the linker keeps one copy of an
 // inline function, and it must not be one that needs AVX-512.
 #pragma once
 
@@ -11,7 +11,7 @@
 #endif
 
 #if !defined(DFE_ISA)
-#error "compile with -DDFE_ISA=base, avx2 or avx512"
+#error "compile with -DDFE_ISA=base, avx2, avx512 or avx512_bf16"
 #endif
 
 #if defined(_MSC_VER)

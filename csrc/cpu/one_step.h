@@ -5,6 +5,7 @@
 
 #include "../common/convert.h"
 #include "../common/one_step.h"
+#include "levels.h"
 
 namespace dfe {
 
@@ -30,14 +31,6 @@ void plan_one_step(OneStepArguments& arguments);
 // Tiles [begin, end); `stream` writes past the caches.
 using OneStepTiles = void (*)(const OneStepArguments&, bool stream, int64_t begin, int64_t end, float* scratch);
 
-namespace base {
-void one_step_tiles(const OneStepArguments&, bool stream, int64_t begin, int64_t end, float* scratch);
-}
-namespace avx2 {
-void one_step_tiles(const OneStepArguments&, bool stream, int64_t begin, int64_t end, float* scratch);
-}
-namespace avx512 {
-void one_step_tiles(const OneStepArguments&, bool stream, int64_t begin, int64_t end, float* scratch);
-}
+DFE_DECLARE_AT_LEVELS(void one_step_tiles(const OneStepArguments&, bool stream, int64_t begin, int64_t end, float* scratch);)
 
 }  // namespace dfe

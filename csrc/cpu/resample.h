@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../common/convert.h"
+#include "levels.h"
 
 namespace dfe {
 
@@ -19,17 +20,8 @@ struct ResampleArguments {
 // Output rows [begin, end) of those of all images; `scratch`: (width + 2) * channels floats for upsample_bilinear.
 using ResampleRows = void (*)(const ResampleArguments&, int64_t begin, int64_t end, float* scratch);
 
-namespace base {
-void upsample_bilinear_rows(const ResampleArguments&, int64_t begin, int64_t end, float* scratch);
-void max_pool_rows(const ResampleArguments&, int64_t begin, int64_t end, float* scratch);
-}  // namespace base
-namespace avx2 {
-void upsample_bilinear_rows(const ResampleArguments&, int64_t begin, int64_t end, float* scratch);
-void max_pool_rows(const ResampleArguments&, int64_t begin, int64_t end, float* scratch);
-}  // namespace avx2
-namespace avx512 {
-void upsample_bilinear_rows(const ResampleArguments&, int64_t begin, int64_t end, float* scratch);
-void max_pool_rows(const ResampleArguments&, int64_t begin, int64_t end, float* scratch);
-}  // namespace avx512
+DFE_DECLARE_AT_LEVELS(
+    void upsample_bilinear_rows(const ResampleArguments&, int64_t begin, int64_t end, float* scratch);
+    void max_pool_rows(const ResampleArguments&, int64_t begin, int64_t end, float* scratch);)
 
 }  // namespace dfe

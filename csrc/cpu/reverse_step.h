@@ -5,6 +5,7 @@
 
 #include "../common/convert.h"
 #include "../common/one_step.h"
+#include "levels.h"
 
 namespace dfe {
 
@@ -29,14 +30,6 @@ void plan_reverse_step(ReverseStepArguments& arguments);
 // Tiles [begin, end) of every image.
 using ReverseStepTiles = void (*)(const ReverseStepArguments&, int64_t begin, int64_t end, float* scratch);
 
-namespace base {
-void reverse_step_tiles(const ReverseStepArguments&, int64_t begin, int64_t end, float* scratch);
-}
-namespace avx2 {
-void reverse_step_tiles(const ReverseStepArguments&, int64_t begin, int64_t end, float* scratch);
-}
-namespace avx512 {
-void reverse_step_tiles(const ReverseStepArguments&, int64_t begin, int64_t end, float* scratch);
-}
+DFE_DECLARE_AT_LEVELS(void reverse_step_tiles(const ReverseStepArguments&, int64_t begin, int64_t end, float* scratch);)
 
 }  // namespace dfe

@@ -2,7 +2,12 @@
 // affine map with the activation. In AVX-512 they are written out: the compiler would keep the sums in memory and spill around the GELU.
 #pragma once
 
+#include "../common/activation.h"
+#include "../common/convert.h"
+#include "isa.h"
+#if defined(__AVX512F__)
 #include "vector.h"
+#endif
 
 namespace dfe {
 namespace DFE_ISA {
@@ -37,63 +42,18 @@ static inline void clear(float* DFE_RESTRICT values, int64_t count) {
 
 #if defined(__AVX512F__)
 
-static inline __m512 load_16(const float* x) { return _mm512_loadu_ps(x); }
-static inline __m512 load_16(const bfloat16* x) {
-    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-static inline __m512 load_16(const half* x) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }
-
-static inline __m512 load_16(const float* x, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, x); }
-static inline __m512 load_16(const bfloat16* x, __mmask16 mask) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)), 16));
-}
-static inline __m512 load_16(const half* x, __mmask16 mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, x)); }
-
-// The bits of a bfloat16 in the upper half of each lane; NaN is only cut short.
-static inline __m512i rounded_to_bfloat16(__m512 value) {
-    const __m512i bits = _mm512_castps_si512(value);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __mmask16 number = _mm512_cmp_ps_mask(value, value, _CMP_ORD_Q);
-    return _mm512_mask_add_epi32(bits, number, bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-}
-
-static inline void store_16(float* y, __mmask16 mask, __m512 value) { _mm512_mask_storeu_ps(y, mask, value); }
-static inline void store_16(bfloat16* y, __mmask16 mask, __m512 value) {
-    _mm256_mask_storeu_epi16(y, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_to_bfloat16(value), 16)));
-}
-static inline void store_16(half* y, __mmask16 mask, __m512 value) {
-    _mm256_mask_storeu_epi16(y, mask, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
-
-static inline void store_32(float* y, __m512 low, __m512 high) {
-    _mm512_storeu_ps(y, low);
-    _mm512_storeu_ps(y + 16, high);
-}
-static inline void store_32(bfloat16* y, __m512 low, __m512 high) {
-    const __m512i odd_words = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33,  //
-                                               31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-    _mm512_storeu_si512(y, _mm512_permutex2var_epi16(rounded_to_bfloat16(low), odd_words, rounded_to_bfloat16(high)));
-}
-static inline void store_32(half* y, __m512 low, __m512 high) {
-    store_16(y, 0xffff, low);
-    store_16(y + 16, 0xffff, high);
-}
-
-static inline __mmask16 mask_of(int64_t left) { return left >= 16 ? 0xffff : static_cast<__mmask16>((1u << (left > 0 ? left : 0)) - 1u); }
-
 constexpr int64_t COLUMN = 8;  // vectors whose sums stay in registers down the rows
 
 // Sums over a row of column `x` of vectors; `masks` are of the lanes that count, where Masked.
 template <bool Masked, typename T>
 inline void add_column(const T* x, const __mmask16* masks, __m512* sum) {
-    for (int64_t k = 0; k < COLUMN; ++k) sum[k] = _mm512_add_ps(sum[k], Masked ? load_16(x + 16 * k, masks[k]) : load_16(x + 16 * k));
+    for (int64_t k = 0; k < COLUMN; ++k) sum[k] = _mm512_add_ps(sum[k], Masked ? load_masked(x + 16 * k, masks[k]) : load_vector(x + 16 * k));
 }
 
 template <bool Masked, typename T>
 inline void add_column_centred(const T* x, const __mmask16* masks, const __m512* centre, __m512* sum, __m512* squares) {
     for (int64_t k = 0; k < COLUMN; ++k) {
-        const __m512 u = Masked ? load_16(x + 16 * k, masks[k]) : load_16(x + 16 * k);
+        const __m512 u = Masked ? load_masked(x + 16 * k, masks[k]) : load_vector(x + 16 * k);
         const __m512 d = Masked ? _mm512_maskz_sub_ps(masks[k], u, centre[k]) : _mm512_sub_ps(u, centre[k]);
         sum[k] = _mm512_add_ps(sum[k], d);
         squares[k] = _mm512_fmadd_ps(d, d, squares[k]);
@@ -154,18 +114,18 @@ template <typename T, Activation A, bool Centred>
 void activate_row(const T* x, int64_t count, const float* centre, const float* scale, const float* offset, T* y) {
     int64_t l = 0;
     for (; l + 32 <= count; l += 32) {
-        __m512 low = load_16(x + l), high = load_16(x + l + 16);
+        __m512 low = load_vector(x + l), high = load_vector(x + l + 16);
         if (Centred) low = _mm512_sub_ps(low, _mm512_loadu_ps(centre + l)), high = _mm512_sub_ps(high, _mm512_loadu_ps(centre + l + 16));
         low = activated<static_cast<int>(A), digits_of<T>()>(_mm512_fmadd_ps(low, _mm512_loadu_ps(scale + l), _mm512_loadu_ps(offset + l)));
         high = activated<static_cast<int>(A), digits_of<T>()>(_mm512_fmadd_ps(high, _mm512_loadu_ps(scale + l + 16), _mm512_loadu_ps(offset + l + 16)));
-        store_32(y + l, low, high);
+        store_two(y + l, low, high);
     }
     for (; l < count; l += 16) {
         const __mmask16 mask = mask_of(count - l);
-        __m512 u = load_16(x + l, mask);
+        __m512 u = load_masked(x + l, mask);
         if (Centred) u = _mm512_sub_ps(u, _mm512_maskz_loadu_ps(mask, centre + l));
         u = _mm512_fmadd_ps(u, _mm512_maskz_loadu_ps(mask, scale + l), _mm512_maskz_loadu_ps(mask, offset + l));
-        store_16(y + l, mask, activated<static_cast<int>(A), digits_of<T>()>(u));
+        store_masked(y + l, activated<static_cast<int>(A), digits_of<T>()>(u), mask);
     }
 }
 
@@ -175,11 +135,11 @@ void activate_and_pool(const T* upper, const T* lower, int64_t stride, int64_t c
     for (int64_t l = 0; l < count; l += 16) {
         const __mmask16 mask = mask_of(count - l);
         const __m512 s = _mm512_maskz_loadu_ps(mask, scale + l), o = _mm512_maskz_loadu_ps(mask, offset + l);
-        const __m512 a = activated<static_cast<int>(A), digits_of<T>()>(_mm512_fmadd_ps(load_16(upper + l, mask), s, o));
-        const __m512 b = activated<static_cast<int>(A), digits_of<T>()>(_mm512_fmadd_ps(load_16(upper + stride + l, mask), s, o));
-        const __m512 c = activated<static_cast<int>(A), digits_of<T>()>(_mm512_fmadd_ps(load_16(lower + l, mask), s, o));
-        const __m512 d = activated<static_cast<int>(A), digits_of<T>()>(_mm512_fmadd_ps(load_16(lower + stride + l, mask), s, o));
-        store_16(y + l, mask, _mm512_mul_ps(_mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d)), _mm512_set1_ps(0.25f)));
+        const __m512 a = activated<static_cast<int>(A), digits_of<T>()>(_mm512_fmadd_ps(load_masked(upper + l, mask), s, o));
+        const __m512 b = activated<static_cast<int>(A), digits_of<T>()>(_mm512_fmadd_ps(load_masked(upper + stride + l, mask), s, o));
+        const __m512 c = activated<static_cast<int>(A), digits_of<T>()>(_mm512_fmadd_ps(load_masked(lower + l, mask), s, o));
+        const __m512 d = activated<static_cast<int>(A), digits_of<T>()>(_mm512_fmadd_ps(load_masked(lower + stride + l, mask), s, o));
+        store_masked(y + l, _mm512_mul_ps(_mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d)), _mm512_set1_ps(0.25f)), mask);
     }
 }
 

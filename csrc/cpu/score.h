@@ -5,6 +5,7 @@
 
 #include "../common/convert.h"
 #include "../common/score.h"
+#include "levels.h"
 
 namespace dfe {
 
@@ -27,14 +28,6 @@ struct ScorePasses {
     void (*images)(const ScoreArguments&, int64_t begin, int64_t end, int32_t* room);
 };
 
-namespace base {
-ScorePasses score_passes(const ScoreArguments&);
-}
-namespace avx2 {
-ScorePasses score_passes(const ScoreArguments&);
-}
-namespace avx512 {
-ScorePasses score_passes(const ScoreArguments&);
-}
+DFE_DECLARE_AT_LEVELS(ScorePasses score_passes(const ScoreArguments&);)
 
 }  // namespace dfe

@@ -42,17 +42,17 @@ DFE_HD Floats load_vector(const half* in) {
 #endif
 }
 
-// The bits of what `value` rounds to in bfloat16, in the upper halves.
+// The bits of what `value` rounds to in bfloat16, in the upper halves; the lower ones are left over.
 DFE_HD Words bfloat16_words(Floats value) {
     const Words bits = reinterpret_cast<Words>(value);
-    const Words nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+    const Words nearest = bits + 0x7fffu + ((bits >> 16) & 1u);
     return value == value ? nearest : Words{} + 0x7fc00000u;
 }
 
 #if defined(__AVX512F__)
 DFE_HD __m256i bfloat16_bits(Floats value) {
 #if defined(__AVX512BF16__)
-    return (__m256i)_mm512_cvtneps_pbh(value);  // subnormal numbers become 0
+    return (__m256i)_mm512_cvtneps_pbh(value);  // subnormal numbers, below 2^-126, become 0
 #else
     return _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(bfloat16_words(value) >> 16));
 #endif
@@ -80,32 +80,61 @@ DFE_HD void store_vector(half* out, Floats value) {
 // To the nearest of 0 to 255.
 DFE_HD __m128i bytes_of(Floats value) { return _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(_mm512_max_ps(value, _mm512_setzero_ps()))); }
 DFE_HD void store_vector(uint8_t* out, Floats value) { _mm_storeu_si128(reinterpret_cast<__m128i*>(out), bytes_of(value)); }
+
+// Those of a mask; of the others 0 is loaded.
+DFE_HD Floats load_masked(const float* in, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, in); }
+DFE_HD Floats load_masked(const bfloat16* in, __mmask16 mask) {
+    return reinterpret_cast<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, in)), 16));
+}
+DFE_HD Floats load_masked(const half* in, __mmask16 mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, in)); }
+DFE_HD void store_masked(float* out, Floats value, __mmask16 mask) { _mm512_mask_storeu_ps(out, mask, value); }
+DFE_HD void store_masked(uint8_t* out, Floats value, __mmask16 mask) { _mm_mask_storeu_epi8(out, mask, bytes_of(value)); }
+DFE_HD void store_masked(bfloat16* out, Floats value, __mmask16 mask) { _mm256_mask_storeu_epi16(out, mask, bfloat16_bits(value)); }
+DFE_HD void store_masked(half* out, Floats value, __mmask16 mask) {
+    _mm256_mask_storeu_epi16(out, mask, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+}
+
+DFE_HD __mmask16 first_of(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
+// Of the sixteen from where `left` are left, any number.
+DFE_HD __mmask16 mask_of(int64_t left) { return left >= WIDTH ? 0xffff : first_of(left > 0 ? static_cast<int>(left) : 0); }
+
+// Two vectors, one after the other.
+template <typename T>
+DFE_HD void store_two(T* out, Floats low, Floats high) {
+    store_vector(out, low);
+    store_vector(out + WIDTH, high);
+}
+DFE_HD void store_two(bfloat16* out, Floats low, Floats high) {
+#if defined(__AVX512BF16__)
+    _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+#else
+    const __m512i odd_words = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33,  //
+                                               31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    const __m512i first = reinterpret_cast<__m512i>(bfloat16_words(low)), second = reinterpret_cast<__m512i>(bfloat16_words(high));
+    _mm512_storeu_si512(out, _mm512_permutex2var_epi16(first, odd_words, second));
+#endif
+}
 #endif
 
-// The first `count` of the sixteen.
+// The first `count` of the sixteen, 0 to 16.
 template <typename T>
 DFE_HD Floats load_some(const T* in, int count) {
+#if defined(__AVX512F__)
+    return load_masked(in, first_of(count));
+#else
     Floats result = {};
     for (int i = 0; i < count; ++i) result[i] = load(in + i);
     return result;
+#endif
 }
 template <typename T>
 DFE_HD void store_some(T* out, Floats value, int count) {
-    for (int i = 0; i < count; ++i) store(out + i, value[i]);
-}
-
 #if defined(__AVX512F__)
-DFE_HD __mmask16 first_of(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
-DFE_HD Floats load_some(const float* in, int count) { return _mm512_maskz_loadu_ps(first_of(count), in); }
-DFE_HD Floats load_some(const bfloat16* in, int count) {
-    return reinterpret_cast<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_of(count), in)), 16));
-}
-DFE_HD void store_some(float* out, Floats value, int count) { _mm512_mask_storeu_ps(out, first_of(count), value); }
-DFE_HD void store_some(uint8_t* out, Floats value, int count) { _mm_mask_storeu_epi8(out, first_of(count), bytes_of(value)); }
-DFE_HD void store_some(bfloat16* out, Floats value, int count) {
-    _mm256_mask_storeu_epi16(out, first_of(count), bfloat16_bits(value));
-}
+    store_masked(out, value, first_of(count));
+#else
+    for (int i = 0; i < count; ++i) store(out + i, value[i]);
 #endif
+}
 
 // What is read back after a store.
 DFE_HD Floats rounded(Floats value, const float*) { return value; }
@@ -113,7 +142,7 @@ DFE_HD Floats rounded(Floats value, const bfloat16*) {
 #if defined(__AVX512BF16__)
     return reinterpret_cast<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bfloat16_bits(value)), 16));
 #else
-    return reinterpret_cast<Floats>(bfloat16_words(value));
+    return reinterpret_cast<Floats>(bfloat16_words(value) & 0xffff0000u);
 #endif
 }
 DFE_HD Floats rounded(Floats value, const half*) {

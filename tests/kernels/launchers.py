@@ -14,7 +14,7 @@ from dfengine.kernels import CannotRunError, Op, cuda_launch, triton_import
 from tests.kernels import cuda_on_host
 
 GPU = torch.cuda.is_available()
-LEVELS = ("base", "avx2", "avx512")
+LEVELS = ("base", "avx2", "avx512", "avx512_bf16")
 
 
 @dataclass(frozen=True)

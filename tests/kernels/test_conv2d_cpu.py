@@ -11,7 +11,8 @@ from dfengine.kernels import conv2d, conv2d_cpu, group_norm_moments
 from tests.kernels import launchers
 from tests.kernels.conv2d_cases import FEATURES, NAN, Case, check_contract, make, run_into_nan
 
-LAUNCHERS = [f"{level}-float32" for level in launchers.LEVELS] + ["avx512-pairs", "avx512-tiles"]
+LAUNCHERS = [f"{level}-float32" for level in launchers.LEVELS]
+LAUNCHERS += [f"{level}-{product}" for level in ("avx512", "avx512_bf16") for product in ("pairs", "tiles")]
 LARGER = [
     # one row of tiles to a band and more; outputs that fill no block; a tile of moments to a row
     (Case((1, 45, 40), (24,), 40, 3, 1, True, "gelu", residual="none"), 40),

@@ -11,7 +11,7 @@ from dfengine.kernels import CannotRunError, group_norm, group_norm_apply
 from tests.kernels import launchers
 from tests.kernels.contract import assert_numeric_contract
 
-LAUNCHERS = ("cpu-base", "cpu-avx2", "cpu-avx512", "reference")
+LAUNCHERS = (*(f"cpu-{level}" for level in launchers.LEVELS), "reference")
 EPS = 1e-5
 # (N, H, W, C), groups: one pixel; C that fills no vector; a short last tile; one channel a group; many channels.
 CASES = [
@@ -191,7 +191,7 @@ def test_cpu_threads_and_streaming_change_nothing(dtype, monkeypatch):
 @pytest.mark.skipif(not native.available(), reason="dfengine._native is missing")
 @pytest.mark.parametrize("act", ["gelu", "silu", "relu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("level", ["base", "avx2", "avx512"])
+@pytest.mark.parametrize("level", launchers.LEVELS)
 def test_activations_over_their_range(level, dtype, act):
     """Weight 0 and bias z make y = act(z) and dbias = act'(z); for bfloat16 y is rounded, and GELU has the digits that
     this leaves."""
@@ -283,7 +283,7 @@ def test_wrong_arguments_are_refused(changes, message):
 @pytest.mark.skipif(not native.available(), reason="dfengine._native is missing")
 @pytest.mark.parametrize("act", group_norm.ACTIVATIONS)
 @pytest.mark.parametrize("dtype", group_norm.TYPES, ids=str)
-@pytest.mark.parametrize("level", ["base", "avx2", "avx512"])
+@pytest.mark.parametrize("level", launchers.LEVELS)
 def test_not_a_number_stays_one(level, dtype, act):
     """In its own group, wherever in a row it lies, and nowhere else."""
     if not native.cpu_levels().get(level):

@@ -191,7 +191,7 @@ def test_backends_that_draw_refuse_given_noise():
 
 
 @pytest.mark.skipif(not native.available(), reason="dfengine._native is missing")
-@pytest.mark.parametrize("level", ["base", "avx2", "avx512"])
+@pytest.mark.parametrize("level", launchers.LEVELS)
 @pytest.mark.parametrize("dtype", ingest.TYPES, ids=str)
 def test_cpu_threads_and_streaming_change_nothing(level, dtype):
     if not native.cpu_levels().get(level):
