@@ -167,10 +167,10 @@ def ingest_into(images, x_0, x_t, *, gain, offset, a, b, seed, draw=0, step=0, n
     _check(images, x_0, x_t, a, b, seed, draw, step, noise)
     signed_seed = seed - 2**64 if seed >= 2**63 else seed
     numbers = gain, offset, list(a), list(b), signed_seed, draw, step
-    torch.ops.dfengine.ingest(images, x_0, x_t, *numbers, noise, backend or "")
+    _ingest(images, x_0, x_t, *numbers, noise, backend or "")
 
 
-@torch.library.custom_op("dfengine::ingest", mutates_args=("x_0", "x_t"))
+@registry.custom_op("ingest", mutates=("x_0", "x_t"))
 def _ingest(
     images: torch.Tensor,
     x_0: torch.Tensor,
@@ -186,11 +186,6 @@ def _ingest(
     backend: str,
 ) -> None:
     OP(images, x_0, x_t, gain, offset, a, b, seed % 2**64, draw, step, noise, backend=backend)
-
-
-@_ingest.register_fake
-def _(images, x_0, x_t, gain, offset, a, b, seed, draw, step, noise, backend) -> None:
-    return None
 
 
 def _check_noise(seed: int, draw: int, step: int, scales: int) -> None:

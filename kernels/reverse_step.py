@@ -82,12 +82,10 @@ def reverse_step(
     """
     _check(x_t, eps, a, seed, draw, step)
     signed_seed = seed - 2**64 if seed >= 2**63 else seed
-    return torch.ops.dfengine.reverse_step(
-        x_t, eps, a, b, from_x0, from_xt, sigma, signed_seed, draw, step, backend or ""
-    )
+    return _reverse_step(x_t, eps, a, b, from_x0, from_xt, sigma, signed_seed, draw, step, backend or "")
 
 
-@torch.library.custom_op("dfengine::reverse_step", mutates_args=())
+@registry.custom_op("reverse_step", fake=lambda x_t, *_: x_t.new_empty(x_t.shape))
 def _reverse_step(
     x_t: torch.Tensor,
     eps: torch.Tensor,
@@ -104,11 +102,6 @@ def _reverse_step(
     out = torch.empty(x_t.shape, dtype=x_t.dtype, device=x_t.device)
     OP(x_t, eps, a, b, from_x0, from_xt, sigma, seed % 2**64, draw, step, out, backend=backend)
     return out
-
-
-@_reverse_step.register_fake
-def _(x_t, eps, a, b, from_x0, from_xt, sigma, seed, draw, step, backend) -> torch.Tensor:
-    return x_t.new_empty(x_t.shape)
 
 
 def _check(x_t, eps, a, seed, draw, step) -> None:
