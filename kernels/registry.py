@@ -200,7 +200,7 @@ def recorded(tensors: Sequence[Tensor | None]) -> bool:
     if torch._C._functorch.maybe_current_level() is not None:
         return True
     plain, differentiates = (Tensor, torch.nn.Parameter), torch.is_grad_enabled()
-    return any(type(t) not in plain or (differentiates and t.requires_grad) for t in tensors if t is not None)
+    return any(t is not None and (type(t) not in plain or (differentiates and t.requires_grad)) for t in tensors)
 
 
 def written(tensors: Sequence[Tensor | None]) -> None:
