@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dfengine.arguments import path_of
-from dfengine.errors import CheckpointError, ConfigError
+from dfengine.errors import CheckpointError, ConfigError, UsageError
 from dfengine.evaluation.calibration import Calibration
 from dfengine.files import atomic_path, locked, os_reason
 from dfengine.models import Model, ModelConfig
@@ -197,6 +197,13 @@ def check_target(path: str | Path) -> None:
         ours = False
     if not ours:
         raise CheckpointError(f"{path}: is there already and is not a dfengine checkpoint; choose another name")
+
+
+def check_new(path: str | Path) -> None:
+    """Raises `UsageError` where `path` is a checkpoint already, as `check_target` where it is another file."""
+    check_target(path)
+    if Path(path).is_file() and Path(path).stat().st_size:
+        raise UsageError(f"{path}: is there already; choose another name, or remove it first")
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:

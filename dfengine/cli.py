@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Callable
 from enum import Enum
@@ -22,6 +23,7 @@ from dfengine import signals
 from dfengine._version import __version__
 from dfengine.errors import DfengineError, UsageError
 from dfengine.files import os_reason
+from dfengine.stderr import WarningLines, print_error
 
 app = typer.Typer(
     help="Visual anomaly detection for railway fasteners: train on normal photos, detect, read the report.",
@@ -343,8 +345,10 @@ def demo(
 
 
 def _command(module: str, function: str, package: str = "dfengine.commands") -> Callable[..., Any]:
-    """What runs a command, imported now."""
+    """What runs a command, imported now. Raises `UsageError` where DFENGINE_BACKEND names no backend."""
     with signals.ending():
+        if os.environ.get("DFENGINE_BACKEND"):
+            importlib.import_module("dfengine.kernels").forced_backend(None)
         return getattr(importlib.import_module(f"{package}.{module}"), function)
 
 
@@ -359,10 +363,9 @@ def main(arguments: list[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # for names of files that are not in the system's encoding
     if "" in (sys.argv[1:] if arguments is None else arguments):  # as a path it would be the current folder
-        print("dfengine: an argument is empty: perhaps a variable of the shell that is not set", file=sys.stderr)
+        print_error("an argument is empty: perhaps a variable of the shell that is not set")
         return UsageError.exit_code
-    log, lines = logging.getLogger("dfengine"), logging.StreamHandler()
-    lines.setFormatter(logging.Formatter("dfengine: warning: %(message)s"))
+    log, lines = logging.getLogger("dfengine"), WarningLines()
     log.addHandler(lines)
     try:
         with signals.raising() as signalled:
@@ -379,14 +382,14 @@ def _run(arguments: list[str] | None, signalled: Callable[[], int]) -> int:
             return signals.say_ended(signalled())
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except DfengineError as error:
-        print(f"dfengine: {error}", file=sys.stderr)
+        print_error(str(error))
         return error.exit_code
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"dfengine: {where}{os_reason(error)}", file=sys.stderr)
+        print_error(f"{where}{os_reason(error)}")
         return 1
     except MemoryError:
-        print("dfengine: out of memory", file=sys.stderr)
+        print_error("out of memory")
         return 1
     except KeyboardInterrupt:
         return signals.say_ended(signalled())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 from rich.console import Console
+
+from dfengine.stderr import discard
 
 
 class OutputConsole(Console):
@@ -12,6 +12,4 @@ class OutputConsole(Console):
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.file.fileno())
-        os.close(nowhere)
+        discard(self.file)

@@ -18,7 +18,8 @@ import numpy as np
 
 from dfengine.arguments import path_of
 from dfengine.evaluation.calibration import Calibration
-from dfengine.files import atomic_write
+from dfengine.files import OUTPUT_MARKER, atomic_write, remove
+from dfengine.results import earlier_results
 from dfengine.wording import counted
 
 UNCALIBRATED_PIXEL_THRESHOLD = 0.5
@@ -240,9 +241,13 @@ class Detection:
     def save(self, folder: str | Path) -> Path:
         """Write `heatmaps/*.png`, `results.csv` and `results.jsonl` into `folder`, which is made; returns it.
 
-        Raises `DfengineError` naming the file that cannot be written.
+        Results that were saved there before are replaced. Raises `UsageError` for a folder that holds images, or files
+        of somebody else under these names, and `DfengineError` naming the file that cannot be written.
         """
         folder = path_of("a folder", folder)
+        for leftover in earlier_results(folder):
+            remove(leftover)
+        atomic_write(folder / OUTPUT_MARKER, "")
         files = self.save_heatmaps(folder / "heatmaps")
         write_rows(folder, self.rows([file.relative_to(folder) for file in files]))
         return folder

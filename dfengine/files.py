@@ -101,6 +101,14 @@ def atomic_write(path: str | os.PathLike, content: bytes | str) -> None:
         file.write(data)
 
 
+def remove(path: str | os.PathLike) -> None:
+    """Removes a file. Raises DfengineError, "PATH: cannot be removed: REASON"."""
+    try:
+        os.unlink(path)
+    except OSError as error:
+        raise DfengineError(f"{path}: cannot be removed: {os_reason(error)}") from None
+
+
 _HELD: set[int] = set()
 """Descriptors of the locks of this process."""
 

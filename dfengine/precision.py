@@ -41,7 +41,9 @@ def check_precision(precision: str, device: torch.device) -> None:
             forced = forced_backend(None)
             if forced not in (None, "cpu"):
                 raise UsageError(f"{ENVIRONMENT}={forced}: multiplies no int8; use another precision")
-            raise UsageError("precision int8 needs the compiled kernels and a processor with AVX512_VNNI or AMX-INT8")
+            if not native.available():
+                raise UsageError(f"precision int8 needs the compiled kernels: {native.reason}")
+            raise UsageError("precision int8 needs a processor with AVX512_VNNI or AMX-INT8")
     if device.type == "cuda":
         if precision == "int8":
             raise UsageError("precision int8 is one of CPUs; on a GPU use float16 or fp8")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from dfengine.stderr import print_error
 
 WORDS = {128 + signal.SIGINT: "interrupted", 128 + signal.SIGTERM: "terminated"}
 """Exit status -> what is said."""
@@ -62,5 +63,5 @@ def raising() -> Iterator[Callable[[], int]]:
 
 def say_ended(status: int) -> int:
     """Prints why a signal's exit status it is, and returns it."""
-    print(f"dfengine: {WORDS[status]}", file=sys.stderr)
+    print_error(WORDS[status])
     return status

@@ -28,9 +28,16 @@ def _are_ranges(ranges: Any) -> bool:
     return numbers and all(is_range(*pair) for pair in pairs)
 
 
+def has_labels(record: dict[str, Any]) -> bool:
+    """Whether the images it was held to were labelled, sound and defective ones."""
+    data = record.get("data")
+    return isinstance(data, dict) and bool(data.get("labelled"))
+
+
 def verdict(record: dict[str, Any]) -> str:
     """As "passed on fasteners (2026-01-31)"."""
     data = record.get("data")
     where = f" on {data['name']}" if isinstance(data, dict) and "name" in data else ""
+    where += ", without labels" if isinstance(data, dict) and data.get("labelled") is False else ""
     word = "was refused" if record.get("refused") else "passed"
     return f"{word}{where}" + (f" ({record['date']})" if "date" in record else "")

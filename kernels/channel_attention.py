@@ -119,10 +119,10 @@ def channel_attention_into(
 ) -> None:
     """As `channel_attention`, into a given y, every element of which is written, with a given workspace."""
     _check(x, w1, w2, spatial_weight, spatial_bias, residual, y, workspace)
-    torch.ops.dfengine.channel_attention(x, w1, w2, spatial_weight, spatial_bias, residual, y, workspace, backend or "")
+    _channel_attention(x, w1, w2, spatial_weight, spatial_bias, residual, y, workspace, backend or "")
 
 
-@torch.library.custom_op("dfengine::channel_attention", mutates_args=("y", "workspace"))
+@registry.custom_op("channel_attention", mutates=("y", "workspace"))
 def _channel_attention(
     x: torch.Tensor,
     w1: torch.Tensor | None,
@@ -135,11 +135,6 @@ def _channel_attention(
     backend: str,
 ) -> None:
     OP(x, w1, w2, spatial_weight, spatial_bias, residual, y, workspace, backend=backend)
-
-
-@_channel_attention.register_fake
-def _(x, w1, w2, spatial_weight, spatial_bias, residual, y, workspace, backend) -> None:
-    return None
 
 
 def _check(x, w1, w2, spatial_weight, spatial_bias, residual, y, workspace) -> None:

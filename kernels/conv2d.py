@@ -34,7 +34,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dfengine.kernels import group_norm_moments, registry, triton_import
 from dfengine.kernels.conv2d_triton import configuration_for, conv2d_kernel, fitting_configurations, launch_options
@@ -88,20 +87,15 @@ def conv2d_into(
     """As `conv2d`, into given outputs, every element of which is written: y, and moments of tiles of `tile_pixels`."""
     before = (bias, scale, offset, prologue_act, resample, residual, residual_resample, act, y, moments, tile_pixels)
     _check(x, x2, weight, *before)
-    if _recorded(x):
+    if registry.recorded((x, x2, weight.packed, bias, scale, offset, residual, y, moments)):
         whole(weight)
-        torch.ops.dfengine.conv2d(x, x2, weight.taps(), weight.dilation, *before, backend or "")
+        _conv2d(x, x2, weight.taps(), weight.dilation, *before, backend or "")
     else:
         OP(x, x2, weight, *before, backend=backend)
+        registry.written((y, moments))
 
 
-def _recorded(x: Tensor) -> bool:
-    """Whether torch looks on: it compiles or traces, or there is a dispatch mode or another class of tensor."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return traced or type(x) is not Tensor or is_in_torch_dispatch_mode()
-
-
-@torch.library.custom_op("dfengine::conv2d", mutates_args=("y", "moments"))
+@registry.custom_op("conv2d", mutates=("y", "moments"))
 def _conv2d(
     x: Tensor,
     x2: Tensor | None,
@@ -125,11 +119,6 @@ def _conv2d(
         x, x2, ConvWeight(packed, dilation), bias, scale, offset, prologue_act, resample, residual, residual_resample,
         act, y, moments, tile_pixels, backend=backend,
     )  # fmt: skip
-
-
-@_conv2d.register_fake
-def _(x, x2, packed, dilation, *rest) -> None:
-    return None
 
 
 def output_shape(x: Tensor, weight: ConvWeight, resample: str) -> tuple[int, int, int, int]:

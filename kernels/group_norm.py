@@ -54,7 +54,8 @@ def group_norm(
     """act(GroupNorm(x + shift)), differentiable once in all tensors: x (N, C, H, W), weight, bias (C,), shift (N, C).
 
     Returns a channels-last tensor of x's dtype; an x of another layout is copied first. Not a torch custom op, whose
-    dispatch would add about 45 us to a forward and backward pass (Intel Xeon with AMX).
+    dispatch would add about 45 us to a forward and backward pass (Intel Xeon with AMX); without a gradient to come, not
+    an autograd function either.
     Raises ValueError for arguments that no backend accepts.
     """
     return group_norm_with_statistics(x, weight, bias, groups, eps, act, shift)[0]
@@ -71,7 +72,10 @@ def group_norm_with_statistics(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `group_norm`, with mean and rstd (N, groups) of the groups, which are not differentiated."""
     _check(x, weight, bias, groups, act, shift)
-    return _GroupNorm.apply(x, weight, bias, shift, groups, eps, act)
+    if registry.recorded((x, weight, bias, shift)):
+        return _GroupNorm.apply(x, weight, bias, shift, groups, eps, act)
+    _, _, y, mean, rstd = _forward(x, weight, bias, shift, groups, eps, act)
+    return y, mean, rstd
 
 
 def _check(x, weight, bias, groups, act, shift) -> None:
@@ -90,20 +94,26 @@ def _check(x, weight, bias, groups, act, shift) -> None:
         raise ValueError(f"x: {tuple(x.shape)} holds nothing")
 
 
+def _forward(x, weight, bias, shift, groups, eps, act) -> tuple[Tensor, list[Tensor | None], Tensor, Tensor, Tensor]:
+    """(x as (N, H, W, C), [weight, bias, shift] as the kernels take them, y (N, C, H, W), mean, rstd)."""
+    pixels = x.permute(0, 2, 3, 1).contiguous()
+    dtype = group_norm_moments.precise(x)
+    small = [None if t is None else t.to(dtype).contiguous() for t in (weight, bias, shift)]
+    y = torch.empty_like(pixels)
+    mean, rstd = pixels.new_empty((2, x.shape[0], groups), dtype=dtype).unbind()
+    OP(pixels, *small, groups, eps, act, y, mean, rstd)
+    return pixels, small, y.permute(0, 3, 1, 2), mean, rstd
+
+
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, shift, groups, eps, act):
-        pixels = x.permute(0, 2, 3, 1).contiguous()
-        precise = torch.promote_types(x.dtype, torch.float32)
-        small = [None if t is None else t.to(precise).contiguous() for t in (weight, bias, shift)]
-        y = torch.empty_like(pixels)
-        mean, rstd = (torch.empty((x.shape[0], groups), dtype=precise, device=x.device) for _ in range(2))
-        OP(pixels, *small, groups, eps, act, y, mean, rstd)
+        pixels, small, y, mean, rstd = _forward(x, weight, bias, shift, groups, eps, act)
         ctx.save_for_backward(pixels, *small, mean, rstd)
         ctx.act, ctx.types = act, [None if t is None else t.dtype for t in (weight, bias, shift)]
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
-        return y.permute(0, 3, 1, 2), mean, rstd
+        return y, mean, rstd
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -62,7 +62,7 @@ def apply(
     shape = _result_shape(x, x2, act, resample)
     y = torch.empty(shape, dtype=x.dtype, device=x.device) if y is None else y
     _check(x, x2, scale, offset, y, shape)
-    torch.ops.dfengine.group_norm_apply(x, x2, scale, offset, act, resample, y, backend or "")
+    _apply(x, x2, scale, offset, act, resample, y, backend or "")
     return y
 
 
@@ -101,17 +101,12 @@ def _check(x, x2, scale, offset, y, shape) -> None:
             check_small(name, tensor, (shape[0], shape[3]), x)
 
 
-@torch.library.custom_op("dfengine::group_norm_apply", mutates_args=("y",))
+@registry.custom_op("group_norm_apply", mutates=("y",))
 def _apply(
     x: Tensor, x2: Tensor | None, scale: Tensor | None, offset: Tensor | None, act: str, resample: str, y: Tensor,
     backend: str,
 ) -> None:  # fmt: skip
     OP(x, x2, scale, offset, act, resample, y, backend=backend)
-
-
-@_apply.register_fake
-def _(*_args) -> None:
-    return None
 
 
 def reference(x, x2, scale, offset, act, resample) -> Tensor:

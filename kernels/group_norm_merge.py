@@ -56,9 +56,7 @@ def merge(
     second, (mean, rstd) = second or (None, None), statistics or (None, None)
     outputs = (scale, offset, mean, rstd)
     _check(moments, counts, *second, weight, bias, shift, groups, *outputs)
-    torch.ops.dfengine.group_norm_merge(
-        moments, counts, *second, weight, bias, shift, groups, eps, *outputs, backend or ""
-    )
+    _merge(moments, counts, *second, weight, bias, shift, groups, eps, *outputs, backend or "")
     return scale, offset
 
 
@@ -93,18 +91,13 @@ def _check(moments, counts, moments2, counts2, weight, bias, shift, groups, scal
             check_small(name, value, (batch, width), moments)
 
 
-@torch.library.custom_op("dfengine::group_norm_merge", mutates_args=("scale", "offset", "mean", "rstd"))
+@registry.custom_op("group_norm_merge", mutates=("scale", "offset", "mean", "rstd"))
 def _merge(
     moments: Tensor, counts: Tensor, moments2: Tensor | None, counts2: Tensor | None, weight: Tensor, bias: Tensor,
     shift: Tensor | None, groups: int, eps: float, scale: Tensor, offset: Tensor, mean: Tensor | None,
     rstd: Tensor | None, backend: str,
 ) -> None:  # fmt: skip
     OP(moments, counts, moments2, counts2, weight, bias, shift, groups, eps, scale, offset, mean, rstd, backend=backend)
-
-
-@_merge.register_fake
-def _(*_args) -> None:
-    return None
 
 
 def reference(moments, counts, moments2, counts2, weight, bias, shift, groups, eps) -> tuple[Tensor, ...]:

@@ -55,7 +55,7 @@ def moments(
     shape = (x.shape[0], -(-pixels // tile_pixels), 2, x.shape[3])
     out = torch.empty(shape, dtype=precise(x), device=x.device) if out is None else out
     check_small("out", out, shape, x)
-    torch.ops.dfengine.group_norm_moments(x, tile_pixels, out, backend or "")
+    _moments(x, tile_pixels, out, backend or "")
     return out
 
 
@@ -71,12 +71,12 @@ def _check(x: Tensor, tile_pixels: int | None) -> None:
 
 
 def precise(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def check_small(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     """A parameter or statistic: contiguous, of float32, or float64 beside float64 activations."""
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise ValueError(f"{name}: expected {shape}, got {tuple(tensor.shape)}")
     if tensor.dtype != precise(like) or tensor.device != like.device or not tensor.is_contiguous():
         raise ValueError(
@@ -84,14 +84,9 @@ def check_small(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor)
         )
 
 
-@torch.library.custom_op("dfengine::group_norm_moments", mutates_args=("moments",))
+@registry.custom_op("group_norm_moments", mutates=("moments",))
 def _moments(x: Tensor, tile_pixels: int, moments: Tensor, backend: str) -> None:
     OP(x, tile_pixels, moments, backend=backend)
-
-
-@_moments.register_fake
-def _(x, tile_pixels, moments, backend) -> None:
-    return None
 
 
 def reference(x: Tensor, tile_pixels: int) -> Tensor:

@@ -86,10 +86,10 @@ def one_step_into(x_t, eps, x_0, a, b, weight, gain, offset, pair, reconstructio
     """As `one_step`, into a given pair and, where it is not None, reconstruction; every element is written."""
     _check(x_t, eps, x_0, a, b, gain, pair, reconstruction)
     floats = list(a), list(b), weight, gain, offset
-    torch.ops.dfengine.one_step(x_t, eps, x_0, *floats, pair, reconstruction, backend or "")
+    _one_step(x_t, eps, x_0, *floats, pair, reconstruction, backend or "")
 
 
-@torch.library.custom_op("dfengine::one_step", mutates_args=("pair", "reconstruction"))
+@registry.custom_op("one_step", mutates=("pair", "reconstruction"))
 def _one_step(
     x_t: torch.Tensor,
     eps: torch.Tensor,
@@ -104,11 +104,6 @@ def _one_step(
     backend: str,
 ) -> None:
     OP(x_t, eps, x_0, a, b, weight, gain, offset, pair, reconstruction, backend=backend)
-
-
-@_one_step.register_fake
-def _(x_t, eps, x_0, a, b, weight, gain, offset, pair, reconstruction, backend) -> None:
-    return None
 
 
 def _check(x_t, eps, x_0, a, b, gain, pair, reconstruction) -> None:

@@ -8,12 +8,17 @@ everything the op accepts.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dfengine import native
 from dfengine.errors import DfengineError, UsageError
@@ -173,6 +178,62 @@ def forced_backend(backend: str | None) -> str | None:
 
 def always(*_args, **_kwargs) -> None:
     """The `available` and `can_run` of an implementation that runs everywhere."""
+
+
+def recorded(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether torch must see an op on these tensors: it compiles, traces or transforms, a mode is on, or one of them is
+    of another class or wants the gradient that no op has.
+
+    Raises RuntimeError where one carries a tangent, which a custom op would drop without a word.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or is_in_torch_dispatch_mode()
+        or torch._C._is_torch_function_mode_enabled()
+    ):
+        return True
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(t).tangent is not None for t in tensors if t is not None
+    ):
+        raise RuntimeError("the ops of dfengine have no forward-mode derivative")
+    if torch._C._functorch.maybe_current_level() is not None:
+        return True
+    plain, differentiates = (Tensor, torch.nn.Parameter), torch.is_grad_enabled()
+    return any(t is not None and (type(t) not in plain or (differentiates and t.requires_grad)) for t in tensors)
+
+
+def written(tensors: Sequence[Tensor | None]) -> None:
+    """Tell autograd of tensors that a kernel wrote into: a backward pass that kept one of them then refuses it."""
+    increment_version([tensor for tensor in tensors if tensor is not None])
+
+
+def custom_op(name: str, mutates: Sequence[str] = (), fake: Callable = always) -> Callable[[Callable], Callable]:
+    """A decorator that registers a function as ``torch.ops.dfengine.<name>`` and gives what calls it: through torch
+    where a call is `recorded`, else directly: the dispatch of a custom op takes tens of microseconds.
+
+    mutates: the parameters it writes into. fake: its shapes alone, as of `register_fake`; the function allocates no
+    result where it is not given. The result takes positional arguments.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        op = torch.library.custom_op(f"dfengine::{name}", function, mutates_args=mutates)
+        op.register_fake(fake)
+        parameters = inspect.signature(function).parameters.values()
+        tensors = [place for place, parameter in enumerate(parameters) if "Tensor" in parameter.annotation]
+        outputs = [place for place, parameter in enumerate(parameters) if parameter.name in mutates]
+
+        @wraps(function)
+        def call(*arguments):
+            if recorded([arguments[place] for place in tensors]):
+                return op(*arguments)
+            result = function(*arguments)
+            written([arguments[place] for place in outputs])
+            return result
+
+        return call
+
+    return decorate
 
 
 def cpu_available(function: str) -> Callable[[str], None]:

@@ -17,6 +17,8 @@ Backends: reference (any device), triton (GPU; CPU through the interpreter), cpu
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -44,13 +46,13 @@ def upsample_bilinear(x: torch.Tensor, backend: str | None = None) -> torch.Tens
     Raises ValueError for arguments no backend accepts, CannotRunError when the forced backend does not serve them.
     """
     _check("upsample_bilinear", x)
-    return torch.ops.dfengine.upsample_bilinear(x, backend or "")
+    return _upsample_bilinear(x, backend or "")
 
 
 def max_pool(x: torch.Tensor, backend: str | None = None) -> torch.Tensor:
     """Return a new contiguous (N, h div 2, w div 2, C); otherwise as `upsample_bilinear`."""
     _check("max_pool", x)
-    return torch.ops.dfengine.max_pool(x, backend or "")
+    return _max_pool(x, backend or "")
 
 
 def upsample_bilinear_into(x: torch.Tensor, y: torch.Tensor, backend: str | None = None) -> None:
@@ -73,28 +75,22 @@ def _resized(op: str, x: torch.Tensor) -> tuple[int, int, int, int]:
     )
 
 
-@torch.library.custom_op("dfengine::upsample_bilinear", mutates_args=())
+def _new_y(op: str, x: torch.Tensor, *_backend: str) -> torch.Tensor:
+    return x.new_empty(_resized(op, x))
+
+
+@registry.custom_op("upsample_bilinear", fake=partial(_new_y, "upsample_bilinear"))
 def _upsample_bilinear(x: torch.Tensor, backend: str) -> torch.Tensor:
-    y = torch.empty(_resized("upsample_bilinear", x), dtype=x.dtype, device=x.device)
+    y = _new_y("upsample_bilinear", x)
     UPSAMPLE(x, y, backend=backend)
     return y
 
 
-@torch.library.custom_op("dfengine::max_pool", mutates_args=())
+@registry.custom_op("max_pool", fake=partial(_new_y, "max_pool"))
 def _max_pool(x: torch.Tensor, backend: str) -> torch.Tensor:
-    y = torch.empty(_resized("max_pool", x), dtype=x.dtype, device=x.device)
+    y = _new_y("max_pool", x)
     MAX_POOL(x, y, backend=backend)
     return y
-
-
-@_upsample_bilinear.register_fake
-def _(x, backend) -> torch.Tensor:
-    return x.new_empty(_resized("upsample_bilinear", x))
-
-
-@_max_pool.register_fake
-def _(x, backend) -> torch.Tensor:
-    return x.new_empty(_resized("max_pool", x))
 
 
 def _check(op: str, x: torch.Tensor, y: torch.Tensor | None = None) -> None:

@@ -22,9 +22,10 @@ import numpy as np
 import torch
 
 from dfengine import native
-from dfengine.kernels import cuda_launch, ingest, registry, triton_import
-from dfengine.kernels.ingest import MAX_IMAGES, WORD, _normals
+from dfengine.kernels import cuda_launch, registry, triton_import
+from dfengine.kernels.ingest import MAX_IMAGES
 from dfengine.kernels.one_step import TYPES, _clamped
+from dfengine.kernels.philox import WORD, check_noise, normals, philox_normal, signed
 from dfengine.kernels.registry import CannotRunError, Op
 from dfengine.kernels.slices import pixel_stride
 from dfengine.kernels.triton_import import tl, triton
@@ -57,7 +58,7 @@ def reference(
 ) -> torch.Tensor:
     """x_{t-1} of the module's formula in torch; float64 throughout for x_t in float64, else float32, rounded once."""
     compute = torch.float64 if x_t.dtype == torch.float64 else torch.float32
-    noise = ingest.philox_normal(seed, draw, step, 1, tuple(x_t.shape[1:]), compute, x_t.device)
+    noise = philox_normal(seed, draw, step, 1, tuple(x_t.shape[1:]), compute, x_t.device)
     x = x_t.to(compute)
     x0_hat = ((x - b * eps.to(compute)) / a).clamp(-1, 1)
     return (from_x0 * x0_hat + from_xt * x + sigma * noise).to(x_t.dtype)
@@ -82,12 +83,10 @@ def reverse_step(
     """
     _check(x_t, eps, a, seed, draw, step)
     signed_seed = seed - 2**64 if seed >= 2**63 else seed
-    return torch.ops.dfengine.reverse_step(
-        x_t, eps, a, b, from_x0, from_xt, sigma, signed_seed, draw, step, backend or ""
-    )
+    return _reverse_step(x_t, eps, a, b, from_x0, from_xt, sigma, signed_seed, draw, step, backend or "")
 
 
-@torch.library.custom_op("dfengine::reverse_step", mutates_args=())
+@registry.custom_op("reverse_step", fake=lambda x_t, *_: x_t.new_empty(x_t.shape))
 def _reverse_step(
     x_t: torch.Tensor,
     eps: torch.Tensor,
@@ -106,14 +105,9 @@ def _reverse_step(
     return out
 
 
-@_reverse_step.register_fake
-def _(x_t, eps, a, b, from_x0, from_xt, sigma, seed, draw, step, backend) -> torch.Tensor:
-    return x_t.new_empty(x_t.shape)
-
-
 def _check(x_t, eps, a, seed, draw, step) -> None:
     """Raise ValueError for arguments that are wrong whatever the backend."""
-    ingest._check_noise(seed, draw, step, 2)
+    check_noise(seed, draw, step, 2)
     if x_t.ndim != 4:
         raise ValueError(f"x_t: expected (N, H, W, C), got {tuple(x_t.shape)}")
     if x_t.shape[1] * x_t.shape[2] >= 2**31:
@@ -162,7 +156,7 @@ def reverse_step_kernel(
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     group = tl.program_id(2)
     inside = pixel < size
-    n0, n1, n2, n3 = _normals(pixel, group, 2 * step + 1, draw, key_0, key_1)
+    n0, n1, n2, n3 = normals(pixel, group, 2 * step + 1, draw, key_0, key_1)
     c = 4 * group
     for i in range(IMAGES):
         n = tl.program_id(1) * IMAGES + i
@@ -192,7 +186,7 @@ def _run_triton(x_t, eps, a, b, from_x0, from_xt, sigma, seed, draw, step, out, 
     options = dict(configuration or CONFIGURATIONS[0])
     per_program = min(batch, MAX_IMAGES)
     grid = (triton.cdiv(height * width, options["BLOCK"]), triton.cdiv(batch, per_program), triton.cdiv(channels, 4))
-    words = (ingest._signed(word) for word in (seed & WORD, seed >> 32, draw))
+    words = (signed(word) for word in (seed & WORD, seed >> 32, draw))
     reverse_step_kernel[grid](
         x_t, eps, out, 1 / a, b / a, from_x0, from_xt, sigma, *words, step, batch, height * width,
         *_strides(x_t, eps, out), CHANNELS=channels, IMAGES=per_program, **options,

@@ -72,7 +72,7 @@ def score(
     if not isinstance(threshold, torch.Tensor):
         threshold = threshold_tensor(threshold, logits.device)
     _check(logits, threshold, k)
-    return torch.ops.dfengine.score(logits, threshold, k, backend or "")
+    return _score(logits, threshold, k, backend or "")
 
 
 def score_into(
@@ -84,18 +84,13 @@ def score_into(
     OP(logits, threshold, k, anomaly_map, pred_score, pred_label, workspace, backend=backend)
 
 
-@torch.library.custom_op("dfengine::score", mutates_args=())
+@registry.custom_op("score", fake=lambda logits, *_: _new_outputs(logits))
 def _score(
     logits: torch.Tensor, threshold: torch.Tensor, k: int, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     outputs = _new_outputs(logits)
     OP(logits, threshold, k, *outputs, backend=backend)
     return outputs
-
-
-@_score.register_fake
-def _(logits, threshold, k, backend):
-    return _new_outputs(logits)
 
 
 def _new_outputs(logits) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dfengine.detection import ROW_FIELDS, Detection, ImageDetection, Refused, resize_map
-from dfengine.errors import DfengineError
+from dfengine.errors import DfengineError, UsageError
 from dfengine.evaluation.calibration import Calibration
 
 S = 16
@@ -183,7 +183,7 @@ def test_save(tmp_path, original):
             assert picture.size == detection.anomaly_map[i].shape[::-1]
     assert lines[4] == dict.fromkeys(ROW_FIELDS) | {"name": 'odd,"name".png', "error": "the file is truncated"}
     assert table[4]["name"] == 'odd,"name".png' and table[4]["pred_score"] == ""
-    assert sorted(p.name for p in out.iterdir()) == ["heatmaps", "results.csv", "results.jsonl"]
+    assert sorted(p.name for p in out.iterdir()) == [".dfengine-output", "heatmaps", "results.csv", "results.jsonl"]
     assert len(list((out / "heatmaps").iterdir())) == 4
 
 
@@ -191,7 +191,7 @@ def test_save_uncalibrated_and_empty(tmp_path):
     line = json.loads((make(("a",), calibration=None).save(tmp_path / "a") / "results.jsonl").read_text())
     assert line["pred_label"] is None and line["threshold"] is None and line["pred_score"] == pytest.approx(0.2)
     empty = make((), errors=[Refused(0, "x", "y")]).save(tmp_path / "b")
-    assert [p.name for p in sorted(empty.iterdir())] == ["results.csv", "results.jsonl"]
+    assert [p.name for p in sorted(empty.iterdir())] == [".dfengine-output", "results.csv", "results.jsonl"]
 
 
 def test_odd_names_stay_apart_and_inside(tmp_path):
@@ -218,6 +218,21 @@ def test_numbering_goes_on_over_batches(tmp_path):
     first = detection[:2].save_heatmaps(tmp_path)
     second = detection[2:].save_heatmaps(tmp_path, first=len(first))
     assert [p.name for p in first + second] == ["00000_a.png", "00001_b.png", "00002_c.png", "00003_d.png"]
+
+
+def test_save_replaces_its_own_results_and_nothing_else(tmp_path):
+    out = make(("a", "b")).save(tmp_path / "out")
+    (out / "notes.txt").write_text("mine")
+    make(("c",)).save(out)
+    assert [path.name for path in (out / "heatmaps").iterdir()] == ["00000_c.png"]
+    assert (out / "notes.txt").read_text() == "mine" and len((out / "results.jsonl").read_text().splitlines()) == 1
+    for theirs in ("photo.JPG", "site/photo.png", "heatmaps/00000_a.png", "results.csv"):
+        folder = tmp_path / theirs.replace("/", "-")
+        (folder / theirs).parent.mkdir(parents=True)
+        (folder / theirs).write_text("a photo")
+        with pytest.raises(UsageError, match="choose another folder"):
+            make().save(folder)
+        assert [path for path in folder.rglob("*") if path.is_file()] == [folder / theirs]
 
 
 def test_save_where_nothing_can_be_written(tmp_path):

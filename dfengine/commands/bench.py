@@ -35,8 +35,8 @@ def run_bench(
     """
     if out is not None:
         check_json_writable(out)
-    load = warn_of_load()
     loaded = load_checkpoint(checkpoint)
+    load = warn_of_load()
     detector = Detector(loaded, device, precision)
     eight_bits = detector.precision in FORMATS  # which torch's modules have not
     plain = type_name(PRECISIONS[detector.precision]) if eight_bits else detector.precision

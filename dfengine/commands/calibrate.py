@@ -11,6 +11,7 @@ import numpy as np
 from dfengine.checkpoint import (
     TRIAL_IMAGES,
     Checkpoint,
+    check_new,
     check_target,
     load_checkpoint,
     save_checkpoint,
@@ -54,7 +55,8 @@ def run_calibrate(
     keep = data is None and threshold is None  # the threshold as it is
     loaded = seen = load_checkpoint(checkpoint)
     target = out or checkpoint
-    check_target(target)  # both better before the work than after it
+    in_place = os.path.realpath(target) == os.path.realpath(checkpoint)
+    (check_target if in_place else check_new)(target)  # both better before the work than after it
     check_writable(target)
     trial = loaded.trial.images if half and loaded.trial else None  # the images whose maps have to be made again
     loaded = _as_wanted(loaded, half, top_k)
@@ -82,7 +84,7 @@ def run_calibrate(
         trial = np.concatenate(shown)
     if trial is not None:
         loaded = with_trial(loaded, trial, resolve_device(device))
-    if os.path.realpath(target) != os.path.realpath(checkpoint):
+    if not in_place:
         after = loaded.with_calibration(calibration)
         save_checkpoint(target, after)
     else:
@@ -157,10 +159,8 @@ def held_out_normals(data: Path, training: dict) -> list[Sample]:
     normals = list(dataset.train) or [sample for sample in dataset.test if not sample.label]
     if not normals:
         raise DataError(f"{data}: no normal images to calibrate on")
-    record = training.get("data")
-    trained = record.get("trained") if isinstance(record, dict) else None
-    trained = set(map(str, trained)) if isinstance(trained, list) else set()
-    unique = {_digest(sample.path): sample for sample in reversed(normals)}
+    trained = trained_images(training)
+    unique = {digest_of(sample.path): sample for sample in reversed(normals)}
     if len(unique) < len(normals):
         say(f"{counted(len(normals) - len(unique), 'copy of another image', 'copies of other images')} left out")
     if not dataset.train:
@@ -177,7 +177,14 @@ def _few_digits(number: float) -> str:
     return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def _digest(path: Path) -> str:
+def trained_images(training: dict) -> set[str]:
+    """The digests of the images that a training record names; empty where it names none."""
+    record = training.get("data")
+    trained = record.get("trained") if isinstance(record, dict) else None
+    return set(map(str, trained)) if isinstance(trained, list) else set()
+
+
+def digest_of(path: Path) -> str:
     """`content_digest`, or for what cannot be read its path: it is then refused as an image, and the others are not."""
     try:
         return content_digest(path)

@@ -6,9 +6,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from dfengine.commands.scoring import Outputs, Scoring, open_detector, report_items, say, say_error, warn
+from dfengine.commands.scoring import Outputs, Scoring, open_detector, report_items, say, warn
 from dfengine.data.inputs import InputImage, collect_inputs
 from dfengine.report.report import ReportItem, write_report
+from dfengine.stderr import print_error
 from dfengine.wording import counted
 
 
@@ -68,7 +69,7 @@ def _detect(
         report = outputs.attempt(report_file)
     except KeyboardInterrupt:
         outputs.rows(rows)
-        say_error(f"{len(rows)} of {counted(len(images), 'image')} scored; the results are in {out / 'results.csv'}")
+        print_error(f"{len(rows)} of {counted(len(images), 'image')} scored; the results are in {out / 'results.csv'}")
         raise
     outputs.rows(rows)
     say(f"{scoring.summary()}; {counted(alarms, 'alarm')} (threshold {detector.threshold:.4g})")

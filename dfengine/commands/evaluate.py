@@ -12,16 +12,7 @@ import cv2
 import numpy as np
 from rich.table import Table
 
-from dfengine.commands.scoring import (
-    WRONG_WAY_ROUND,
-    Outputs,
-    Scoring,
-    open_detector,
-    report_items,
-    say,
-    say_error,
-    warn,
-)
+from dfengine.commands.scoring import WRONG_WAY_ROUND, Outputs, Scoring, open_detector, report_items, say, warn
 from dfengine.console import OutputConsole
 from dfengine.data.folders import Dataset, Sample, open_dataset
 from dfengine.data.images import read_mask
@@ -32,6 +23,7 @@ from dfengine.errors import DataError, ImageError, UsageError
 from dfengine.evaluation.evaluate import evaluate, write_metrics
 from dfengine.evaluation.robustness import perturbed_scores, robustness_table
 from dfengine.report.report import ReportItem, write_report
+from dfengine.stderr import print_error
 from dfengine.wording import counted
 
 MAX_PIXELS = 40_000_000
@@ -287,7 +279,7 @@ def _mask(
         return _resize_mask(read_mask(sample.mask, image_shape), shape)
     except ImageError as error:
         scoring.refused.append((error.name, error.reason))
-        say_error(f"{error}; its image is left out of the pixel metrics")
+        print_error(f"{error}; its image is left out of the pixel metrics")
         return None
 
 

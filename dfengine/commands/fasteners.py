@@ -9,6 +9,7 @@ from rich.progress import Progress
 from dfengine.console import OutputConsole
 from dfengine.data.fasteners import write_fasteners
 from dfengine.errors import UsageError
+from dfengine.results import refuse_images
 from dfengine.wording import counted
 
 
@@ -19,6 +20,7 @@ def run_fasteners(out: Path, train: int, test_good: int, per_defect: int, size: 
     for split in ("train", "test"):
         if (out / split).exists():
             raise UsageError(f"{out}: holds a data set already ({split}/); choose another folder, or remove it first")
+    refuse_images(out, "a data set")
     console = OutputConsole()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("rendering fasteners", total=None)

@@ -175,7 +175,11 @@ def _print_installation(console: Console, facts: dict[str, Any]) -> None:
         say("\n".join(aligned(lines, left=range(4))))
         for backend, reason in reasons.items():
             console.print(escape(f"  {backend}: {reason}"))
-    if facts["forced_backend"]:
-        say(f"{ENVIRONMENT}={facts['forced_backend']} forces this backend on every op")
+    if forced := facts["forced_backend"]:
+        rows = [row for rows in facts["kernels"].values() for row in rows]
+        idle = all(row["serves"].startswith("none") for row in rows)
+        why = "; ".join(sorted({row[forced] for row in rows} - {"yes", "not written"}))
+        none = f", and serves none here: {why}" if idle else ""
+        say(f"{ENVIRONMENT}={forced} forces this backend on every op{none}")
     say("")
     console.print("presets: " + ", ".join(facts["presets"]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -15,14 +14,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dfengine import __version__
 from dfengine.console import OutputConsole
-from dfengine.data.images import IMAGE_SUFFIXES
 from dfengine.data.inputs import InputImage
 from dfengine.detection import Detection, write_rows
 from dfengine.detector import Detector, load
 from dfengine.errors import DfengineError, UsageError
 from dfengine.evaluation.calibration import Calibration
-from dfengine.files import OUTPUT_MARKER, atomic_write, locked, os_reason
+from dfengine.files import OUTPUT_MARKER, atomic_write, locked, os_reason, remove
 from dfengine.report.report import ReportItem
+from dfengine.results import earlier_results
+from dfengine.stderr import print_error
 from dfengine.wording import counted
 
 UNCALIBRATED = "the checkpoint is not calibrated: a threshold of 0.5 is used; set one with `dfengine calibrate`"
@@ -38,14 +38,9 @@ def say(text: str) -> None:
     OutputConsole(soft_wrap=True, highlight=False, markup=False).print(text)
 
 
-def say_error(text: str) -> None:
-    """One line on standard error: what was refused or failed."""
-    print(f"dfengine: {text}", file=sys.stderr, flush=True)
-
-
 def warn(text: str) -> None:
     """One line on standard error: what was done, but may not be what is wanted."""
-    say_error(f"warning: {text}")
+    print_error(f"warning: {text}")
 
 
 def make_folder(out: Path) -> None:
@@ -105,7 +100,7 @@ class Scoring:
             task = progress.add_task("scoring", total=len(images))
             for detection in self._detections(images):
                 for error in detection.errors:
-                    say_error(f"{error.name}: {error.reason}")
+                    print_error(f"{error.name}: {error.reason}")
                 self.refused += [(error.name, error.reason) for error in detection.errors]
                 self.inputs_refused += len(detection.errors)
                 self.scored += len(detection)
@@ -118,7 +113,7 @@ class Scoring:
             yield from self.detector.stream(images, self.batch_size, self.original_size)
         except DfengineError as error:
             self.stopped = True
-            say_error(str(error))
+            print_error(str(error))
 
     @property
     def status(self) -> int:
@@ -164,30 +159,6 @@ def report_items(detection: Detection, truth: Callable[[str], tuple[str | None, 
         )
 
 
-RESULTS = (
-    "results.csv", "results.jsonl", "report.html", "heatmaps/[0-9]*_*.png", "metrics.json", "per_defect.csv", "roc.png",
-    "pr.png", "robustness.csv", "demo.json",
-)  # fmt: skip
-"""What commands write into their output folder, and remove from it when they write there again."""
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink()
-    except OSError as error:
-        raise DfengineError(f"{path}: cannot be removed: {os_reason(error)}") from None
-
-
-def _refuse_others(out: Path) -> None:
-    """Raises `UsageError` for a folder without the marker that holds images, which the marker would hide from later
-    runs, or files of somebody else under the names of results."""
-    theirs = next((path for pattern in RESULTS for path in out.glob(pattern)), None)
-    if theirs is not None:
-        raise UsageError(f"{out}: holds {theirs.relative_to(out)}, not written by dfengine; choose another folder")
-    if any(path.suffix.lower() in IMAGE_SUFFIXES for path in out.rglob("*")):
-        raise UsageError(f"{out}: holds images; choose another folder for the results")
-
-
 class Outputs:
     """Writes results one by one: a file that cannot be written is reported once, and the rest of the run goes on.
 
@@ -206,17 +177,15 @@ class Outputs:
         paths = (Path(os.path.realpath(image.path)) for image in images if image.path is not None)
         if any(target in path.parents for path in paths):
             raise UsageError(f"{out}: holds images to score; choose another folder for the results")
-        marked = (out / OUTPUT_MARKER).exists()
-        if not marked and out.is_dir():
-            _refuse_others(out)
+        earlier_results(out)
         make_folder(out)
         busy = f"{out}: another run is writing into it; wait for its end, or choose another --out"
         self._held.enter_context(locked(out / OUTPUT_MARKER, busy))
-        if marked:
-            # Results of an earlier run must not pass for those of this one.
-            for pattern in RESULTS:
-                for leftover in out.glob(pattern):
-                    self.attempt(lambda leftover=leftover: _remove(leftover))
+        leftovers = earlier_results(out)
+        if leftovers:
+            say(f"replacing the results of an earlier run in {out}")
+        for leftover in leftovers:
+            self.attempt(lambda leftover=leftover: remove(leftover))
         self.attempt(lambda: atomic_write(out / OUTPUT_MARKER, ""))
         return self
 
@@ -230,7 +199,7 @@ class Outputs:
         except DfengineError as error:
             self.failed += 1
             if self.failed <= 3:
-                say_error(str(error))
+                print_error(str(error))
             return None
 
     def heatmaps(self, detection: Detection, first: int) -> list[Path | None]:
@@ -248,5 +217,5 @@ class Outputs:
     def status(self, scoring: Scoring) -> int:
         """The command's exit status: that of the scoring, or 3 where some output could not be written."""
         if self.failed:
-            say_error(f"{counted(self.failed, 'output file')} could not be written")
+            print_error(f"{counted(self.failed, 'output file')} could not be written")
         return scoring.status or (3 if self.failed else 0)

@@ -63,7 +63,8 @@ def found_lines(bound: Bound) -> list[str]:
     before, after = sum(c.default for c in choices), sum(c.tactic.microseconds for c in choices)
     refused = sum(len(c.refused) for c in choices)
     summary = (
-        f"{counted(len(choices), 'op')} measured, {len(changed)} quicker than by default: {before / 1e3:.2f} ms to "
-        f"{after / 1e3:.2f} ms" + (f"; {counted(refused, 'candidate')} wrong and not taken" if refused else "")
+        f"{counted(len(choices), 'op')} measured, one of those that are alike; {len(changed)} quicker than by default: "
+        f"{before / 1e3:.2f} ms to {after / 1e3:.2f} ms"
+        + (f"; {counted(refused, 'candidate')} wrong and not taken" if refused else "")
     ) + (f"; no time for {counted(left, 'op')}" if left else "")
     return [*(aligned(lines, left=(0, 1, 2, 3)) if changed else []), summary]

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from dfengine import __version__
 from dfengine.checkpoint import Checkpoint, load_checkpoint, update_checkpoint
+from dfengine.commands.calibrate import digest_of, trained_images
 from dfengine.commands.scoring import WRONG_WAY_ROUND, Scoring, say, warn
 from dfengine.console import OutputConsole
 from dfengine.data.folders import Dataset, fingerprint, open_dataset
@@ -26,7 +27,7 @@ from dfengine.errors import DataError, DfengineError, ImageError, UsageError
 from dfengine.evaluation.precision import AUROC_POINTS, PrecisionComparison, compare_precision
 from dfengine.kernels.quantization import FORMATS
 from dfengine.precision import check_precision, half_precision
-from dfengine.verified import verdict
+from dfengine.verified import has_labels, verdict
 from dfengine.wording import counted
 
 MOST_RANGE_IMAGES = 32
@@ -79,6 +80,9 @@ def run_verify_data(
     _print(comparison)
     if measured:
         say(f"ranges from {counted(len(measured), 'other normal image')}; none of these is compared")
+    known = len(trained_images(loaded.training) & {digest_of(sample.path) for sample in samples})
+    if known:
+        say(f"{counted(known, 'image')} of these the model was trained on: images it has not seen may differ more")
     if comparison.auroc_float32 is not None and comparison.auroc_float32 < 0.5:
         warn(f"image AUROC of float32 {comparison.auroc_float32:.3f}: {WRONG_WAY_ROUND}")
     passes, noted = not comparison.failures, ""
@@ -88,12 +92,20 @@ def run_verify_data(
         facts = {"name": data.resolve().name, "fingerprint": fingerprint(paths), "labelled": labelled}
         note = {precision: _record(comparison, facts, where.type, seed) | ({"ranges": ranges} if ranges else {})}
 
+        def outweighed(present: Checkpoint) -> bool:
+            """Whether it was refused by the labels of images, which a pass without labels says nothing against."""
+            earlier = present.verified.get(precision, {})
+            return passes and not labelled and bool(earlier.get("refused")) and has_labels(earlier)
+
         def change(present: Checkpoint) -> Checkpoint:
-            return replace(present, verified=present.verified | note)
+            return present if outweighed(present) else replace(present, verified=present.verified | note)
 
         before, _ = update_checkpoint(checkpoint, loaded, change)
         earlier = before.verified.get(precision)
-        noted = f"noted in {checkpoint}" + (f", where before it {verdict(earlier)}" if earlier is not None else "")
+        if outweighed(before):
+            noted = f"not noted in {checkpoint}, where it {verdict(earlier)}: that stays until it passes with labels"
+        else:
+            noted = f"noted in {checkpoint}" + (f", where before it {verdict(earlier)}" if earlier is not None else "")
     if not passes:
         reasons = "; ".join(comparison.failures)
         raise DfengineError(f"{precision} is refused: {reasons}" + (f" ({noted})" if noted else ""))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import re
@@ -163,7 +164,17 @@ def _decode(file: BinaryIO, decoder: type[Image.Image], name: str) -> np.ndarray
         values = _png16(file, name)
     else:
         values = _pil_values(image, name)
-    return _to_rgb(_upright(values, _exif_orientation(image)), name)
+    result = _to_rgb(_upright(values, _exif_orientation(image)), name)
+    with contextlib.suppress(Exception):  # damage in what is not read is no reason to refuse what is
+        if getattr(image, "is_animated", False):
+            _say_first_of_several(name)
+    return result
+
+
+@functools.lru_cache(4096)
+def _say_first_of_several(name: str) -> None:
+    """Once: a file may be read several times."""
+    logging.getLogger("dfengine").warning("%s: holds several frames or pages; the first is read", name)
 
 
 # Decoders. Each returns (H, W) or (H, W, C) with C of 1 to 4: gray, gray + alpha, RGB, RGB + alpha.
@@ -267,6 +278,8 @@ def _deep_tiff(file: BinaryIO, name: str) -> np.ndarray | None:
             alpha = page.extrasamples[:1] == (2,)
             values = values[..., : colours + alpha]
         orientation = page.tags.valueof(274, 1)
+        if len(tiff.pages) > 1:
+            _say_first_of_several(name)
     return _to_rgb(_upright(values, orientation), name)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dfengine.diffusion import Schedule, iterative, norm_guided, one_step, to_model, to_unit
 from dfengine.errors import UsageError
-from dfengine.kernels.ingest import philox_normal
+from dfengine.kernels.philox import philox_normal
 from dfengine.models import Model
 
 PRECISIONS = {

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 from dfengine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from dfengine.data.images import list_images
 from dfengine.data.synthesis import Synthesizer
 from dfengine.data.textures import TextureSource
 from dfengine.data.training_set import validation_set
@@ -84,6 +85,8 @@ def train(
         cpus = os.cpu_count() or 1
         config = config.replace(workers=min(8, cpus // 2))
     check_outputs(Path(out), Path(data), *([Path(config.textures)] if config.textures else []), resume=resume)
+    if config.textures:
+        list_images(config.textures)  # better before the work than after it
     threads = torch.get_num_threads()
     if config.threads:
         torch.set_num_threads(config.threads)

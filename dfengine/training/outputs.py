@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from dfengine.checkpoint import check_target
+from dfengine.checkpoint import check_new, check_target
 from dfengine.errors import DfengineError, UsageError
 from dfengine.files import check_writable, locked
 from dfengine.training.distributed import World
@@ -28,9 +28,7 @@ def check_outputs(out: Path, *sources: Path, resume: bool = False) -> None:
     or, unless the run is to `resume`, a checkpoint that is there already or has the same run folder, and
     `DfengineError` for another file or a folder in its place, or one that cannot be written.
     """
-    check_target(out)
-    if out.is_file() and not resume:
-        raise UsageError(f"{out}: is there already; choose another --out, or remove it first")
+    (check_target if resume else check_new)(out)
     twin = out.with_name(out.name.removesuffix(SUFFIX) if out.suffix == SUFFIX else out.name + SUFFIX)
     if twin.is_file() and not resume:
         raise UsageError(f"{out}: would share the run folder {run_folder_of(out)} with {twin}; choose another --out")

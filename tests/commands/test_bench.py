@@ -63,6 +63,13 @@ def test_the_modules_beside_int8_are_called_what_they_are(tmp_path, capsys):
     assert [row[:-5] for row in rows] == [["detect", "int8"], ["PyTorch", "modules", "bfloat16"]]
 
 
+def test_a_checkpoint_that_is_none_is_all_that_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "getloadavg", lambda: (1000.0, 0.0, 0.0), raising=False)
+    assert main(["bench", str(tmp_path / "nowhere")]) == 1
+    printed = capsys.readouterr()
+    assert not printed.out and printed.err == f"dfengine: {tmp_path / 'nowhere'}: no such file\n"
+
+
 def test_wrong_usage_is_one_line(tiny, capsys):
     assert main(["bench", str(tiny), "--batch", "0"]) == 2
     assert main(["bench", str(tiny), "--precision", "float8"]) == 2

@@ -101,12 +101,15 @@ def test_a_full_disk_loses_nothing_that_can_be_written(checkpoint, data, tmp_pat
 def test_heatmaps_of_an_earlier_run_are_not_scored(checkpoint, data, capsys):
     folder = data / "test" / "good"
     arguments = ["detect", str(checkpoint), str(folder), "--out", str(folder / "results")]
-    assert main(arguments) == 0 and main(arguments) == 0
-    assert capsys.readouterr().out.count("4 images scored") == 2
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.startswith("4 images scored")
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.startswith("replacing the results")
     # Fewer images the next time: nothing of the run before is left.
     (folder / "0_d.png").unlink()
     assert main(arguments) == 0
     results = folder / "results"
+    assert f"replacing the results of an earlier run in {results}\n" in capsys.readouterr().out
     assert len(rows_of(results / "results.csv")) == len(list((results / "heatmaps").iterdir())) == 3
     assert main(["detect", str(checkpoint), str(folder), "--out", str(folder)]) == 2
     assert "choose another folder" in capsys.readouterr().err
@@ -284,6 +287,19 @@ def test_calibrate_by_hand_into_another_file_keeps_the_weights(checkpoint, tmp_p
     assert all((before.state[name] == after.state[name]).all() for name in before.state)
 
 
+def test_calibrate_and_convert_leave_another_checkpoint_alone(checkpoint, tmp_path, capsys):
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(checkpoint.read_bytes())
+    before = other.read_bytes()
+    (tmp_path / "public.pt").write_bytes(b"")
+    calibrate = ["calibrate", str(checkpoint), "--threshold", "0.25", "--out", str(other)]
+    for command in (calibrate, ["convert", str(tmp_path / "public.pt"), str(other)]):
+        assert main(command) == 2
+        assert capsys.readouterr().err.startswith(f"dfengine: {other}: is there already; choose another name")
+        assert other.read_bytes() == before
+    assert main([*calibrate[:-1], str(checkpoint)]) == 0  # --out may name CKPT
+
+
 def test_half_precision_needs_no_images_and_leaves_the_threshold(checkpoint, tmp_path, capsys):
     before, other = load_checkpoint(checkpoint), tmp_path / "half.safetensors"
     assert main(["calibrate", str(checkpoint), "--half", "--out", str(other)]) == 0
@@ -421,6 +437,12 @@ def test_fasteners_are_not_mixed_with_others(tmp_path, capsys):
     arguments = ["fasteners", str(tmp_path / "f"), *counts]
     assert main(arguments) == 0 and main(arguments) == 2
     assert "holds a data set already" in capsys.readouterr().err
+    photos = tmp_path / "photos"
+    (photos / "site").mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(photos / "site" / "000.png")
+    assert main(["fasteners", str(photos), *counts]) == 2
+    assert "photos: holds images; choose another folder for a data set" in capsys.readouterr().err
+    assert [path.name for path in photos.iterdir()] == ["site"]
 
 
 def test_help_and_wrong_usage(capsys):

@@ -57,6 +57,17 @@ def test_every_command_names_the_variable_that_forces_a_backend(forced, tmp_path
     assert main(["info"]) == (0 if forced == "cuda" else 2)
     printed = capsys.readouterr()
     assert f"DFENGINE_BACKEND={forced}" in printed.out + printed.err
+    if forced == "cuda" and not torch.cuda.is_available():
+        assert "and serves none here: the cuda backend does not run on cpu" in printed.out
+
+
+def test_a_backend_that_is_none_is_named_before_anything_is_done(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DFENGINE_BACKEND", "nonsense")
+    for command in (["train", str(tmp_path / "none"), "--out", "net.safetensors"], ["fasteners", str(tmp_path / "f")]):
+        assert main(command) == 2
+        printed = capsys.readouterr()
+        assert not printed.out and printed.err.startswith("dfengine: DFENGINE_BACKEND=nonsense: no such backend")
+    assert not list(tmp_path.iterdir())
 
 
 def test_records_of_precisions_that_are_unknown_here_are_not_read_out(tmp_path, capsys):

@@ -117,3 +117,10 @@ def test_wrong_usage_is_one_line(photos, capsys, options, message):
     assert train(photos, *options) == 2
     printed = capsys.readouterr()
     assert message in printed.err and len(printed.err.splitlines()) == 1 and not printed.out
+
+
+def test_a_folder_of_textures_that_is_none_is_named_before_anything_is_done(photos, capsys):
+    assert train(photos, "--steps", "1", "--textures", str(photos.parent / "nowhere")) == 1
+    printed = capsys.readouterr()
+    assert not printed.out and printed.err == f"dfengine: {photos.parent / 'nowhere'}: no such folder\n"
+    assert not (photos.parent / "net.run").exists()

@@ -14,7 +14,7 @@ from dfengine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, sh
 from dfengine.cli import main
 from dfengine.commands import verify_data
 from dfengine.data.fasteners import write_fasteners
-from dfengine.data.folders import fingerprint, open_dataset
+from dfengine.data.folders import content_digest, fingerprint, open_dataset
 from dfengine.errors import DfengineError, UsageError
 from dfengine.evaluation.calibration import Calibration
 from dfengine.precision import eight_bits
@@ -132,6 +132,38 @@ def test_a_note_says_which_one_it_takes_the_place_of(checkpoint, data, capsys, m
     assert verify(checkpoint, data, "--record") == 0
     passed = capsys.readouterr()
     assert f"; noted in {checkpoint}, where before it was refused on data ({date})\n" in passed.out and not passed.err
+
+
+def test_a_pass_without_labels_leaves_a_refusal_with_labels(checkpoint, data, capsys, monkeypatch):
+    def record() -> dict:
+        return load_checkpoint(checkpoint).verified["bfloat16"]
+
+    normals = data / "train" / "good"
+    with monkeypatch.context() as spoilt:
+        spoil_precision(spoilt, "bfloat16", lambda maps: maps[:, 3, 5].add_(0.1))
+        assert verify(checkpoint, normals, "--record") == 1 and not record()["data"]["labelled"]
+        capsys.readouterr()
+    assert verify(checkpoint, normals, "--record") == 0 and "refused" not in record()
+    assert "was refused on good, without labels (" in capsys.readouterr().out
+    with monkeypatch.context() as spoilt:
+        spoil_precision(spoilt, "bfloat16", lambda maps: maps[:, 3, 5].add_(0.1))
+        assert verify(checkpoint, data, "--record") == 1
+    refused = record()
+    capsys.readouterr()
+    assert verify(checkpoint, normals, "--record") == 0 and record() == refused
+    assert f"bfloat16 passes; not noted in {checkpoint}, where it was refused on data (" in capsys.readouterr().out
+    assert verify(checkpoint, data, "--record") == 0 and "refused" not in record()
+
+
+def test_images_that_the_model_was_trained_on_are_said(checkpoint, data, capsys):
+    loaded, good = load_checkpoint(checkpoint), data / "test" / "good"
+    trained = [content_digest(path) for path in sorted(good.iterdir())[:2]]
+    save_checkpoint(checkpoint, replace(loaded, training={"data": {"trained": trained}}))
+    assert verify(checkpoint, data) == 0
+    assert "2 images of these the model was trained on" in capsys.readouterr().out
+    save_checkpoint(checkpoint, replace(loaded, training={}))
+    assert verify(checkpoint, data) == 0
+    assert "trained on" not in capsys.readouterr().out
 
 
 def test_scores_the_wrong_way_round_are_said(checkpoint, data, capsys):

@@ -429,3 +429,21 @@ def test_masks_of_a_data_set_are_left_out_and_named(tmp_path, caplog):
         assert str(tmp_path / folder) in record.getMessage()
     assert [path.name for path in list_images(tmp_path / "ground_truth")] == ["0_mask.png"]  # asked for by name
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tif", "deep.tif"])
+def test_the_first_of_several_frames_is_read_and_that_is_said_once(name, tmp_path, caplog):
+    frames = [np.full((16, 16), value, np.uint8) for value in (200, 10, 90)]
+    path, single = tmp_path / name, tmp_path / f"one-{name}"
+    for target, kept in ((path, frames), (single, frames[:1])):
+        if name == "deep.tif":
+            tifffile.imwrite(target, np.stack(kept).astype(np.uint16) * 257, photometric="minisblack")
+        else:
+            first, *rest = map(Image.fromarray, kept)
+            lossless = {"lossless": True} if name == "a.webp" else {}
+            first.save(target, save_all=True, append_images=rest, **lossless)
+    first, again, alone = read_image(path), read_image(path), read_image(single)
+    np.testing.assert_array_equal(first, again)
+    np.testing.assert_array_equal(first, alone)
+    (record,) = caplog.records
+    assert record.getMessage() == f"{path}: holds several frames or pages; the first is read"

@@ -15,7 +15,7 @@ from dfengine.diffusion import to_model, to_unit
 from dfengine.engine import modules
 from dfengine.engine.modules import ModuleRunner, image_score, top_k_count
 from dfengine.errors import UsageError
-from dfengine.kernels.ingest import philox_normal
+from dfengine.kernels.philox import philox_normal
 from tests.helpers import tiny_model
 
 

@@ -66,6 +66,24 @@ def test_the_quickest_is_taken_and_results_stay(monkeypatch):
 
 
 @compiled
+def test_a_gain_that_does_not_come_again_is_none(monkeypatch):
+    """The default is slow while it is first compared with the candidates, and as quick as they are from then on."""
+    seen = []
+
+    def timed(functions, *_arguments):
+        name, default = next(iter(functions.items()))
+        first = default not in seen
+        seen.append(default)
+        return {other: [2e-3 if first and other == name else 1e-3] for other in functions}
+
+    monkeypatch.setattr(tune_module, "interleaved", timed)
+    choices, _ = tune(bound(), Tactics("cpu"), "exhaustive")
+    compared = [choice for choice in choices if choice.tried > 1]
+    assert len(compared) > 20 and len(seen) == len(choices) + len(compared)
+    assert all(choice.tactic.microseconds == choice.default == pytest.approx(1e3) for choice in compared)
+
+
+@compiled
 def test_what_is_wrong_is_never_taken(monkeypatch):
     """However quick: results a little off, outputs left unwritten, and refusals."""
 

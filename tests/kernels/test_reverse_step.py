@@ -7,7 +7,7 @@ import torch
 
 from dfengine import native
 from dfengine.diffusion import Schedule, iterative
-from dfengine.kernels import CannotRunError, ingest, one_step, reverse_step
+from dfengine.kernels import CannotRunError, one_step, philox, reverse_step
 from tests.kernels import launchers
 from tests.kernels.contract import assert_numeric_contract
 from tests.kernels.slices import poisoned, rest_is_nan, widened
@@ -61,7 +61,7 @@ def test_its_noise_is_that_of_ingest(launcher):
     """With sigma = 1 and nothing else the result is the noise."""
     tensors = make((2, 32, 33, 4))
     out = run_into_nan(launcher, tensors, (1.0, 0.0, 0.0, 0.0, 1.0))
-    noise = ingest.philox_normal(*NOISE, 1, (32, 33, 4), torch.float64)
+    noise = philox.philox_normal(*NOISE, 1, (32, 33, 4), torch.float64)
     assert (out - noise).abs().max() < 2e-6
 
 
@@ -103,7 +103,7 @@ def test_the_chain_is_that_of_the_modules():
     seed, draw, start = 7, 3, 12
 
     def noise(t):
-        return ingest.philox_normal(seed, draw, t, 1, (5, 4, 3), torch.float64).permute(2, 0, 1)
+        return philox.philox_normal(seed, draw, t, 1, (5, 4, 3), torch.float64).permute(2, 0, 1)
 
     def predict(x, t):
         return torch.sin(3 * x)

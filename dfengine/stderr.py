@@ -1,0 +1,30 @@
+"""Lines on standard error. Their reader may leave early (`2>&1 | head`): training and detection go on without it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import TextIO
+
+
+def discard(stream: TextIO) -> None:
+    """What is written to `stream` from now on, and what it still holds, goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def print_error(text: str) -> None:
+    """One line on what was refused or failed, where there is somebody to read it."""
+    try:
+        print(f"dfengine: {text}", file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        discard(sys.stderr)
+
+
+class WarningLines(logging.Handler):
+    """Prints what is logged as warnings, a line each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print_error(f"warning: {record.getMessage()}")
