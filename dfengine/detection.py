@@ -241,7 +241,7 @@ class Detection:
     def save(self, folder: str | Path) -> Path:
         """Write `heatmaps/*.png`, `results.csv` and `results.jsonl` into `folder`, which is made; returns it.
 
-        Results that were saved there before are replaced. Raises `UsageError` for a folder that holds images, or files
+        Results that dfengine wrote there before, its commands' too, are replaced. Raises `UsageError` for a folder that holds images, or files
         of somebody else under these names, and `DfengineError` naming the file that cannot be written.
         """
         folder = path_of("a folder", folder)

@@ -17,14 +17,21 @@ def discard(stream: TextIO) -> None:
 
 def print_error(text: str) -> None:
     """One line on what was refused or failed, where there is somebody to read it."""
+    if sys.stderr is None:  # closed from the start
+        return
     try:
         print(f"dfengine: {text}", file=sys.stderr, flush=True)
     except BrokenPipeError:
         discard(sys.stderr)
+    except OSError:  # a full disk, a descriptor that cannot be written
+        pass
 
 
 class WarningLines(logging.Handler):
     """Prints what is logged as warnings, a line each."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print_error(f"warning: {record.getMessage()}")
+        try:
+            print_error(f"warning: {record.getMessage()}")
+        except Exception:  # as every handler of logging
+            self.handleError(record)

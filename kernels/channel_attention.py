@@ -49,7 +49,7 @@ def tile_pixels(pixels: int) -> int:
 
 def workspace_size(shape: tuple[int, ...]) -> int:
     """Floats that an x of this shape needs: sums and maxima of tiles, the channel gate, the two maps."""
-    batch, height, width, channels = shape
+    batch, height, width, channels = map(int, shape)  # torch.jit traces sizes as tensors
     pixels = height * width
     tiles = -(-pixels // tile_pixels(pixels)) if pixels else 0
     return batch * (2 * tiles * channels + channels + 2 * pixels)

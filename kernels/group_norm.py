@@ -96,11 +96,11 @@ def _check(x, weight, bias, groups, act, shift) -> None:
 
 def _forward(x, weight, bias, shift, groups, eps, act) -> tuple[Tensor, list[Tensor | None], Tensor, Tensor, Tensor]:
     """(x as (N, H, W, C), [weight, bias, shift] as the kernels take them, y (N, C, H, W), mean, rstd)."""
-    pixels = x.permute(0, 2, 3, 1).contiguous()
+    pixels = x.permute(0, 2, 3, 1).contiguous().resolve_neg()
     dtype = group_norm_moments.precise(x)
-    small = [None if t is None else t.to(dtype).contiguous() for t in (weight, bias, shift)]
+    small = [None if t is None else t.to(dtype).contiguous().resolve_neg() for t in (weight, bias, shift)]
     y = torch.empty_like(pixels)
-    mean, rstd = pixels.new_empty((2, x.shape[0], groups), dtype=dtype).unbind()
+    mean, rstd = (pixels.new_empty((x.shape[0], groups), dtype=dtype) for _ in range(2))
     OP(pixels, *small, groups, eps, act, y, mean, rstd)
     return pixels, small, y.permute(0, 3, 1, 2), mean, rstd
 
@@ -121,7 +121,7 @@ class _GroupNorm(torch.autograd.Function):
         if dy is None:
             return (None,) * 7
         pixels, weight, bias, shift, mean, rstd = ctx.saved_tensors
-        dy = dy.permute(0, 2, 3, 1).to(pixels.dtype).contiguous()
+        dy = dy.permute(0, 2, 3, 1).to(pixels.dtype).contiguous().resolve_neg()
         dx = torch.empty_like(pixels)
         small = [None if t is None else torch.empty_like(t) for t in (weight, bias, shift)]
         BACKWARD(dy, pixels, weight, bias, shift, mean, rstd, ctx.act, dx, *small)

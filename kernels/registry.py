@@ -181,10 +181,11 @@ def always(*_args, **_kwargs) -> None:
 
 
 def recorded(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether torch must see an op on these tensors: it compiles, traces or transforms, a mode is on, or one of them is
-    of another class or wants the gradient that no op has.
+    """Whether torch must see an op on these tensors: it compiles, traces or transforms, a mode is on (that of
+    `torch.set_default_device` too), or one of them is of another class, wants the gradient that no op has, or is
+    negated by a bit beside its memory.
 
-    Raises RuntimeError where one carries a tangent, which a custom op would drop without a word.
+    Raises RuntimeError where one carries a tangent, which a custom op would drop without a word, or has no memory.
     """
     if (
         torch.compiler.is_compiling()
@@ -200,7 +201,16 @@ def recorded(tensors: Sequence[Tensor | None]) -> bool:
     if torch._C._functorch.maybe_current_level() is not None:
         return True
     plain, differentiates = (Tensor, torch.nn.Parameter), torch.is_grad_enabled()
-    return any(t is not None and (type(t) not in plain or (differentiates and t.requires_grad)) for t in tensors)
+    given = [t for t in tensors if t is not None]
+    if any(t._is_zerotensor() for t in given):
+        raise RuntimeError("a zero tensor without memory: clone() it for the ops of dfengine")
+    return any(type(t) not in plain or (differentiates and t.requires_grad) or t.is_neg() for t in given)
+
+
+def refuse_gradient(name: str, tensors: Sequence[Tensor | None]) -> None:
+    """Raises RuntimeError where autograd is on and one of them wants a gradient: what an op writes into carries none."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(f"dfengine::{name} has no gradient: call it under torch.no_grad()")
 
 
 def written(tensors: Sequence[Tensor | None]) -> None:
@@ -212,7 +222,7 @@ def custom_op(name: str, mutates: Sequence[str] = (), fake: Callable = always) -
     """A decorator that registers a function as ``torch.ops.dfengine.<name>`` and gives what calls it: through torch
     where a call is `recorded`, else directly: the dispatch of a custom op takes tens of microseconds.
 
-    mutates: the parameters it writes into. fake: its shapes alone, as of `register_fake`; the function allocates no
+    mutates: the parameters it writes into; a call that would lose a gradient in them raises RuntimeError. fake: its shapes alone, as of `register_fake`; the function allocates no
     result where it is not given. The result takes positional arguments.
     """
 
@@ -225,7 +235,10 @@ def custom_op(name: str, mutates: Sequence[str] = (), fake: Callable = always) -
 
         @wraps(function)
         def call(*arguments):
-            if recorded([arguments[place] for place in tensors]):
+            given = [arguments[place] for place in tensors]
+            if recorded(given):
+                if outputs and not torch.compiler.is_compiling():
+                    refuse_gradient(name, given)
                 return op(*arguments)
             result = function(*arguments)
             written([arguments[place] for place in outputs])

@@ -80,7 +80,8 @@ def run_verify_data(
     _print(comparison)
     if measured:
         say(f"ranges from {counted(len(measured), 'other normal image')}; none of these is compared")
-    known = len(trained_images(loaded.training) & {digest_of(sample.path) for sample in samples})
+    trained = trained_images(loaded.training)
+    known = len(trained & {digest_of(sample.path) for sample in samples}) if trained else 0
     if known:
         say(f"{counted(known, 'image')} of these the model was trained on: images it has not seen may differ more")
     if comparison.auroc_float32 is not None and comparison.auroc_float32 < 0.5:

@@ -173,7 +173,7 @@ def _decode(file: BinaryIO, decoder: type[Image.Image], name: str) -> np.ndarray
 
 @functools.lru_cache(4096)
 def _say_first_of_several(name: str) -> None:
-    """Once: a file may be read several times."""
+    """Once a process: a file may be read several times."""
     logging.getLogger("dfengine").warning("%s: holds several frames or pages; the first is read", name)
 
 

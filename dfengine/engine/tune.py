@@ -137,12 +137,12 @@ def _measured(executor: Executor, op: Op, arguments: list[Any], ways: list[Tacti
     if not right:
         return None
     calls = {name: call for name, (_, call) in right.items()}
+    usual = next(iter(right))
     sets = [()] * (8 if device.type == "cuda" else 1)
     if level != "exhaustive" and len(calls) > 2:
         first = {name: min(t) for name, t in interleaved(calls, sets, device.type, 0).items()}
         calls = {name: call for name, call in calls.items() if first[name] <= HOPELESS * min(first.values())}
-        default = next(iter(right))
-        calls.setdefault(default, right[default][1])
+        calls.setdefault(usual, right[usual][1])
 
     def medians(names: Iterable[str]) -> dict[str, float]:
         compared = {name: calls[name] for name in names}
@@ -150,7 +150,6 @@ def _measured(executor: Executor, op: Op, arguments: list[Any], ways: list[Tacti
         return {name: statistics.median(times) for name, times in found.items()}
 
     times = medians(calls)
-    usual = next(iter(right))
     best = min(times, key=times.get)
     if best != usual and times[best] < WORTH * times[usual]:  # once more: a hiccup of the machine must not pass for it
         times |= medians((usual, best))

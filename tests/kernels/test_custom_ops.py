@@ -74,16 +74,44 @@ def test_every_custom_op_is_here():
     assert set(CALLS) == {name for library, name in names if library == "dfengine"}
 
 
+def events(call, x) -> set[str]:
+    """Those of dfengine's ops that torch dispatches."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call(x)
+    return {event.key for event in profile.key_averages() if event.key.startswith("dfengine::")}
+
+
 @every_op
 def test_eager_calls_are_direct_and_recorded_ones_give_the_same(x, call, monkeypatch):
-    monkeypatch.setattr(torch.library.CustomOpDef, "__call__", refused)
     direct = call(x)
+    assert not events(call, x)
     assert_equal(call(torch.nn.Parameter(x, requires_grad=False)), direct)
     with torch.no_grad():
         assert_equal(call(torch.nn.Parameter(x)), direct)
-    monkeypatch.undo()
+    with torch.inference_mode():
+        assert_equal(call(x), direct)
     monkeypatch.setattr(registry, "recorded", lambda _tensors: True)
+    assert len(events(call, x)) == 1
     assert_equal(call(x), direct)
+
+
+@every_op
+def test_negated_tensors_are_read_as_what_they_mean_and_zeros_without_memory_are_refused(x, call):
+    assert_equal(call(torch._neg_view(-x)), call(x))
+    with pytest.raises((RuntimeError, ValueError), match="without memory|contiguous"):
+        call(torch._efficientzerotensor(x.shape))
+
+
+def test_group_norm_reads_negated_tensors_as_what_they_mean():
+    x, (weight, bias) = X.movedim(-1, 1), AFFINE
+    expected = group_norm.group_norm(x, weight, bias, 4)
+    assert_equal(group_norm.group_norm(torch._neg_view(-x), torch._neg_view(-weight), bias, 4), expected)
+
+
+@every_op
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_traced_calls_are_the_same(x, call):
+    assert_equal(torch.jit.trace(call, x)(x + 1), call(x + 1))
 
 
 @every_op
@@ -115,9 +143,9 @@ def test_derivatives_and_transforms_are_refused(x, call):
         result = call(x)
         return (result if isinstance(result, torch.Tensor) else result[0]).sum()
 
-    with pytest.raises(RuntimeError, match="no autograd formula|does not require grad"):
+    with pytest.raises(RuntimeError, match="no autograd formula|has no gradient"):
         total(x.clone().requires_grad_()).backward()
-    with pytest.raises(RuntimeError, match="functorch transforms"):
+    with pytest.raises(RuntimeError, match="functorch transforms|has no gradient"):
         torch.func.grad(total)(x)
     with pytest.raises(RuntimeError, match="no forward-mode derivative"):
         torch.func.jvp(call, (x,), (x,))

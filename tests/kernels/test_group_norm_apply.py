@@ -45,6 +45,14 @@ def make(sizes, widths, padding, dtype, resample, seed=0):
     return x, x2, scale, offset, poisoned(shape, dtype, padding[-1])
 
 
+@pytest.mark.parametrize("level", launchers.LEVELS)
+def test_subnormal_bfloat16_is_kept_but_by_the_instruction_that_makes_0_of_it(level, monkeypatch):
+    launcher = launchers.launcher(f"cpu-{level}", monkeypatch)
+    x = torch.full((1, 2, 3, 40), 1e-39, dtype=torch.bfloat16)
+    (result,) = run(launcher, OP, x, None, None, None, "none", "none", torch.full_like(x, torch.nan))
+    assert (result == (0 if level == "avx512_bf16" else x)).all()
+
+
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_numeric_contract(launcher, dtype):
     for number, (sizes, widths, padding, act, resample) in enumerate(CASES):
