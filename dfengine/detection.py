@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,11 @@ import numpy as np
 
 from dfengine.arguments import path_of
 from dfengine.evaluation.calibration import Calibration
-from dfengine.files import OUTPUT_MARKER, atomic_write, remove
-from dfengine.results import earlier_results
+from dfengine.files import atomic_write, remove
+from dfengine.results import begin_results, earlier_results, list_result
 from dfengine.wording import counted
+
+log = logging.getLogger("dfengine")
 
 UNCALIBRATED_PIXEL_THRESHOLD = 0.5
 """Where a map pixel counts as anomalous without a calibration: the map is a probability."""
@@ -234,20 +237,25 @@ class Detection:
         for number, image in enumerate(self, start=first):
             encoded = io.BytesIO()
             Image.fromarray(image.heatmap()).save(encoded, format="PNG")
-            files.append(folder / f"{number:05d}_{_safe_stem(image.name)}.png")
+            files.append(folder / heatmap_name(number, image.name))
             atomic_write(files[-1], encoded.getvalue())
         return files
 
     def save(self, folder: str | Path) -> Path:
         """Write `heatmaps/*.png`, `results.csv` and `results.jsonl` into `folder`, which is made; returns it.
 
-        Results that dfengine wrote there before, its commands' too, are replaced. Raises `UsageError` for a folder that holds images, or files
-        of somebody else under these names, and `DfengineError` naming the file that cannot be written.
+        Results that dfengine wrote there before, its commands' too, are replaced, with a warning. Raises `UsageError`
+        for a folder that holds images, or files of somebody else under the names of results, and `DfengineError` naming
+        the file that cannot be written.
         """
         folder = path_of("a folder", folder)
-        for leftover in earlier_results(folder):
+        leftovers = earlier_results(folder)
+        if leftovers:
+            log.warning("replacing the results of an earlier run in %s", folder)
+        for leftover in leftovers:
             remove(leftover)
-        atomic_write(folder / OUTPUT_MARKER, "")
+        begin_results(folder, ("results.csv", "results.jsonl"))
+        list_result(folder, *(f"heatmaps/{heatmap_name(i, name)}" for i, name in enumerate(self.names)))
         files = self.save_heatmaps(folder / "heatmaps")
         write_rows(folder, self.rows([file.relative_to(folder) for file in files]))
         return folder
@@ -272,7 +280,9 @@ def resize_map(anomaly_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(anomaly_map, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
-def _safe_stem(name: str) -> str:
+def heatmap_name(number: int, name: str) -> str:
+    """The file of the overlay of image `name`."""
     last = re.split(r"[\\/]", name)[-1]
     stem = re.sub(r"[^\w.-]+", "_", re.sub(r"\.\w{1,5}$", "", last)).strip("._")
-    return stem.encode("utf-8", "ignore")[:120].decode("utf-8", "ignore") or "image"
+    stem = stem.encode("utf-8", "ignore")[:120].decode("utf-8", "ignore") or "image"
+    return f"{number:05d}_{stem}.png"

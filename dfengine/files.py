@@ -5,6 +5,7 @@ leaves the old one as it was; and, for a change of what a file holds, one proces
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import tempfile
@@ -166,15 +167,18 @@ def check_writable(path: str | os.PathLike) -> None:
         pass
 
 
-def check_json_writable(path: str | os.PathLike) -> None:
-    """As `check_writable`; raises DfengineError too where `path` is a file of anything but JSON, which stays."""
+def check_json_writable(path: str | os.PathLike, key: str) -> None:
+    """As `check_writable`; raises DfengineError too where `path` is a file of anything but a JSON object with `key`,
+    as what is to be written there does: it stays."""
     check_writable(path)
     if not os.path.isfile(path) or not os.path.getsize(path):
         return
-    with open(path, "rb") as file:
-        start = file.read(64).lstrip()
-    if start[:1] not in (b"{", b"["):
-        raise DfengineError(f"{path}: is there already and is not JSON; name another file")
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict) or key not in content:
+        raise DfengineError(f"{path}: is there already and was not written by this command; name another file")
 
 
 def _lock(file: Path, shown: Path, busy: str | None) -> int:

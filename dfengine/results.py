@@ -1,12 +1,16 @@
-"""The folder that results are written into: whose it is, and what an earlier run left there."""
+"""The folder that results are written into: whose it is, and what an earlier run left there.
+
+Its marker lists what dfengine wrote into it, a name a line: what is not listed is somebody else's, and stays.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from dfengine.data.images import IMAGE_SUFFIXES
-from dfengine.errors import UsageError
-from dfengine.files import OUTPUT_MARKER
+from dfengine.errors import DfengineError, UsageError
+from dfengine.files import OUTPUT_MARKER, atomic_write, os_reason
 
 RESULTS = (
     "results.csv", "results.jsonl", "report.html", "heatmaps/[0-9]*_*.png", "metrics.json", "per_defect.csv", "roc.png",
@@ -19,17 +23,33 @@ not pass for those of this one."""
 def earlier_results(folder: Path) -> list[Path]:
     """The files that an earlier run left in `folder`; none where there is no such folder.
 
-    Raises `UsageError` for a folder without the marker of dfengine that holds images, which the marker would hide from
-    later runs, or files of somebody else under the names of results.
+    Raises `UsageError` for files of somebody else under the names of results, and for a folder without the marker of
+    dfengine that holds images, which the marker would hide from later runs.
     """
     found = [path for pattern in RESULTS for path in folder.glob(pattern)]
-    if (folder / OUTPUT_MARKER).exists():
-        return found
-    if found:
-        theirs = found[0].relative_to(folder)
-        raise UsageError(f"{folder}: holds {theirs}, not written by dfengine; choose another folder")
-    refuse_images(folder, "the results")
+    marker = folder / OUTPUT_MARKER
+    listed = marker.read_text(encoding="utf-8", errors="replace").splitlines() if marker.is_file() else None
+    theirs = {path.relative_to(folder).as_posix() for path in found}.difference(listed or ())
+    if theirs and listed != []:  # an empty one, of an earlier version, vouches for all
+        raise UsageError(f"{folder}: holds {min(theirs)}, not written by dfengine; choose another folder")
+    if listed is None:
+        refuse_images(folder, "the results")
     return found
+
+
+def list_result(folder: Path, *names: str) -> None:
+    """Note in the marker what is about to be written, by its path in `folder`. Raises `DfengineError` where that
+    fails."""
+    try:
+        with open(folder / OUTPUT_MARKER, "a", encoding="utf-8") as marker:
+            marker.writelines(f"{name}\n" for name in names)
+    except OSError as error:
+        raise DfengineError(f"{folder}: cannot be written: {os_reason(error)}") from error
+
+
+def begin_results(folder: Path, names: Iterable[str]) -> None:
+    """Make the marker of a folder from which the results of earlier runs are gone; `names` are to be written there."""
+    atomic_write(folder / OUTPUT_MARKER, "".join(f"{name}\n" for name in names))
 
 
 def refuse_images(folder: Path, what: str) -> None:

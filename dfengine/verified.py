@@ -6,6 +6,7 @@ from typing import Any
 
 from dfengine.errors import CheckpointError
 from dfengine.kernels.quantization import is_range
+from dfengine.wording import counted
 
 
 def check_records(records: Any, name: str) -> None:
@@ -39,5 +40,7 @@ def verdict(record: dict[str, Any]) -> str:
     data = record.get("data")
     where = f" on {data['name']}" if isinstance(data, dict) and "name" in data else ""
     where += ", without labels" if isinstance(data, dict) and data.get("labelled") is False else ""
+    known = data.get("known") if isinstance(data, dict) else None
+    where += f", {counted(known, 'image')} of it from training" if isinstance(known, int) and known > 0 else ""
     word = "was refused" if record.get("refused") else "passed"
     return f"{word}{where}" + (f" ({record['date']})" if "date" in record else "")

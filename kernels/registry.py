@@ -208,7 +208,7 @@ def recorded(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def refuse_gradient(name: str, tensors: Sequence[Tensor | None]) -> None:
-    """Raises RuntimeError where autograd is on and one of them wants a gradient: what an op writes into carries none."""
+    """Raises RuntimeError where autograd is on and one of them wants a gradient: what is written into carries none."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError(f"dfengine::{name} has no gradient: call it under torch.no_grad()")
 
@@ -222,8 +222,9 @@ def custom_op(name: str, mutates: Sequence[str] = (), fake: Callable = always) -
     """A decorator that registers a function as ``torch.ops.dfengine.<name>`` and gives what calls it: through torch
     where a call is `recorded`, else directly: the dispatch of a custom op takes tens of microseconds.
 
-    mutates: the parameters it writes into; a call that would lose a gradient in them raises RuntimeError. fake: its shapes alone, as of `register_fake`; the function allocates no
-    result where it is not given. The result takes positional arguments.
+    mutates: the parameters it writes into; a call that would lose a gradient in them raises RuntimeError. fake: its
+    shapes alone, as of `register_fake`; the function allocates no result where it is not given. The result takes
+    positional arguments.
     """
 
     def decorate(function: Callable) -> Callable:

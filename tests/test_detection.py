@@ -235,6 +235,26 @@ def test_save_replaces_its_own_results_and_nothing_else(tmp_path):
         assert [path for path in folder.rglob("*") if path.is_file()] == [folder / theirs]
 
 
+@pytest.mark.parametrize("theirs", ["metrics.json", "heatmaps/00000_mine.png", "report.html"])
+def test_save_leaves_what_somebody_put_beside_its_results(tmp_path, theirs, caplog):
+    out = make(("a",)).save(tmp_path / "out")
+    assert not caplog.records
+    make(("b",)).save(out)
+    assert "replacing the results of an earlier run" in caplog.text
+    (out / theirs).write_text("mine")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match=f"holds {theirs}, not written by dfengine"):
+        make(("c",)).save(out)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_of_an_earlier_version_is_written_into_again(tmp_path):
+    out = make(("a",)).save(tmp_path / "out")
+    (out / ".dfengine-output").write_text("")
+    make(("b",)).save(out)
+    assert [path.name for path in (out / "heatmaps").iterdir()] == ["00000_b.png"]
+
+
 def test_save_where_nothing_can_be_written(tmp_path):
     (tmp_path / "file").write_text("kept")
     with pytest.raises(DfengineError, match="file.*cannot be written"):

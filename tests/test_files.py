@@ -230,14 +230,16 @@ def test_a_forked_child_does_not_keep_a_lock(tmp_path):
         os.waitpid(child, 0)
 
 
-def test_json_takes_the_place_of_json_alone(tmp_path):
+def test_json_takes_the_place_of_its_like_alone(tmp_path):
     target = tmp_path / "new.json"
-    check_json_writable(target)
+    check_json_writable(target, "a")
     assert not target.exists()
     target.write_text(' {"a": 1}')
-    check_json_writable(target)
-    for other in (tmp_path / "photo.jpg", tmp_path / "model.safetensors"):
-        other.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
-        with pytest.raises(DfengineError, match="is there already and is not JSON"):
-            check_json_writable(other)
-        assert other.read_bytes().endswith(b"{}")
+    check_json_writable(target, "a")
+    others = (b"\x10\x00\x00\x00\x00\x00\x00\x00{}", b'{"annotations": []}', b"[1]", b'{"a": ', b"\xff{")
+    for number, content in enumerate(others):
+        other = tmp_path / f"{number}"
+        other.write_bytes(content)
+        with pytest.raises(DfengineError, match="is there already and was not written by this command"):
+            check_json_writable(other, "a")
+        assert other.read_bytes() == content

@@ -11,6 +11,7 @@ import torch
 from dfengine.checkpoint import load_checkpoint
 from dfengine.commands.plan import aligned
 from dfengine.commands.programs import warn_of_load
+from dfengine.commands.scoring import say
 from dfengine.detector import Detector
 from dfengine.devices import hardware_name
 from dfengine.engine.measure import trial_images
@@ -34,7 +35,7 @@ def run_bench(
     seconds: for each batch size, as far as `LEAST_CALLS` are done by then. Warns where other work was running.
     """
     if out is not None:
-        check_json_writable(out)
+        check_json_writable(out, "rows")
     loaded = load_checkpoint(checkpoint)
     load = warn_of_load()
     detector = Detector(loaded, device, precision)
@@ -54,12 +55,12 @@ def run_bench(
     }
     where = f"{facts['hardware']}" + (f", threads: {facts['threads']}" if detector.device.type == "cpu" else "")
     where += "" if load is None else f", load average at the start: {load:.1f}"
-    print(f"{checkpoint}: {detector.config.preset}, {facts['image_size']} pixels, {where}")
+    say(f"{checkpoint}: {detector.config.preset}, {facts['image_size']} pixels, {where}")
     lines = [["runs", "precision", "batch", "images/s", "ms", "p99 ms", "calls"]]
     for row in rows:
         numbers = f"{row['images_per_second']:.1f}", f"{row['ms']:.2f}", f"{row['ms_p99']:.2f}", str(row["calls"])
         lines.append([row["runs"], row["precision"], str(row["batch"]), *numbers])
-    print("\n".join(aligned(lines, left=(0, 1))))
+    say("\n".join(aligned(lines, left=(0, 1))))
     if out is not None:
         atomic_write(out, json.dumps(facts, indent=2))
 

@@ -19,6 +19,7 @@ from dfengine.data.images import load_unit, resize_unit
 from dfengine.evaluation.baseline import MeanStdBaseline
 from dfengine.evaluation.metrics import auroc
 from dfengine.files import atomic_write
+from dfengine.results import list_result
 
 TEST_GOOD, PER_DEFECT = 100, 40
 GOAL_IMAGE_AUROC, GOAL_PIXEL_AUROC, BASELINE_LIMIT = 0.98, 0.95, 0.90
@@ -59,6 +60,7 @@ def run_demo(out: Path, seed: int, device: str) -> int:
         "seed": seed,
         "seconds": round(time.perf_counter() - started, 1),
     }
+    list_result(results, "demo.json")
     atomic_write(results / "demo.json", json.dumps(measured, indent=2) + "\n")
     say(f"baseline (per-pixel mean and deviation of {BASELINE_IMAGES} training images): image AUROC "
         f"{measured['baseline_image_auroc']:.4f}")  # fmt: skip

@@ -31,7 +31,7 @@ def run_detect(
     again = len(images) - len({os.path.realpath(image.path or image.name) for image in images})
     if again:
         warn(f"{counted(again, 'image')} given more than once, and counted each time")
-    with Outputs(out, images) as outputs:
+    with Outputs(out, images, ("results.csv", "results.jsonl", "report.html")) as outputs:
         return _detect(Scoring(detector, batch_size, original_size), images, outputs, heatmaps, checkpoint, inputs)
 
 

@@ -69,7 +69,8 @@ def evaluate_dataset(
     """
     groups = _groups(dataset.test, group_by)
     images = collect_inputs([sample.path for sample in dataset.test])
-    with Outputs(out, images) as outputs:
+    names = ["results.csv", "results.jsonl", "report.html", "metrics.json", "per_defect.csv", "roc.png", "pr.png"]
+    with Outputs(out, images, names + ["robustness.csv"] * robustness) as outputs:
         return _evaluate(Scoring(detector, batch_size), dataset, images, groups, outputs, checkpoint, robustness)
 
 

@@ -48,7 +48,7 @@ def run_info(
     facts = installation() if checkpoint is None else describe(checkpoint)
     console = OutputConsole(highlight=False)
     if as_json:
-        print(json.dumps(facts, indent=2))
+        say(json.dumps(facts, indent=2))
     elif checkpoint is None:
         _print_installation(console, facts)
     else:

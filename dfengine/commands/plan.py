@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dfengine.commands.programs import Bound, bound_program
+from dfengine.commands.scoring import say
 from dfengine.engine.measure import Plan, Row, measure, unmeasured
 from dfengine.engine.timing import type_name
 from dfengine.wording import counted
@@ -18,7 +19,7 @@ def run_plan(checkpoint: Path, batch: int, device: str, precision: str, measured
     with bound_program(checkpoint, batch, device, precision, timed=measured) as bound:
         plan = measure(bound.executor) if measured else unmeasured(bound.executor)
         facts = plan_facts(bound, plan)
-    print(json.dumps(facts, indent=2) if as_json else "\n".join(plan_lines(bound, plan)))
+    say(json.dumps(facts, indent=2) if as_json else "\n".join(plan_lines(bound, plan)))
 
 
 def plan_facts(bound: Bound, plan: Plan) -> dict:

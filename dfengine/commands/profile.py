@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dfengine.commands.plan import aligned
 from dfengine.commands.programs import Bound, bound_program
+from dfengine.commands.scoring import say
 from dfengine.engine.profile import Timeline, captured, timeline
 from dfengine.errors import UsageError
 from dfengine.files import atomic_write, check_json_writable
@@ -31,20 +32,20 @@ def run_profile(
         if on_gpu and out is not None:
             raise UsageError("--out goes with a CPU; on a GPU nsys and ncu write the profile")
         if not on_gpu:
-            check_json_writable(out or TRACE)
+            check_json_writable(out or TRACE, "traceEvents")
         bound.executor.annotate()
         times = timeline(bound.executor, iterations)
         if on_gpu:
             captured(bound.executor, iterations)
-    print(f"{checkpoint}: {bound.title}")
-    print("\n".join(top_lines(times)))
+    say(f"{checkpoint}: {bound.title}")
+    say("\n".join(top_lines(times)))
     if on_gpu:
-        print("\n".join(profiler_lines(bound, iterations)))
+        say("\n".join(profiler_lines(bound, iterations)))
         return
     out = out or TRACE
     atomic_write(out, json.dumps(times.chrome_trace(**bound.facts())))
     ops = len(bound.executor.program.ops)
-    print(f"{counted(iterations, 'run')} of {counted(ops, 'op')} in {out}; open it in chrome://tracing or Perfetto")
+    say(f"{counted(iterations, 'run')} of {counted(ops, 'op')} in {out}; open it in chrome://tracing or Perfetto")
 
 
 def top_lines(times: Timeline) -> list[str]:

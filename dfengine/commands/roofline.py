@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dfengine.commands.plan import ceiling_line
 from dfengine.commands.programs import bound_program
+from dfengine.commands.scoring import say
 from dfengine.engine.measure import measure
 from dfengine.engine.roofline import roofline_plot
 from dfengine.errors import UsageError
@@ -20,5 +21,5 @@ def run_roofline(checkpoint: Path, out: Path, batch: int, device: str, precision
     with bound_program(checkpoint, batch, device, precision, timed=True) as bound:
         plan = measure(bound.executor)
     atomic_write(out, roofline_plot(plan, bound.title))
-    print(f"{bound.title}: {plan.run_seconds * 1e3:.2f} ms a run, {plan.percent:.1f}% of the roofline; wrote {out}")
-    print(ceiling_line(plan))
+    say(f"{bound.title}: {plan.run_seconds * 1e3:.2f} ms a run, {plan.percent:.1f}% of the roofline; wrote {out}")
+    say(ceiling_line(plan))

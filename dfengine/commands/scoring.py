@@ -15,13 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dfengine import __version__
 from dfengine.console import OutputConsole
 from dfengine.data.inputs import InputImage
-from dfengine.detection import Detection, write_rows
+from dfengine.detection import Detection, heatmap_name, write_rows
 from dfengine.detector import Detector, load
 from dfengine.errors import DfengineError, UsageError
 from dfengine.evaluation.calibration import Calibration
-from dfengine.files import OUTPUT_MARKER, atomic_write, locked, os_reason, remove
+from dfengine.files import OUTPUT_MARKER, locked, os_reason, remove
 from dfengine.report.report import ReportItem
-from dfengine.results import earlier_results
+from dfengine.results import begin_results, earlier_results, list_result
 from dfengine.stderr import print_error
 from dfengine.wording import counted
 
@@ -165,8 +165,10 @@ class Outputs:
     For `with`: no other run writes into the folder meanwhile. Raises `DfengineError` where one does.
     """
 
-    def __init__(self, out: Path, images: Sequence[InputImage]):
+    def __init__(self, out: Path, images: Sequence[InputImage], names: Sequence[str]):
+        """names: of the files that the run will write into `out`, heatmaps aside."""
         self.out = out
+        self._names = names
         self.failed = 0
         self._images = images
         self._held = ExitStack()
@@ -186,7 +188,7 @@ class Outputs:
             say(f"replacing the results of an earlier run in {out}")
         for leftover in leftovers:
             self.attempt(lambda leftover=leftover: remove(leftover))
-        self.attempt(lambda: atomic_write(out / OUTPUT_MARKER, ""))
+        self.attempt(lambda: begin_results(out, self._names))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -205,6 +207,8 @@ class Outputs:
     def heatmaps(self, detection: Detection, first: int) -> list[Path | None]:
         """Writes each image's overlay; the files' paths relative to the output folder, None where that failed."""
         files = []
+        names = (f"heatmaps/{heatmap_name(first + i, name)}" for i, name in enumerate(detection.names))
+        self.attempt(lambda: list_result(self.out, *names))
         for i in range(len(detection)):
             written = self.attempt(lambda i=i: detection[i : i + 1].save_heatmaps(self.out / "heatmaps", first + i))
             files.append(written[0].relative_to(self.out) if written else None)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dfengine.commands.plan import aligned
 from dfengine.commands.programs import Bound, bound_program
+from dfengine.commands.scoring import say
 from dfengine.engine.tactics import check_cache
 from dfengine.errors import DfengineError, UsageError
 from dfengine.files import check_json_writable
@@ -33,20 +34,20 @@ def run_tune(
         except DfengineError as error:
             raise DfengineError(f"{error}; name a file with --out to keep what is measured") from None
     else:
-        check_json_writable(out)
+        check_json_writable(out, "tactics")
     with bound_program(checkpoint, sizes[0], device, precision, 0, tactics, seconds, timed=True) as bound:
         if bound.runner.tactics is None:
             raise UsageError(f"{ENVIRONMENT}={os.environ[ENVIRONMENT]}: leaves tactics no choice; tune without it")
         for size in sizes[1:]:
             bound.runner.executor(bound.runner.program_batch(size))
-        print(f"{checkpoint}: {bound.title}")
-        print("\n".join(found_lines(bound)))
+        say(f"{checkpoint}: {bound.title}")
+        say("\n".join(found_lines(bound)))
         known = bound.runner.tactics
         if out is not None:
             known.write(out)
         elif bound.runner.choices:
             known.save()
-        print(f"{counted(len(known), 'tactic')} known for this device; measured ones are in {out or known.path}")
+        say(f"{counted(len(known), 'tactic')} known for this device; measured ones are in {out or known.path}")
 
 
 def found_lines(bound: Bound) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dfengine.commands.plan import aligned
 from dfengine.commands.programs import bound_program
+from dfengine.commands.scoring import say
 from dfengine.engine.verify import Check, first_divergence, verify
 from dfengine.errors import DfengineError
 
@@ -24,15 +25,15 @@ def verify_program(checkpoint: Path, batch: int, device: str, precision: str, se
     """The program against its kernels' references and its modules."""
     with bound_program(checkpoint, batch, device, precision, seed) as bound:
         checks = verify(bound.runner, bound.checkpoint.build(), batch)
-    print(f"{checkpoint}: {bound.title}")
+    say(f"{checkpoint}: {bound.title}")
     for kind in ("op", "block", "map"):
-        print("\n".join(worst([check for check in checks if check.kind == kind])))
+        say("\n".join(worst([check for check in checks if check.kind == kind])))
     wrong, ops = first_divergence(checks), len({check.name for check in checks if check.kind == "op"})
     if wrong is not None:
         bad = len({check.name for check in checks if check.kind == "op" and not check.agrees})
         raise DfengineError(f"{checkpoint}: the first divergence is {wrong}; by themselves {bad} of {ops} ops differ")
     blocks = sum(check.kind == "block" for check in checks)
-    print(f"all {ops} ops agree with their references; {blocks} blocks and the map agree with the modules")
+    say(f"all {ops} ops agree with their references; {blocks} blocks and the map agree with the modules")
 
 
 def worst(checks: list[Check]) -> list[str]:

@@ -33,7 +33,7 @@ from dfengine.wording import counted
 MOST_RANGE_IMAGES = 32
 """Normal images from which ranges are measured."""
 MOST_PASTED, LEAST_COMPARED = 64, 8
-"""Images with a patch pasted in, and images in all, to which a precision of eight bits is held."""
+"""Images with a patch pasted in, and images as they are, to which a precision of eight bits is held."""
 
 
 def run_verify_data(
@@ -66,10 +66,10 @@ def run_verify_data(
     ranges = None
     if precision in FORMATS:
         ranges = _ranges(loaded, dataset.root, measured, where, seed)
-        images += [] if labelled else _pasted(images, loaded.config.image_size)
         if len(images) < LEAST_COMPARED:
-            reason = f"{counted(len(images), 'image')} beside those that ranges are measured on"
+            reason = f"{counted(len(images), 'image')} beside the {len(measured)} that ranges are measured on"
             raise DataError(f"{data}: {reason}; {precision} must be held to {LEAST_COMPARED} at least")
+        images += [] if labelled else _pasted(images, loaded.config.image_size)
     tried = replace(loaded, verified={precision: {"ranges": ranges}} if ranges else {})
     other = Detector(tried, device, precision, seed)
     scoring = Scoring(Detector(loaded, device, "float32", seed), batch_size)
@@ -78,6 +78,8 @@ def run_verify_data(
     if scoring.stopped:
         raise DfengineError("verify: float32 did not score all images, so nothing is said of the precision")
     _print(comparison)
+    if len(images) > len(samples):
+        say(f"{len(images) - len(samples)} of these images are copies of the others with a patch pasted in")
     if measured:
         say(f"ranges from {counted(len(measured), 'other normal image')}; none of these is compared")
     trained = trained_images(loaded.training)
@@ -90,7 +92,7 @@ def run_verify_data(
     if record:
         unread = {name for name, _ in scoring.refused}
         paths = [sample.path for sample in samples if str(sample.path) not in unread]
-        facts = {"name": data.resolve().name, "fingerprint": fingerprint(paths), "labelled": labelled}
+        facts = {"name": data.resolve().name, "fingerprint": fingerprint(paths), "labelled": labelled, "known": known}
         note = {precision: _record(comparison, facts, where.type, seed) | ({"ranges": ranges} if ranges else {})}
 
         def outweighed(present: Checkpoint) -> bool:

@@ -98,6 +98,16 @@ def test_a_full_disk_loses_nothing_that_can_be_written(checkpoint, data, tmp_pat
     assert not list(out.rglob(".tmp-*"))
 
 
+@pytest.mark.parametrize("theirs", ["metrics.json", "heatmaps/00000_mine.png"])
+def test_files_put_beside_results_stay(checkpoint, data, tmp_path, capsys, theirs):
+    arguments = ["detect", str(checkpoint), str(data / "test" / "good"), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    (tmp_path / "out" / theirs).write_text("mine")
+    assert main(arguments) == 2
+    assert f"holds {theirs}, not written by dfengine" in capsys.readouterr().err
+    assert (tmp_path / "out" / theirs).read_text() == "mine"
+
+
 def test_heatmaps_of_an_earlier_run_are_not_scored(checkpoint, data, capsys):
     folder = data / "test" / "good"
     arguments = ["detect", str(checkpoint), str(folder), "--out", str(folder / "results")]

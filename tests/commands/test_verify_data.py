@@ -56,7 +56,7 @@ def test_a_pass_is_printed_and_recorded(checkpoint, data, capsys):
     assert after.calibration == before.calibration and set(after.verified) == {"bfloat16", "fp8"}
     record = after.verified["bfloat16"]
     files = [sample.path for sample in open_dataset(data).test]
-    assert record["data"] == {"name": "data", "fingerprint": fingerprint(files), "labelled": True}
+    assert record["data"] == {"name": "data", "fingerprint": fingerprint(files), "labelled": True, "known": 0}
     assert (record["images"], record["device"], record["seed"]) == (8, "cpu", 0)
     assert 0 < record["max_map_difference"] <= record["tolerance"] == 0.05
     assert abs(record["auroc_points"]) <= 0.1 and record["date"] and record["dfengine"]
@@ -90,17 +90,18 @@ def test_eight_bits_of_normal_images_alone(checkpoint, data, capsys):
     photos = data.parent / "photos"
     photos.mkdir()
     arguments = ["verify", str(checkpoint), "--data", str(photos), "--precision", "int8", "--record"]
-    for count, path in enumerate(normals):
+    for count, path in enumerate([*normals, *normals]):
         shutil.copy(path, photos / f"{count}.png")
-        if count in (0, 1, 6):
-            assert main(arguments) == (1 if count < 6 else 0)
+        if count in (0, 13, 14):
+            assert main(arguments) == (1 if count < 14 else 0)
             printed = capsys.readouterr()
             if count == 0:
                 assert "no normal image can be read" in printed.err
-            elif count == 1:
-                assert "2 images beside those that ranges are measured on; int8 must be held to 8" in printed.err
+            elif count == 13:
+                assert "7 images beside the 7 that ranges are measured on; int8 must be held to 8" in printed.err
             else:
-                assert "int8 against float32, 8 images" in printed.out and "int8 passes" in printed.out
+                assert "int8 against float32, 16 images" in printed.out and "int8 passes" in printed.out
+                assert "8 of these images are copies of the others with a patch pasted in" in printed.out
     assert load_checkpoint(checkpoint).verified["int8"]["data"]["labelled"] is False
 
 
@@ -159,8 +160,10 @@ def test_images_that_the_model_was_trained_on_are_said(checkpoint, data, capsys)
     loaded, good = load_checkpoint(checkpoint), data / "test" / "good"
     trained = [content_digest(path) for path in sorted(good.iterdir())[:2]]
     save_checkpoint(checkpoint, replace(loaded, training={"data": {"trained": trained}}))
-    assert verify(checkpoint, data) == 0
+    assert verify(checkpoint, data, "--record") == 0
     assert "2 images of these the model was trained on" in capsys.readouterr().out
+    assert main(["info", str(checkpoint)]) == 0
+    assert "bfloat16 passed on data, 2 images of it from training" in " ".join(capsys.readouterr().out.split())
     save_checkpoint(checkpoint, replace(loaded, training={}))
     assert verify(checkpoint, data) == 0
     assert "trained on" not in capsys.readouterr().out

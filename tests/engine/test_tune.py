@@ -44,7 +44,7 @@ def replaced(monkeypatch, backend: str, wrap) -> None:
 
 def slow(call, _args):
     def run():
-        time.sleep(2e-3)
+        time.sleep(2e-2)
         call()
 
     return run
@@ -59,7 +59,7 @@ def test_the_quickest_is_taken_and_results_stay(monkeypatch):
     choices = [choice for choice in choices if choice.op.kernel == "conv2d"]
     assert left == 0 and len(choices) > 20
     assert all(choice.tactic.backend == "library" and choice.tried == 2 for choice in choices)
-    assert all(choice.default > 2000 > choice.tactic.microseconds for choice in choices)
+    assert all(choice.default > 20000 > choice.tactic.microseconds for choice in choices)
     tuned = Executor(executor.program, tactics=known)
     assert tuned.backends["down.0"] == "library"
     torch.testing.assert_close(tuned.run(**INPUTS)["anomaly_map"], want["anomaly_map"], rtol=0, atol=1e-5)
