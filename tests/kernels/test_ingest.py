@@ -1,4 +1,4 @@
-"""ingest: Philox against its published vectors, and every implementation against the float64 reference."""
+"""ingest: every implementation against the float64 reference."""
 
 from __future__ import annotations
 
