@@ -4,6 +4,9 @@
 
 #include "../common/channel_attention.h"
 #include "isa.h"
+#if defined(__AVX512F__)
+#include "vector.h"
+#endif
 
 #if defined(_MSC_VER)
 #define DFE_NOINLINE __declspec(noinline)
@@ -23,11 +26,10 @@ void fill(float* DFE_RESTRICT values, int64_t count, float value) {
     for (int64_t i = 0; i < count; ++i) values[i] = value;
 }
 
-// Fetch what will be read, or written, soon.
-template <bool Write>
+// Fetch what will be read soon.
 void prefetch(const void* from, int64_t bytes) {
 #if defined(__GNUC__)
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, Write, 2);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
 #endif
 }
 
@@ -37,7 +39,7 @@ void pool_four(const T* DFE_RESTRICT a, int64_t stride, int64_t count, float* DF
     for (int64_t i = 0; i < count; ++i) {
         const float va = load(a + i), vb = load(b + i), vc = load(c + i), vd = load(d + i);
         sum[i] += (va + vb) + (vc + vd);
-        top[i] = larger(larger(larger(va, vb), larger(vc, vd)), top[i]);
+        top[i] = dfe::larger(dfe::larger(dfe::larger(va, vb), dfe::larger(vc, vd)), top[i]);
     }
 }
 
@@ -46,7 +48,7 @@ void pool_one(const T* DFE_RESTRICT a, int64_t count, float* DFE_RESTRICT sum, f
     for (int64_t i = 0; i < count; ++i) {
         const float value = load(a + i);
         sum[i] += value;
-        top[i] = larger(value, top[i]);
+        top[i] = dfe::larger(value, top[i]);
     }
 }
 
@@ -63,7 +65,7 @@ void pool(const ChannelAttentionArguments& p, int64_t n, int64_t begin, int64_t 
         int64_t pixel = first;
         for (; pixel + 4 <= after; pixel += 4) {
             for (int64_t ahead = pixel + POOL_AHEAD; ahead < pixel + POOL_AHEAD + 4 && ahead < pixels; ++ahead) {
-                prefetch<false>(x + ahead * p.x_stride, count * static_cast<int64_t>(sizeof(T)));
+                prefetch(x + ahead * p.x_stride, count * static_cast<int64_t>(sizeof(T)));
             }
             pool_four(x + pixel * p.x_stride, p.x_stride, count, scratch, top);
         }
@@ -77,7 +79,7 @@ template <int64_t Width, bool Maxima>
 inline void fold(float* DFE_RESTRICT sums, float* DFE_RESTRICT others) {
     for (int64_t l = 0; l < Width; ++l) {
         sums[l] += sums[l + Width];
-        others[l] = Maxima ? larger(others[l], others[l + Width]) : others[l] + others[l + Width];
+        others[l] = Maxima ? dfe::larger(others[l], others[l + Width]) : others[l] + others[l + Width];
     }
     if constexpr (Width > 1) fold<Width / 2, Maxima>(sums, others);
 }
@@ -128,12 +130,83 @@ void make_gate(const ChannelAttentionArguments& p, int64_t n, float* scratch) {
     for (int64_t r = 0; r < p.hidden; ++r) {
         two_products(average, sums + channels, p.w1 + r * channels, channels, hidden + r, of_top + r);
     }
-    for (int64_t r = 0; r < p.hidden; ++r) hidden[r] = activated<Activation::gelu>(hidden[r]) + activated<Activation::gelu>(of_top[r]);
+    for (int64_t r = 0; r < p.hidden; ++r) hidden[r] = dfe::activated<Activation::gelu>(hidden[r]) + dfe::activated<Activation::gelu>(of_top[r]);
     fill(gate, channels, 0.0f);
     add_rows(hidden, p.w2, p.hidden, channels, gate);
     for (int64_t c = 0; c < channels; ++c) gate[c] = sigmoid(gate[c]);
 }
 
+#if defined(__AVX512F__)
+constexpr int64_t MAPPED = 4;  // pixels side by side, so that no sum waits for the one before
+
+// The sums, or maxima, of the sixteen lanes of four vectors.
+template <bool Maxima>
+inline __m128 folded(const __m512* values) {
+    const auto join = [](auto a, auto b) {
+        if constexpr (sizeof(a) == 64) return Maxima ? _mm512_max_ps(a, b) : _mm512_add_ps(a, b);
+        else return Maxima ? _mm_max_ps(a, b) : _mm_add_ps(a, b);
+    };
+    // Quarters of two vectors to one of each other, twice: quarter k of the result belongs to vector k.
+    const __m512 first = join(_mm512_shuffle_f32x4(values[0], values[1], 0x44), _mm512_shuffle_f32x4(values[0], values[1], 0xee));
+    const __m512 second = join(_mm512_shuffle_f32x4(values[2], values[3], 0x44), _mm512_shuffle_f32x4(values[2], values[3], 0xee));
+    const __m512 all = join(_mm512_shuffle_f32x4(first, second, 0x88), _mm512_shuffle_f32x4(first, second, 0xdd));
+    __m128 a = _mm512_castps512_ps128(all), b = _mm512_extractf32x4_ps(all, 1), c = _mm512_extractf32x4_ps(all, 2), d = _mm512_extractf32x4_ps(all, 3);
+    _MM_TRANSPOSE4_PS(a, b, c, d);
+    return join(join(a, b), join(c, d));
+}
+
+// The means and maxima over the channels of x * gate of `count` pixels.
+template <typename T>
+void map_pixels(const T* x, int64_t stride, const float* gate, int64_t channels, int64_t count, float* means, float* tops) {
+    const __m128 size = _mm_set1_ps(static_cast<float>(channels));
+    for (int64_t i = 0; i < count; i += MAPPED) {
+        const int64_t left = count - i < MAPPED ? count - i : MAPPED;
+        const T* from[MAPPED];  // the last pixel again, where there are not so many
+        __m512 sum[MAPPED], top[MAPPED];
+        for (int64_t k = 0; k < MAPPED; ++k) {
+            from[k] = x + (i + (k < left ? k : left - 1)) * stride;
+            sum[k] = _mm512_setzero_ps(), top[k] = _mm512_set1_ps(lowest());
+        }
+        int64_t c = 0;
+        for (; c + WIDTH <= channels; c += WIDTH) {
+            const __m512 g = _mm512_loadu_ps(gate + c);
+            for (int64_t k = 0; k < MAPPED; ++k) {
+                const __m512 u = _mm512_mul_ps(load_vector(from[k] + c), g);
+                sum[k] = _mm512_add_ps(sum[k], u), top[k] = _mm512_max_ps(u, top[k]);
+            }
+        }
+        if (c < channels) {
+            const __mmask16 mask = mask_of(channels - c);
+            const __m512 g = _mm512_maskz_loadu_ps(mask, gate + c);
+            for (int64_t k = 0; k < MAPPED; ++k) {
+                const __m512 u = _mm512_mul_ps(load_masked(from[k] + c, mask), g);
+                sum[k] = _mm512_add_ps(sum[k], u), top[k] = _mm512_mask_max_ps(top[k], mask, u, top[k]);
+            }
+        }
+        const __mmask8 these = static_cast<__mmask8>((1u << left) - 1u);
+        _mm_mask_storeu_ps(means + i, these, _mm_div_ps(folded<false>(sum), size));
+        _mm_mask_storeu_ps(tops + i, these, folded<true>(top));
+    }
+}
+
+template <typename T, bool Residual>
+void write_pixel(const T* x, const float* gate, float s, const T* residual, int64_t channels, T* y) {
+    const __m512 share = _mm512_set1_ps(s);
+    int64_t c = 0;
+    for (; c + 2 * WIDTH <= channels; c += 2 * WIDTH) {
+        __m512 low = _mm512_mul_ps(_mm512_mul_ps(load_vector(x + c), _mm512_loadu_ps(gate + c)), share);
+        __m512 high = _mm512_mul_ps(_mm512_mul_ps(load_vector(x + c + WIDTH), _mm512_loadu_ps(gate + c + WIDTH)), share);
+        if (Residual) low = _mm512_add_ps(low, load_vector(residual + c)), high = _mm512_add_ps(high, load_vector(residual + c + WIDTH));
+        store_two(y + c, low, high);
+    }
+    for (; c < channels; c += WIDTH) {
+        const __mmask16 mask = mask_of(channels - c);
+        __m512 value = _mm512_mul_ps(_mm512_mul_ps(load_masked(x + c, mask), _mm512_maskz_loadu_ps(mask, gate + c)), share);
+        if (Residual) value = _mm512_add_ps(value, load_masked(residual + c, mask));
+        store_masked(y + c, value, mask);
+    }
+}
+#else
 // The mean and maximum over the channels of x * gate at a pixel.
 template <typename T>
 void map_pixel(const T* DFE_RESTRICT x, const float* DFE_RESTRICT gate, int64_t channels, float* DFE_RESTRICT mean, float* DFE_RESTRICT top) {
@@ -144,18 +217,31 @@ void map_pixel(const T* DFE_RESTRICT x, const float* DFE_RESTRICT gate, int64_t 
         for (int64_t l = 0; l < LANES; ++l) {
             const float u = load(x + c + l) * gate[c + l];
             sums[l] += u;
-            tops[l] = larger(u, tops[l]);
+            tops[l] = dfe::larger(u, tops[l]);
         }
     }
     for (int64_t l = 0; c + l < channels; ++l) {
         const float u = load(x + c + l) * gate[c + l];
         sums[l] += u;
-        tops[l] = larger(u, tops[l]);
+        tops[l] = dfe::larger(u, tops[l]);
     }
     fold<LANES / 2, true>(sums, tops);
     *mean = sums[0] / static_cast<float>(channels);
     *top = tops[0];
 }
+
+template <typename T>
+void map_pixels(const T* x, int64_t stride, const float* gate, int64_t channels, int64_t count, float* means, float* tops) {
+    for (int64_t i = 0; i < count; ++i) map_pixel(x + i * stride, gate, channels, means + i, tops + i);
+}
+
+// One copy of it: another could round differently.
+template <typename T, bool Residual>
+DFE_NOINLINE void write_pixel(const T* DFE_RESTRICT x, const float* DFE_RESTRICT gate, float s, const T* DFE_RESTRICT residual, int64_t channels,
+                 T* DFE_RESTRICT y) {
+    for (int64_t c = 0; c < channels; ++c) store(y + c, load(x + c) * gate[c] * s + (Residual ? load(residual + c) : 0.0f));
+}
+#endif
 
 // s for the `count` values from one of a plane on: those between two rows of the image come out too, and are not used.
 void spatial_gate(const ChannelAttentionArguments& p, const float* DFE_RESTRICT means, const float* DFE_RESTRICT tops, int64_t count,
@@ -173,13 +259,6 @@ void spatial_gate(const ChannelAttentionArguments& p, const float* DFE_RESTRICT 
         }
     }
     for (int64_t i = 0; i < count; ++i) s[i] = sigmoid(s[i]);
-}
-
-// One copy of it: another could round differently.
-template <typename T, bool Residual>
-DFE_NOINLINE void write_pixel(const T* DFE_RESTRICT x, const float* DFE_RESTRICT gate, float s, const T* DFE_RESTRICT residual, int64_t channels,
-                 T* DFE_RESTRICT y) {
-    for (int64_t c = 0; c < channels; ++c) store(y + c, load(x + c) * gate[c] * s + (Residual ? load(residual + c) : 0.0f));
 }
 
 template <typename T, bool Residual>
@@ -205,12 +284,7 @@ void apply(const ChannelAttentionArguments& p, int64_t n, int64_t begin, int64_t
             for (; mapped < needed; ++mapped) {
                 const int64_t at = (mapped - begin + SPATIAL_REACH) * p.pitch + SPATIAL_REACH;
                 const T* const from = x + mapped * width * p.x_stride;
-                for (int64_t i = 0; i < width; ++i) {
-                    map_pixel(from + i * p.x_stride, gate, channels, means + at + i, tops + at + i);
-                    const int64_t pixel = mapped * width + i;
-                    if (Residual) prefetch<false>(residual + pixel * p.residual_stride, row_bytes);
-                    if (!p.stream) prefetch<true>(y + pixel * p.y_stride, row_bytes);
-                }
+                map_pixels(from, p.x_stride, gate, channels, width, means + at, tops + at);
             }
             const int64_t from = (row - begin) * p.pitch;
             spatial_gate(p, means + from, tops + from, (after - row) * p.pitch - 2 * SPATIAL_REACH, s);
