@@ -3,6 +3,7 @@
 #include "one_step.h"
 
 #include "isa.h"
+#include "run.h"
 #include "slices.h"
 
 namespace dfe {
@@ -12,9 +13,20 @@ namespace {
 template <int Scales, bool Unit, typename X, typename T>
 void reconstruct(const OneStepNumbers numbers, int64_t size, const X* DFE_RESTRICT x_s, const T* DFE_RESTRICT e_s, const X* DFE_RESTRICT x_b,
                  const T* DFE_RESTRICT e_b, T* DFE_RESTRICT result, float* DFE_RESTRICT unit) {
-    for (int64_t i = 0; i < size; ++i) {
-        const float r = reconstructed<Scales>(numbers, load(x_s + i), load(e_s + i), Scales == 2 ? load(x_b + i) : 0.0f,
-                                              Scales == 2 ? load(e_b + i) : 0.0f);
+    const auto value = [&](int64_t i) {
+        return reconstructed<Scales>(numbers, load(x_s + i), load(e_s + i), Scales == 2 ? load(x_b + i) : 0.0f, Scales == 2 ? load(e_b + i) : 0.0f);
+    };
+    int64_t i = 0;
+    for (; i + RUN <= size; i += RUN) {
+        float r[RUN];
+        for (int64_t l = 0; l < RUN; ++l) r[l] = value(i + l);
+        store_run(result + i, r);
+        if (Unit) {
+            for (int64_t l = 0; l < RUN; ++l) unit[i + l] = unit_pixel(numbers, r[l]);
+        }
+    }
+    for (; i < size; ++i) {
+        const float r = value(i);
         store(result + i, r);
         if (Unit) unit[i] = unit_pixel(numbers, r);
     }
@@ -27,7 +39,9 @@ const T* converted(const T* values, int64_t, T*) {
 }
 template <typename T>
 const T* converted(const float* DFE_RESTRICT values, int64_t size, T* DFE_RESTRICT room) {
-    for (int64_t i = 0; i < size; ++i) store(room + i, values[i]);
+    int64_t i = 0;
+    for (; i + RUN <= size; i += RUN) store_run(room + i, values + i);
+    for (; i < size; ++i) store(room + i, values[i]);
     return room;
 }
 const float* converted(const float* values, int64_t, float*) { return values; }
