@@ -19,6 +19,7 @@ import numpy as np
 GROUPS = (
     ("own", "own synthesis"),
     ("foreign", "foreign erasure"),
+    ("small", "small damage"),
     ("texture", "textures"),
     ("real", "rendered defects"),
 )
@@ -43,11 +44,13 @@ def cell(rows: list[dict[str, str]], column: str) -> str:
 
 
 def table(rows: dict[tuple[str, str], list[dict[str, str]]], score: str = "seg@50") -> str:
-    """Markdown: one row a variant and set, one column a group of anomalies."""
-    lines = ["| set | variant | seeds | steps | " + " | ".join(title for _, title in GROUPS) + " | pixel AP |"]
-    lines.append("|---" * (5 + len(GROUPS)) + "|")
+    """Markdown: one row a variant and set, one column a group of anomalies that any of them was measured on."""
+    every = [row for found in rows.values() for row in found]
+    groups = {group: title for group, title in GROUPS if any(row.get(f"{group}/{score}") for row in every)}
+    lines = ["| set | variant | seeds | steps | " + " | ".join(groups.values()) + " | pixel AP |"]
+    lines.append("|---" * (5 + len(groups)) + "|")
     for (name, variant), found in rows.items():
-        cells = [cell(found, f"{group}/{score}") for group, _ in GROUPS]
+        cells = [cell(found, f"{group}/{score}") for group in groups]
         head = [name, variant, str(len(found)), found[0]["steps"]]
         lines.append("| " + " | ".join([*head, *cells, cell(found, "pixel_ap")]) + " |")
     return "\n".join(lines)
@@ -65,7 +68,7 @@ def plot(rows: dict[tuple[str, str], list[dict[str, str]]], path: Path, score: s
     figure, axes = plt.subplots(1, len(sets), figsize=size, squeeze=False)
     for axis, name in zip(axes[0], sets, strict=True):
         variants = [variant for other, variant in rows if other == name][::-1]
-        for (group, title), marker in zip(GROUPS, "osx^", strict=True):
+        for (group, title), marker in zip(GROUPS, "osDx^", strict=True):
             points = [
                 (float(row[f"{group}/{score}"]), place)
                 for place, variant in enumerate(variants)

@@ -38,8 +38,8 @@ RENDERED = dict(train=320, held_out=64, labelled_good=200, per_defect=70, seed=4
 @dataclass(frozen=True)
 class StudySet:
     """train: uint8 (N, S, S, 3), written out as `names` for a folder of normals. images: uint8 (M, S, S, 3) to choose
-    by, with `kinds` (M,): "normal", "normal:decoy", "normal:transplant", "own:<kind>", "foreign:<kind>", "texture",
-    "real:<defect>" (rendered with its label) or "real:normal". masks: bool (M, S, S)."""
+    by, with `kinds` (M,): "normal", "normal:decoy", "normal:transplant", "own:<kind>", "foreign:<kind>",
+    "small:<kind>", "texture", "real:<defect>" (rendered with its label) or "real:normal". masks: bool (M, S, S)."""
 
     train: list[Path]
     images: np.ndarray
@@ -96,6 +96,12 @@ def anomalies(held_out: np.ndarray, seed: int | list[int]) -> tuple[list[np.ndar
             result = synthesizer.sample(i, rng)
             if result.kind != "normal":
                 add(result.image, prefix + result.kind, result.mask)
+    rng = np.random.default_rng([*np.atleast_1d(seed), 1])  # of their own: what is drawn above stays as it is
+    for i in range(NORMALS):
+        for damage in (foreign.scratch, foreign.dent):
+            image, title, mask = damage(i, rng)
+            if mask.any():
+                add(image, title, mask)
     return images, kinds, masks
 
 
@@ -170,8 +176,43 @@ class Foreign:
             region = region & ((xx - x) * np.cos(angle) + (yy - y) * np.sin(angle) > offset)
         region = grow(region, 1 + size // 48)
         after = self._fill(index, region, rng)
-        mask = region & (np.abs(after.astype(np.int16) - image).max(axis=-1) > 10)
-        return after, f"foreign:{kind}", mask
+        return after, f"foreign:{kind}", region & _changed(image, after)
+
+    def scratch(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, str, np.ndarray]:
+        """(image, "small:scratch", mask): a bent line on the object, brighter or darker, a twentieth to a sixth of the
+        image long."""
+        image = self.images[index]
+        size = len(image)
+        points = [self._point(index, rng)]
+        angle, length = rng.uniform(0, 2 * np.pi), rng.uniform(0.05, 0.16) * size
+        for _ in range(3):
+            angle += rng.normal(0, 0.35)
+            points.append(points[-1] + length / 3 * np.array([np.cos(angle), np.sin(angle)]))
+        line = np.zeros((size, size), np.uint8)
+        fixed_point = 4  # binary places of the coordinates
+        corners = np.rint(np.array(points) * 2**fixed_point).astype(np.int32)
+        thickness = max(1, round(rng.uniform(0.008, 0.025) * size))
+        cv2.polylines(line, [corners], False, 255, thickness, cv2.LINE_AA, fixed_point)
+        alpha = (line / 255.0 * self.foregrounds[index])[..., None]
+        shade = rng.choice([-1, 1]) * rng.uniform(35, 90) + rng.normal(0, 8, image.shape)
+        after = np.clip(np.rint(image + alpha * shade), 0, 255).astype(np.uint8)
+        return after, "small:scratch", _changed(image, after)
+
+    def dent(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, str, np.ndarray]:
+        """(image, "small:dent", mask): the picture shifted within a spot on the object's rim, as where it is bent or
+        worn."""
+        image, region = self.images[index], self.foregrounds[index]
+        size = len(image)
+        y, x = np.nonzero(region & ~cv2.erode(region.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool))
+        at = int(rng.integers(len(x))) if len(x) else 0
+        centre = (x[at], y[at]) if len(x) else (size / 2, size / 2)
+        radius, angle = rng.uniform(0.04, 0.1) * size, rng.uniform(0, 2 * np.pi)
+        yy, xx = np.mgrid[:size, :size].astype(np.float32)
+        fall = np.clip(1 - ((xx - centre[0]) ** 2 + (yy - centre[1]) ** 2) / radius**2, 0, 1) ** 2
+        shift = rng.uniform(0.4, 0.8) * radius * fall
+        places = [a + (shift * b).astype(np.float32) for a, b in ((xx, np.cos(angle)), (yy, np.sin(angle)))]
+        after = cv2.remap(image, *places, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+        return after, "small:dent", _changed(image, after)
 
     def decoy(self, index: int, rng: np.random.Generator) -> np.ndarray:
         """Background erased and filled with background."""
@@ -192,6 +233,14 @@ class Foreign:
         alpha = cv2.GaussianBlur(region.astype(np.float32), (0, 0), 1.5)[..., None]
         return np.clip(np.rint(target + alpha * (source - target)), 0, 255).astype(np.uint8)
 
+    def _point(self, index: int, rng: np.random.Generator) -> np.ndarray:
+        """(x, y) of a pixel of the object, of the image where none was found."""
+        y, x = np.nonzero(self.foregrounds[index])
+        if not len(x):
+            return rng.uniform(0, len(self.images[index]), 2)
+        at = int(rng.integers(len(x)))
+        return np.array([x[at], y[at]], np.float64)
+
     def _fill(self, index: int, region: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         image = self.images[index]
         size = len(image)
@@ -210,6 +259,11 @@ class Foreign:
         noise = grain[rng.integers(len(grain), size=region.sum())] if len(grain) else 0
         filled[region] += noise
         return np.clip(np.rint(filled), 0, 255).astype(np.uint8)
+
+
+def _changed(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Where two uint8 images (S, S, 3) differ by more than 10 levels."""
+    return np.abs(after.astype(np.int16) - before).max(axis=-1) > 10
 
 
 def _clone(source: np.ndarray, target: np.ndarray, region: np.ndarray) -> np.ndarray:

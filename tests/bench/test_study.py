@@ -52,7 +52,7 @@ def test_a_trained_model_is_shared_where_only_the_inference_differs():
 def test_the_grids_of_the_project_are_configurations():
     import tomllib
 
-    for path in (Path(study.ROOT) / "study.toml", Path(study.ROOT) / "study-start.toml"):
+    for path in Path(study.ROOT).glob("study*.toml"):
         runs = study.settings(tomllib.loads(path.read_text()))
         assert len({study.key_of(r) for r in runs}) > 10
         for one in runs:
@@ -86,6 +86,21 @@ def test_cloning_fills_regions_of_every_size_and_nothing_else(height, width):
     assert change[region].max() > 20 and change[~region].max() <= 3
 
 
+@pytest.mark.parametrize("damage", ["scratch", "dent"])
+def test_small_damage_is_small_and_at_the_object(damage):
+    images, foregrounds = bars(6, 64)
+    foreign = study_sets.Foreign(images, foregrounds)
+    for index in range(6):
+        after, name, mask = getattr(foreign, damage)(index, np.random.default_rng(index))
+        assert name == f"small:{damage}" and after.dtype == np.uint8 and after.shape == (64, 64, 3)
+        assert 0 < mask.mean() < 0.05
+        assert not (mask & ~study_sets.grow(foregrounds[index], 8)).any()
+        far = ~study_sets.grow(mask, 8)
+        np.testing.assert_allclose(after[far], images[index][far].astype(int), atol=10)
+        again = getattr(foreign, damage)(index, np.random.default_rng(index))[0]
+        np.testing.assert_array_equal(after, again)
+
+
 def test_foreign_decoys_leave_the_object():
     images, foregrounds = bars(6, 64)
     foreign = study_sets.Foreign(images, foregrounds)
@@ -115,6 +130,6 @@ def test_the_table_gives_the_mean_and_half_the_range_over_seeds(tmp_path):
         writer.writerow(["set", "variant", "seed", "steps", "own/seg@50", "foreign/seg@50", "pixel_ap"])
         writer.writerows([["a", "base", 0, 10, 0.8, 0.9, 0.5], ["a", "base", 1, 10, 0.9, 0.9, 0.5]])
     table = study_report.table(study_report.read([path]))
-    assert table.splitlines()[-1] == "| a | base | 2 | 10 | 0.850 ± 0.050 | 0.900 ± 0.000 |  |  | 0.500 ± 0.000 |"
+    assert table.splitlines()[-1] == "| a | base | 2 | 10 | 0.850 ± 0.050 | 0.900 ± 0.000 | 0.500 ± 0.000 |"
     study_report.plot(study_report.read([path]), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
