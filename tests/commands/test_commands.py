@@ -343,11 +343,8 @@ def test_calibrate_says_what_its_options_lack(options, reason, checkpoint, data,
 
 def test_calibrate_scores_nothing_for_a_file_that_cannot_be_written(checkpoint, data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Scoring, "batches", None)
-    (tmp_path / "notes.txt").write_text("mine")
-    for out, reason in ((tmp_path / "notes.txt", "is there already and is not a dfengine checkpoint"),
-                        (data, "is a folder, not a file")):  # fmt: skip
-        assert main(["calibrate", str(checkpoint), str(data), "--out", str(out)]) == 1
-        assert reason in capsys.readouterr().err
+    assert main(["calibrate", str(checkpoint), str(data), "--out", str(data)]) == 2
+    assert f"{data}: must end in .safetensors" in capsys.readouterr().err
     checkpoint.chmod(0o444)
     assert main(["calibrate", str(checkpoint), str(data)]) == 1
     assert f"{checkpoint}: cannot be written: is write-protected" in capsys.readouterr().err
