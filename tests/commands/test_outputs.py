@@ -115,3 +115,16 @@ def test_a_place_that_takes_no_file_is_no_wrong_usage(name, refused, tmp_path, m
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     out = tmp_path / f"out{SUFFIXES.get(name, '')}"
     assert refused((FILES | FOLDERS)[name], out, 1) == "cannot be written: permission denied"
+
+
+def test_fasteners_are_not_mixed_with_others(tmp_path, capsys):
+    counts = ["--train", "1", "--test-good", "0", "--per-defect", "0", "--size", "32"]
+    arguments = ["fasteners", str(tmp_path / "f"), *counts]
+    assert main(arguments) == 0 and main(arguments) == 2
+    assert "holds a data set already" in capsys.readouterr().err
+    photos = tmp_path / "photos"
+    (photos / "site").mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(photos / "site" / "000.png")
+    assert main(["fasteners", str(photos), *counts]) == 2
+    assert "photos: holds images; choose another folder for a data set" in capsys.readouterr().err
+    assert [path.name for path in photos.iterdir()] == ["site"]
