@@ -359,7 +359,7 @@ class _Run:
         """Raises `UsageError` where the run folder holds an unfinished run, which is not thrown away."""
         if self.state_path.exists() and not (old := read_state(self.state_path)).finished:
             raise UsageError(
-                f"{self.folder}: holds an unfinished run at step {old.step}; resume it, or remove that folder"
+                f"{self.folder}: holds an unfinished run at step {old.step}; go on with --resume, or remove that folder"
             )
 
     def _fresh_state(self) -> RunState:
