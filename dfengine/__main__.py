@@ -1,21 +1,23 @@
 """`python -m dfengine` and the `dfengine` command."""
 
+import os
 import sys
 
 try:
     from dfengine import signals
 except KeyboardInterrupt:  # Ctrl-C before there is what answers it
-    sys.stderr.write("dfengine: interrupted\n")
-    sys.exit(130)
+    os.write(2, b"dfengine: interrupted\n")
+    os._exit(130)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
+    """Runs the command line, without `arguments` that of the process, which ends then; returns the exit status."""
     try:
-        with signals.ending():
+        with signals.ending(last=arguments is None):
             from dfengine.cli import main as run
-        return run(arguments)
-    except KeyboardInterrupt:  # between the two, which answer it themselves
+
+            return run(arguments)
+    except KeyboardInterrupt:  # before there is what answers it, again
         return signals.say_ended(130)
 
 

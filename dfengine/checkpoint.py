@@ -24,13 +24,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dfengine.arguments import path_of
-from dfengine.errors import CheckpointError, ConfigError, UsageError
+from dfengine.errors import CheckpointError, ConfigError, DfengineError, UsageError
 from dfengine.evaluation.calibration import Calibration
-from dfengine.files import atomic_path, locked, os_reason
+from dfengine.files import atomic_path, check_suffix, check_writable, locked, os_reason
 from dfengine.models import Model, ModelConfig
 from dfengine.verified import check_records
 
 FORMAT = "dfengine"
+SUFFIX = ".safetensors"
 VERSIONS = ("1", "2")
 TRIAL_IMAGES = 4
 """The most images of a `Trial`."""
@@ -185,9 +186,9 @@ def _trial_of(tensors: dict[str, Tensor], config: ModelConfig, name: str) -> Tri
 
 
 def check_target(path: str | Path) -> None:
-    """Raises `CheckpointError` where `path` is a file that is not a dfengine checkpoint: it would be overwritten."""
+    """Raises `UsageError` where `path` is a file that is not a dfengine checkpoint: it would be overwritten."""
     path = Path(path)
-    _check_name(path)
+    _check_name(path, UsageError)
     if not path.is_file() or path.stat().st_size == 0:
         return
     try:
@@ -196,19 +197,27 @@ def check_target(path: str | Path) -> None:
     except (SafetensorError, OSError):
         ours = False
     if not ours:
-        raise CheckpointError(f"{path}: is there already and is not a dfengine checkpoint; choose another name")
+        raise UsageError(f"{path}: is there already and is not a dfengine checkpoint; choose another name")
 
 
-def check_new(path: str | Path) -> None:
-    """Raises `UsageError` where `path` is a checkpoint already, as `check_target` where it is another file."""
+def check_output(path: str | Path, present: bool = False) -> None:
+    """What a command asks of the checkpoint it is to write, better before its work than after it.
+
+    Raises `UsageError` for a file that is none and, unless the checkpoint at `path` is meant (`present`), for one that
+    is there already and a name that does not end in .safetensors; and as `check_writable`.
+    """
+    path = Path(path)
+    if not present:
+        check_suffix(path, SUFFIX)
     check_target(path)
-    if Path(path).is_file() and Path(path).stat().st_size:
+    if not present and path.is_file() and path.stat().st_size:
         raise UsageError(f"{path}: is there already; choose another name, or remove it first")
+    check_writable(path)
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Writes `checkpoint` atomically. Raises `CheckpointError` for weights that do not fit, and `DfengineError` where
-    the file cannot be written.
+    """Writes `checkpoint` atomically. Raises `CheckpointError` for weights that do not fit, `UsageError` as
+    `check_target`, and `DfengineError` where the file cannot be written.
 
     To change what a file holds, use `update_checkpoint`.
     """
@@ -362,12 +371,12 @@ def _checked_path(path: Any) -> Path:
     return path
 
 
-def _check_name(path: Path) -> None:
-    """Raises `CheckpointError` for a path that safetensors, which takes names as UTF-8, could not open."""
+def _check_name(path: Path, kind: type[DfengineError] = CheckpointError) -> None:
+    """Raises `kind` for a path that safetensors, which takes names as UTF-8, could not open."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raise CheckpointError(f"{path}: a checkpoint's name must be valid UTF-8; rename it") from None
+        raise kind(f"{path}: a checkpoint's name must be valid UTF-8; rename it") from None
 
 
 def _damage(path: Path) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dfengine.checkpoint import Checkpoint, check_new, save_checkpoint
+from dfengine.checkpoint import Checkpoint, check_output, save_checkpoint
 from dfengine.errors import CheckpointError, ConfigError, UsageError
 from dfengine.files import os_reason
 from dfengine.models import ModelConfig, build_model
@@ -60,13 +60,13 @@ def convert(
     exactly: float32 as it is, float16 and bfloat16 widened to float32.
 
     Raises `CheckpointError` (damaged, hostile, another layout, or unlike its own `args`), `ConfigError` (unknown
-    preset), `UsageError` (`out` is `source`, or a checkpoint already), and `DfengineError` when `out` cannot be
-    written.
+    preset), `UsageError` (`out` is `source`, there already, or does not end in .safetensors), and `DfengineError` when
+    `out` cannot be written.
     """
     source, out = Path(source), Path(out)
     if out.exists() and source.exists() and out.samefile(source):
         raise UsageError(f"{out}: the converted checkpoint must not replace its source")
-    check_new(out)
+    check_output(out)
     base_config = preset_config(preset)
     try:
         with open(source, "rb") as file:

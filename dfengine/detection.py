@@ -19,7 +19,7 @@ import numpy as np
 
 from dfengine.arguments import path_of
 from dfengine.evaluation.calibration import Calibration
-from dfengine.files import atomic_write, remove
+from dfengine.files import atomic_write, make_folder, remove
 from dfengine.results import begin_results, earlier_results, list_result
 from dfengine.wording import counted
 
@@ -245,11 +245,12 @@ class Detection:
         """Write `heatmaps/*.png`, `results.csv` and `results.jsonl` into `folder`, which is made; returns it.
 
         Results that dfengine wrote there before, its commands' too, are replaced, with a warning. Raises `UsageError`
-        for a folder that holds images, or files of somebody else under the names of results, and `DfengineError` naming
-        the file that cannot be written.
+        for what is no folder, and one that holds images, or files of somebody else under the names of results, and
+        `DfengineError` naming the folder or file that cannot be written.
         """
         folder = path_of("a folder", folder)
         leftovers = earlier_results(folder)
+        make_folder(folder)
         if leftovers:
             log.warning("replacing the results of an earlier run in %s", folder)
         for leftover in leftovers:

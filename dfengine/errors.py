@@ -13,7 +13,8 @@ class DfengineError(Exception):
 
 
 class UsageError(DfengineError, ValueError):
-    """Options that contradict each other or are out of range."""
+    """Options that contradict each other or are out of range, and an output that names what is there and no place for
+    it."""
 
     exit_code = 2
 

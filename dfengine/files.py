@@ -20,7 +20,7 @@ try:
 except ImportError:  # Windows, where nothing is locked
     fcntl = None
 
-from dfengine.errors import DfengineError
+from dfengine.errors import DfengineError, UsageError
 
 _REASONS = {
     errno.ENOSPC: "no space left on device",
@@ -41,9 +41,18 @@ _REASONS = {
 }
 
 
+_WRONG_NAME = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG)
+
+
 def os_reason(error: OSError) -> str:
     """The few words a person can act on: "no space left on device", not "[Errno 28] ..."."""
     return _REASONS.get(error.errno) or (error.strerror or str(error) or type(error).__name__).lower()
+
+
+def _refusal(path: Path, error: OSError) -> DfengineError:
+    """ "PATH: cannot be written: REASON": a `UsageError` where another path has to be named, else a `DfengineError`."""
+    kind = UsageError if error.errno in _WRONG_NAME else DfengineError
+    return kind(f"{path}: cannot be written: {os_reason(error)}")
 
 
 OUTPUT_MARKER = ".dfengine-output"
@@ -60,7 +69,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     to write for anybody, is refused.
 
     Raises DfengineError, "PATH: cannot be written: REASON", for any OSError of the block or of the rename,
-    and for what safetensors raises in its place.
+    and for what safetensors raises in its place; `UsageError` where the path is the mistake (`_refusal`).
     """
     shown = Path(path)
     temporary = None
@@ -69,7 +78,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, "is a folder")
         if target.exists() and not target.is_file():
-            raise OSError(0, "is not a regular file")
+            raise UsageError(f"{shown}: cannot be written: is not a regular file")
         if target.exists() and not target.stat().st_mode & 0o222:  # a rename would not ask
             raise OSError(0, "is write-protected")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -84,8 +93,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         _sync(target.parent)
     except (OSError, SafetensorError) as error:
         _remove(temporary)
-        reason = os_reason(error if isinstance(error, OSError) else _as_os_error(error))
-        raise DfengineError(f"{shown}: cannot be written: {reason}") from error
+        raise _refusal(shown, error if isinstance(error, OSError) else _as_os_error(error)) from error
     except BaseException:
         _remove(temporary)
         raise
@@ -168,8 +176,8 @@ def check_writable(path: str | os.PathLike) -> None:
 
 
 def check_json_writable(path: str | os.PathLike, key: str) -> None:
-    """As `check_writable`; raises DfengineError too where `path` is a file of anything but a JSON object with `key`,
-    as what is to be written there does: it stays."""
+    """As `check_writable`; raises UsageError too where `path` is a file of anything but a JSON object with `key`, as
+    what is to be written there: it stays."""
     check_writable(path)
     if not os.path.isfile(path) or not os.path.getsize(path):
         return
@@ -178,7 +186,27 @@ def check_json_writable(path: str | os.PathLike, key: str) -> None:
     except (OSError, ValueError, RecursionError):
         content = None
     if not isinstance(content, dict) or key not in content:
-        raise DfengineError(f"{path}: is there already and was not written by this command; name another file")
+        raise UsageError(f"{path}: is there already and was not written by this command; choose another name")
+
+
+def check_suffix(path: str | os.PathLike, suffix: str) -> None:
+    """Raises UsageError where the name of an output does not end so, in any case of letters."""
+    if Path(path).suffix.lower() != suffix:
+        raise UsageError(f"{path}: must end in {suffix}")
+
+
+def make_folder(path: str | os.PathLike) -> None:
+    """Makes a folder for output, where it is missing. Raises as `atomic_path` does where that fails, or no file can be
+    made in it: better before the work than after it."""
+    folder = Path(path)
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"{path}: cannot be written: is a file, not a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _refusal(folder, error) from error
 
 
 def _lock(file: Path, shown: Path, busy: str | None) -> int:
@@ -188,7 +216,7 @@ def _lock(file: Path, shown: Path, busy: str | None) -> int:
             file.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise DfengineError(f"{shown}: cannot be written: {os_reason(error)}") from error
+            raise _refusal(shown, error) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy is not None else 0))
             if os.fstat(descriptor).st_nlink:

@@ -5,6 +5,7 @@ Its marker lists what dfengine wrote into it, a name a line: what is not listed 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,9 +24,12 @@ not pass for those of this one."""
 def earlier_results(folder: Path) -> list[Path]:
     """The files that an earlier run left in `folder`; none where there is no such folder.
 
-    Raises `UsageError` for files of somebody else under the names of results, and for a folder without the marker of
-    dfengine that holds images, which the marker would hide from later runs.
+    Raises `UsageError` for files of somebody else under the names of results and of the folder of heatmaps, and for a
+    folder without the marker of dfengine that holds images, which the marker would hide from later runs.
     """
+    heatmaps = folder / "heatmaps"
+    if os.path.lexists(heatmaps) and not heatmaps.is_dir():
+        raise UsageError(f"{folder}: holds heatmaps, not a folder written by dfengine; choose another folder")
     found = [path for pattern in RESULTS for path in folder.glob(pattern)]
     marker = folder / OUTPUT_MARKER
     listed = marker.read_text(encoding="utf-8", errors="replace").splitlines() if marker.is_file() else None

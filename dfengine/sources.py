@@ -1,4 +1,4 @@
-"""A digest of the C++ and CUDA sources, by which an extension that was built from others is known.
+"""A digest of the C++ and CUDA sources and their build file, by which an extension that was built from others is known.
 
 CMake runs this file as a script; it imports nothing of the package.
 """
@@ -11,18 +11,22 @@ import sys
 
 
 def digest(folder: str | os.PathLike, cuda: bool) -> str:
-    """Of the names and bytes of what an extension is compiled from, in `folder` (`csrc`): hexadecimal.
+    """Of the names and bytes of what an extension is compiled from, in `folder` (`csrc`), and of the CMakeLists.txt
+    beside that, which has the flags: hexadecimal.
 
     cuda: with the CUDA kernels in it.
     """
-    found = hashlib.sha256()
+    names = ["../CMakeLists.txt"]
     for part in ("", "bindings", "common", "cpu", *(["cuda"] if cuda else [])):
         for name in sorted(os.listdir(os.path.join(folder, part))):
             if name.endswith((".cpp", ".cu", ".h")) and not name.startswith("."):  # an editor's locks and copies
-                with open(os.path.join(folder, part, name), "rb", buffering=0) as file:
-                    content = file.read()
-                found.update(f"{part}/{name} {len(content)}\n".encode())
-                found.update(content)
+                names.append(f"{part}/{name}" if part else name)
+    found = hashlib.sha256()
+    for name in names:
+        with open(os.path.join(folder, name), "rb", buffering=0) as file:
+            content = file.read()
+        found.update(f"{name} {len(content)}\n".encode())
+        found.update(content)
     return found.hexdigest()
 
 

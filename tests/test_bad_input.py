@@ -175,6 +175,7 @@ ROWS = [
     Row("empty list", lambda f: [], refused="batch: is empty"),
     Row("array of no images", pixels(0, SIDE, SIDE, 3), refused="no images"),
     Row("a number", lambda f: 3, refused="is of type int"),
+    Row("a list in a list", lambda f: [[np.zeros((8, 8))]], refused="batch[0]: is of type list"),
     Row("a number in a list", lambda f: [np.zeros((8, 8)), 3], refused="batch[1]: is of type int"),
     # Folders and masks.
     Row("empty folder", tree(), refused="no train/good", through=counts),
@@ -202,8 +203,9 @@ ROWS = [
         command=DETECT, exit_status=1),
     Row("detect: empty folder", lambda f: f, prints="no image", command=DETECT, exit_status=1),
     Row("detect: no such folder", lambda f: f / "gone", prints="gone: no such file", command=DETECT, exit_status=1),
-    Row("detect: output is a file", several(tree("a.png"), content(b"", "out")), prints="cannot make the folder",
-        command="detect {checkpoint} {given} --out {given}/out", exit_status=1),
+    Row("detect: output is a file", several(tree("a.png"), content(b"", "out")),
+        prints="out: cannot be written: is a file, not a folder",
+        command="detect {checkpoint} {given} --out {given}/out", exit_status=2),
     Row("detect: no GPU here", tree("a.png"), prints="CUDA", command=DETECT + " --device cuda:99", exit_status=2),
     Row("detect: threshold out of range", tree("a.png"), prints="threshold", command=DETECT + " --threshold 7",
         exit_status=2),
@@ -268,8 +270,8 @@ ROWS = [
         exit_status=1),
     Row("fasteners: nothing to render", lambda f: f, prints="all 0",
         command="fasteners {given} --train 0 --test-good 0 --per-defect 0", exit_status=2),
-    Row("fasteners: output is a file", content(b"", "out"), prints="out",
-        command="fasteners {given} --train 1 --test-good 0 --per-defect 0", exit_status=1),
+    Row("fasteners: output is a file", content(b"", "out"), prints="out: cannot be written: is a file, not a folder",
+        command="fasteners {given} --train 1 --test-good 0 --per-defect 0", exit_status=2),
 ]
 
 

@@ -18,7 +18,7 @@ from dfengine.checkpoint import (
     shipped_checkpoint,
     update_checkpoint,
 )
-from dfengine.errors import CheckpointError, DfengineError
+from dfengine.errors import CheckpointError, DfengineError, UsageError
 from dfengine.evaluation.calibration import Calibration, calibrate
 from tests.helpers import tiny_config, tiny_model
 
@@ -325,7 +325,7 @@ def test_only_a_checkpoint_is_overwritten(tmp_path):
     save_checkpoint(path, a_checkpoint().with_calibration(None))
     assert load_checkpoint(path).calibration is None
     path.write_bytes(b"a photo")
-    with pytest.raises(CheckpointError, match="is not a dfengine checkpoint; choose another name"):
+    with pytest.raises(UsageError, match="is not a dfengine checkpoint; choose another name"):
         save_checkpoint(path, a_checkpoint())
     assert path.read_bytes() == b"a photo"
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dfengine.detection import ROW_FIELDS, Detection, ImageDetection, Refused, resize_map
-from dfengine.errors import DfengineError, UsageError
+from dfengine.errors import UsageError
 from dfengine.evaluation.calibration import Calibration
 
 S = 16
@@ -257,9 +257,14 @@ def test_a_folder_of_an_earlier_version_is_written_into_again(tmp_path):
 
 def test_save_where_nothing_can_be_written(tmp_path):
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(DfengineError, match="file.*cannot be written"):
+    with pytest.raises(UsageError, match="file: cannot be written: is a file, not a folder$"):
         make().save(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "kept"
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "heatmaps").write_text("kept")
+    with pytest.raises(UsageError, match="out: holds heatmaps, not a folder"):
+        make().save(tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["heatmaps"]
 
 
 @pytest.mark.parametrize("size", [(S, S), (40, 8), (8, 40), (33, 70), (8, 8)])

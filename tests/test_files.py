@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from dfengine.errors import DfengineError
+from dfengine.errors import DfengineError, UsageError
 from dfengine.files import atomic_path, atomic_write, check_json_writable, locked
 
 
@@ -240,6 +240,6 @@ def test_json_takes_the_place_of_its_like_alone(tmp_path):
     for number, content in enumerate(others):
         other = tmp_path / f"{number}"
         other.write_bytes(content)
-        with pytest.raises(DfengineError, match="is there already and was not written by this command"):
+        with pytest.raises(UsageError, match="is there already and was not written by this command; choose another"):
             check_json_writable(other, "a")
         assert other.read_bytes() == content

@@ -84,6 +84,7 @@ def source_tree(tmp_path):
     shutil.copytree(ROOT / "dfengine", tmp_path / "dfengine", ignore=unwanted)
     shutil.copytree(ROOT / "kernels", tmp_path / "dfengine" / "kernels", ignore=unwanted)
     shutil.copytree(native.source_folder(), tmp_path / "csrc")
+    shutil.copy(ROOT / "CMakeLists.txt", tmp_path)
     return tmp_path
 
 
@@ -118,17 +119,19 @@ def test_an_installed_extension_is_not_compared_with_the_sources_that_came_with_
     assert "built with" in said and said.endswith("cpu\n") and not warned
 
 
-def test_the_digest_is_of_every_source_that_is_compiled(tmp_path):
-    folder = shutil.copytree(native.source_folder(), tmp_path / "csrc")
+def test_the_digest_is_of_every_source_that_is_compiled_and_of_the_flags(tmp_path):
+    folder, flags = shutil.copytree(native.source_folder(), tmp_path / "csrc"), tmp_path / "CMakeLists.txt"
+    shutil.copy(ROOT / "CMakeLists.txt", flags)
     plain, with_cuda = digest(folder, False), digest(folder, True)
     (folder / "cuda" / "score.cu").write_text("")
     assert digest(folder, False) == plain and digest(folder, True) != with_cuda
-    seen = {plain}
+    flags.write_text(flags.read_text().replace("-O3", "-O2"))
+    seen = {plain, digest(folder, False)}
     for name in ("bindings.cpp", "bindings/call.h", "common/philox.h", "cpu/score.cpp"):
         (folder / name).write_text("")
         seen.add(digest(folder, False))
     (folder / "cpu" / "score.cpp").rename(folder / "cpu" / "scores.cpp")
-    assert len(seen | {digest(folder, False)}) == 6
+    assert len(seen | {digest(folder, False)}) == 7
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,48 @@ def test_a_signal_before_there_is_what_answers_it_ends_in_one_line():
     assert (done.returncode, done.stderr) == (130, "dfengine: interrupted\n")
 
 
+BURST = """
+import atexit, os, signal, sys
+from dfengine import __main__, cli
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+class Late:
+    def __del__(self):  # when the interpreter has given back the signals that it answers
+        interrupt()
+
+def command(**_):
+    atexit.register(interrupt)
+    sys.late = Late()
+    try:
+        interrupt()
+    except KeyboardInterrupt:
+        interrupt()
+        print("kept", flush=True)
+        raise
+
+cli._command = lambda *_: command
+sys.argv = ["dfengine", "roofline", "model.safetensors", "--out", "a.png"]
+sys.exit(__main__.main())
+"""
+
+
+def test_a_burst_of_signals_is_one_until_the_process_is_gone():
+    done = subprocess.run([sys.executable, "-c", BURST], text=True, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "kept\n", "dfengine: interrupted\n")
+
+
+def test_later_signals_are_answered_again(monkeypatch):
+    with signals.raising() as status:
+        for number, error in ((signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, signals.Terminated)):
+            with pytest.raises(error):
+                signal.raise_signal(number)
+            signal.raise_signal(number)
+            assert status() == 128 + number
+            monkeypatch.setattr(signals, "_answered", signals._answered - signals.BURST)
+
+
 def test_a_signal_between_the_imports_and_the_command_ends_in_one_line(monkeypatch, capsys):
     def interrupted(arguments):
         raise KeyboardInterrupt

@@ -11,8 +11,7 @@ import numpy as np
 from dfengine.checkpoint import (
     TRIAL_IMAGES,
     Checkpoint,
-    check_new,
-    check_target,
+    check_output,
     load_checkpoint,
     save_checkpoint,
     update_checkpoint,
@@ -24,7 +23,6 @@ from dfengine.detector import Detector
 from dfengine.devices import resolve_device
 from dfengine.errors import DataError, UsageError
 from dfengine.evaluation.calibration import FASTENERS_PER_KM, Calibration, calibrate, false_alarm_rate_from_km
-from dfengine.files import check_writable
 from dfengine.precision import with_trial
 from dfengine.wording import counted
 
@@ -56,8 +54,7 @@ def run_calibrate(
     loaded = seen = load_checkpoint(checkpoint)
     target = out or checkpoint
     in_place = os.path.realpath(target) == os.path.realpath(checkpoint)
-    (check_target if in_place else check_new)(target)  # both better before the work than after it
-    check_writable(target)
+    check_output(target, in_place)
     trial = loaded.trial.images if half and loaded.trial else None  # the images whose maps have to be made again
     loaded = _as_wanted(loaded, half, top_k)
     status = 0

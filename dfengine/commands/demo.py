@@ -11,15 +11,15 @@ from rich.progress import track
 
 from dfengine.checkpoint import shipped_checkpoint
 from dfengine.commands.evaluate import evaluate_dataset
-from dfengine.commands.scoring import make_folder, open_detector, say
+from dfengine.commands.scoring import open_detector, say
 from dfengine.console import OutputConsole
 from dfengine.data.fasteners import render_fastener, write_fasteners
 from dfengine.data.folders import open_dataset
 from dfengine.data.images import load_unit, resize_unit
 from dfengine.evaluation.baseline import MeanStdBaseline
 from dfengine.evaluation.metrics import auroc
-from dfengine.files import atomic_write
-from dfengine.results import list_result
+from dfengine.files import atomic_write, make_folder
+from dfengine.results import earlier_results, list_result
 
 TEST_GOOD, PER_DEFECT = 100, 40
 GOAL_IMAGE_AUROC, GOAL_PIXEL_AUROC, BASELINE_LIMIT = 0.98, 0.95, 0.90
@@ -32,10 +32,12 @@ def run_demo(out: Path, seed: int, device: str) -> int:
     """Renders, detects, evaluates, writes the report, and prints what was measured; returns the exit status."""
     started = time.perf_counter()
     checkpoint = shipped_checkpoint()
-    detector = open_detector(checkpoint, device, "auto", 0)
-    make_folder(out)
     images = out / "images"
     results = out / "results"
+    earlier_results(results)
+    for folder in (out, images, results):
+        make_folder(folder)
+    detector = open_detector(checkpoint, device, "auto", 0)
     console = OutputConsole(stderr=True)
     total = TEST_GOOD + 3 * PER_DEFECT
     say(f"rendering {total} fresh test fasteners (seed {seed}) into {images}")

@@ -9,6 +9,7 @@ from rich.progress import Progress
 from dfengine.console import OutputConsole
 from dfengine.data.fasteners import write_fasteners
 from dfengine.errors import UsageError
+from dfengine.files import make_folder
 from dfengine.results import refuse_images
 from dfengine.wording import counted
 
@@ -21,6 +22,7 @@ def run_fasteners(out: Path, train: int, test_good: int, per_defect: int, size: 
         if (out / split).exists():
             raise UsageError(f"{out}: holds a data set already ({split}/); choose another folder, or remove it first")
     refuse_images(out, "a data set")
+    make_folder(out)
     console = OutputConsole()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("rendering fasteners", total=None)

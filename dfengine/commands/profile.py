@@ -11,6 +11,7 @@ from pathlib import Path
 from dfengine.commands.plan import aligned
 from dfengine.commands.programs import Bound, bound_program
 from dfengine.commands.scoring import say
+from dfengine.devices import resolve_device
 from dfengine.engine.profile import Timeline, captured, timeline
 from dfengine.errors import UsageError
 from dfengine.files import atomic_write, check_json_writable
@@ -27,12 +28,12 @@ def run_profile(
 ) -> None:
     """On a CPU writes a Chrome trace and prints the longest ops; on a GPU runs between cudaProfilerStart and Stop and
     prints the command lines of nsys and ncu that record this. Raises `DfengineError` where there is no program."""
+    on_gpu = resolve_device(device).type == "cuda"
+    if on_gpu and out is not None:
+        raise UsageError("--out goes with a CPU; on a GPU nsys and ncu write the profile")
+    if not on_gpu:
+        check_json_writable(out or TRACE, "traceEvents")
     with bound_program(checkpoint, batch, device, precision, timed=True) as bound:
-        on_gpu = bound.executor.device.type == "cuda"
-        if on_gpu and out is not None:
-            raise UsageError("--out goes with a CPU; on a GPU nsys and ncu write the profile")
-        if not on_gpu:
-            check_json_writable(out or TRACE, "traceEvents")
         bound.executor.annotate()
         times = timeline(bound.executor, iterations)
         if on_gpu:

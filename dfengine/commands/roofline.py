@@ -9,14 +9,12 @@ from dfengine.commands.programs import bound_program
 from dfengine.commands.scoring import say
 from dfengine.engine.measure import measure
 from dfengine.engine.roofline import roofline_plot
-from dfengine.errors import UsageError
-from dfengine.files import atomic_write, check_writable
+from dfengine.files import atomic_write, check_suffix, check_writable
 
 
 def run_roofline(checkpoint: Path, out: Path, batch: int, device: str, precision: str) -> None:
     """Writes the PNG `out`. Raises `UsageError` for another kind of file, `DfengineError` where there is no program."""
-    if out.suffix.lower() != ".png":
-        raise UsageError(f"{out}: must end in .png")
+    check_suffix(out, ".png")
     check_writable(out)
     with bound_program(checkpoint, batch, device, precision, timed=True) as bound:
         plan = measure(bound.executor)

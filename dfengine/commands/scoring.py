@@ -19,7 +19,7 @@ from dfengine.detection import Detection, heatmap_name, write_rows
 from dfengine.detector import Detector, load
 from dfengine.errors import DfengineError, UsageError
 from dfengine.evaluation.calibration import Calibration
-from dfengine.files import OUTPUT_MARKER, locked, os_reason, remove
+from dfengine.files import OUTPUT_MARKER, locked, make_folder, remove
 from dfengine.report.report import ReportItem
 from dfengine.results import begin_results, earlier_results, list_result
 from dfengine.stderr import print_error
@@ -41,14 +41,6 @@ def say(text: str) -> None:
 def warn(text: str) -> None:
     """One line on standard error: what was done, but may not be what is wanted."""
     print_error(f"warning: {text}")
-
-
-def make_folder(out: Path) -> None:
-    """Makes the output folder. Raises `DfengineError` where that fails: better before the work than after it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DfengineError(f"{out}: cannot make the folder: {os_reason(error)}") from None
 
 
 def open_detector(checkpoint: Path, device: str, precision: str, seed: int, threshold: float | None = None) -> Detector:

@@ -30,7 +30,7 @@ def run_tune(
     tactics = "exhaustive" if exhaustive else "tuned"
     if out is None:
         try:
-            check_cache(made=True)
+            check_cache()
         except DfengineError as error:
             raise DfengineError(f"{error}; name a file with --out to keep what is measured") from None
     else:

@@ -134,10 +134,13 @@ def _folder(root: Path) -> tuple[list[Sample], list[Sample]]:
     data_sets = [sub.name for sub in subfolders if _looks_like_dataset(sub)]
     if data_sets:
         raise DataError(f"{root}: holds several data sets ({', '.join(data_sets[:6])}); give one of these folders")
+    _refuse_defects(root.resolve(), root)
     labelled = [sub.name for sub in subfolders if sub.name.lower() in GOOD_NAMES | {"train", "test", "ground_truth"}]
     if labelled and len(subfolders) > 1:
-        raise DataError(f"{root}: holds folder {labelled[0]} among others; expected train/good and test/<defect>")
-    _refuse_defects(root.resolve(), root)
+        first, remedy = labelled[0], ""
+        if first.lower() in GOOD_NAMES:
+            remedy = f"; move these folders into {root / 'test'}, or give {first} alone"
+        raise DataError(f"{root}: holds folder {first} among others; expected train/good and test/<defect>{remedy}")
     images = _images(root, recursive=True, others=True)
     if not images:
         raise DataError(f"{root}: no train/good, no Data/Images (VisA), no Train + Test (DAGM), no images ({FORMATS})")

@@ -139,11 +139,13 @@ def list_images(folder: str | os.PathLike, recursive: bool = True, others: bool 
     Hidden names and subfolders that dfengine wrote are passed over, and so are those of ground-truth masks, with a
     warning; linked folders are followed once. Whether a file is readable shows when it is read.
     others: warn of files that are passed over too, for a suffix may be mistyped; not of what systems leave in folders.
-    Raises DataError when the folder is missing, unreadable or holds no image.
+    Raises DataError when the folder is missing, unreadable, one that dfengine wrote, or holds no image.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: {'is a file, not a folder' if folder.exists() else 'no such folder'}")
+    if (folder / OUTPUT_MARKER).exists():
+        raise DataError(f"{folder}: holds results that dfengine wrote, no images to read; give another folder")
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: {os_reason(error)}") from error

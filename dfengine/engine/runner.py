@@ -20,7 +20,7 @@ from dfengine.engine.lower import Lowering, NotLoweredError
 from dfengine.engine.modules import PRECISIONS, ModuleRunner, Output
 from dfengine.engine.program import Program
 from dfengine.engine.quantize import Ranges, check_ranges, quantizations
-from dfengine.engine.tactics import Tactics
+from dfengine.engine.tactics import Tactics, say_lost
 from dfengine.engine.tune import Choice, tune
 from dfengine.errors import DfengineError, UsageError
 from dfengine.kernels import CannotRunError, forced_backend
@@ -191,7 +191,7 @@ class ProgramRunner:
         try:
             return self.tactics.unsaved > 0 and self.tactics.save()
         except DfengineError as error:
-            log.warning("%s: what was measured holds for this run alone", error)
+            say_lost(str(error))
             return False
 
     def program_batch(self, count: int) -> int:

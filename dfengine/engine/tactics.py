@@ -32,7 +32,7 @@ from dfengine import native
 from dfengine.devices import hardware_name
 from dfengine.engine.program import Constant, Op, Value
 from dfengine.errors import DfengineError, UsageError
-from dfengine.files import atomic_write, check_writable, locked, os_reason
+from dfengine.files import atomic_write, locked, os_reason
 from dfengine.kernels import OPS, triton_import
 from dfengine.kernels.conv_weight import ConvWeight
 
@@ -143,25 +143,20 @@ def cache_folder() -> Path:
         return Path(tempfile.gettempdir()) / f"dfengine-{os.getuid()}" / "tactics"
 
 
-def check_cache(made: bool = False) -> None:
-    """Raises `DfengineError` where nothing can be kept in `cache_folder`, which is left as it is.
-
-    made: make it, and try to write a file there, which sees more than its permissions say.
-    """
-    folder = cache_folder()
+def check_cache() -> None:
+    """Raises `DfengineError` where nothing can be kept in `cache_folder`, which is left as it is."""
+    folder = there = cache_folder()
     try:
         there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
         reason = None if there.is_dir() else "is a file, not a folder"
-        if reason is None and not os.access(there, os.W_OK | os.X_OK):
-            reason = "cannot be written to: permission denied"
+        if reason is None:
+            with tempfile.TemporaryFile(dir=there):  # permissions do not say all: /proc takes no file, root's neither
+                pass
     except OSError as error:
-        there, reason = folder, os_reason(error)
+        reason = f"cannot be written to: {os_reason(error)}"
     if reason:
         named = there == Path(os.environ.get(CACHE, ""))
         raise DfengineError(f"{_cache_variable()}{reason}" if named else f"{_cache_variable()}{there}: {reason}")
-    if made:
-        with _named_trouble():
-            check_writable(folder / "tactics.json")
 
 
 @contextmanager
@@ -185,9 +180,9 @@ def _say_unread(path: Path, reason: str) -> None:
 
 
 @functools.cache
-def _say_lost(trouble: str) -> None:
+def say_lost(trouble: str) -> None:
     """Once, likewise."""
-    log.warning("%s: what is measured holds for this run alone", trouble)
+    log.warning("%s: measured tactics are not kept", trouble)
 
 
 def warn_of_cache() -> bool:
@@ -195,7 +190,7 @@ def warn_of_cache() -> bool:
     try:
         check_cache()
     except DfengineError as error:
-        _say_lost(str(error))
+        say_lost(str(error))
         return False
     return True
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from dfengine import signals
 from dfengine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from dfengine.data.images import list_images
 from dfengine.data.synthesis import Synthesizer
@@ -358,7 +359,7 @@ class _Run:
         """Raises `UsageError` where the run folder holds an unfinished run, which is not thrown away."""
         if self.state_path.exists() and not (old := read_state(self.state_path)).finished:
             raise UsageError(
-                f"{self.folder}: holds an unfinished run at step {old.step}; resume it, or remove that folder"
+                f"{self.folder}: holds an unfinished run at step {old.step}; go on with --resume, or remove that folder"
             )
 
     def _fresh_state(self) -> RunState:
@@ -373,9 +374,11 @@ class _Run:
 
     @contextmanager
     def _catching_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM ask the loop to stop after the present step; a second SIGINT stops at once."""
+        """SIGINT and SIGTERM ask the loop to stop after the present step; a later SIGINT stops at once."""
 
         def ask(number: int, _: Any) -> None:
+            if not signals.counts():
+                return
             if self._signalled and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self._signalled, self.trainer.stopping = number, True
@@ -383,6 +386,7 @@ class _Run:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+        signals.begin()
         previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield

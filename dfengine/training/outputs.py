@@ -7,40 +7,32 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from dfengine.checkpoint import check_new, check_target
+from dfengine.checkpoint import SUFFIX, check_output
 from dfengine.errors import DfengineError, UsageError
-from dfengine.files import check_writable, locked
+from dfengine.files import check_suffix, locked, make_folder
 from dfengine.training.distributed import World
-
-SUFFIX = ".safetensors"
-RUN_SUFFIX = ".run"
 
 
 def run_folder_of(out: Path) -> Path:
-    """The folder of log, panels and state beside the checkpoint `out`: its name without ".safetensors", plus ".run"."""
-    return out.with_name(out.name.removesuffix(SUFFIX) + RUN_SUFFIX)
+    """The folder of log, panels and state beside the checkpoint `out`: its name with ".run" for ".safetensors"."""
+    return out.with_suffix(".run")
 
 
 def check_outputs(out: Path, *sources: Path, resume: bool = False) -> None:
     """Refuses an `out` that training would fail to write hours later, or that would change what is read from `sources`.
 
-    Missing folders above `out` are made; `out` itself is left as it is. Raises `UsageError` for a name that cannot be,
-    or, unless the run is to `resume`, a checkpoint that is there already or has the same run folder, and
-    `DfengineError` for another file or a folder in its place, or one that cannot be written.
+    Missing folders above `out` are made; `out` itself is left as it is. Raises `UsageError` for a name that does not
+    end in .safetensors, another file or a folder in its place, or, unless the run is to `resume`, a checkpoint that is
+    there already, and `DfengineError` where it cannot be written.
     """
-    (check_target if resume else check_new)(out)
-    twin = out.with_name(out.name.removesuffix(SUFFIX) if out.suffix == SUFFIX else out.name + SUFFIX)
-    if twin.is_file() and not resume:
-        raise UsageError(f"{out}: would share the run folder {run_folder_of(out)} with {twin}; choose another --out")
-    if out.name.lower().endswith(RUN_SUFFIX):
-        raise UsageError(f"{out}: is the name of a run folder; name the checkpoint {out.with_suffix(SUFFIX).name}")
+    check_suffix(out, SUFFIX)
     for source in sources:
         if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(source)):
             raise UsageError(f"{out}: lies inside {source}, where panels of the run would pass for images to train on")
-    check_writable(out)
+    check_output(out, present=resume)
     folder = run_folder_of(out)
     if folder.exists():
-        check_writable(folder / "state.safetensors")
+        make_folder(folder)
 
 
 @contextmanager

@@ -1,18 +1,21 @@
-"""`dfengine info` in words, within 80 columns."""
+"""`dfengine info` in words, within 80 columns, and as JSON; the help of the commands."""
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
+import dfengine
 from dfengine import native
 from dfengine.checkpoint import load_checkpoint, save_checkpoint, shipped_checkpoint
 from dfengine.cli import main
 from dfengine.kernels.conv2d_cpu import default_product
+from tests.helpers import tiny_model
 
 
 @pytest.mark.parametrize("name", ["fastener-tiny.safetensors", "rail-eclip-tiny.safetensors"])
@@ -92,3 +95,29 @@ def test_a_training_record_of_another_form_is_shown_as_it_is(tmp_path, capsys):
     save_checkpoint(tmp_path / "foreign.safetensors", loaded)
     assert main(["info", str(tmp_path / "foreign.safetensors")]) == 0
     assert "[bold]elsewhere" in capsys.readouterr().out
+
+
+def test_info_describes_a_checkpoint_and_the_installation(checkpoint, capsys, monkeypatch):
+    assert main(["info", str(checkpoint), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["config"]["image_size"] == 32 and facts["calibration"]["threshold"] == 0.5
+    assert facts["parameters"] == sum(p.numel() for p in tiny_model().parameters())
+    lines = {}
+    for arguments in (["info", str(checkpoint)], ["info"]):
+        monkeypatch.setenv("COLUMNS", "80")
+        assert main(arguments) == 0
+        lines[len(arguments)] = printed = capsys.readouterr().out
+        assert max(len(line) for line in printed.splitlines() if str(checkpoint) not in line) <= 80
+    assert re.search(r"^threshold +0.5$", lines[2], re.M) and "{" not in lines[2] and "None" not in lines[2]
+    assert "diff-fastener-tiny" in printed and "ingest" in printed and "dfengine._native" in printed
+
+
+def test_help_and_wrong_usage(capsys):
+    assert main(["--help"]) == 0
+    assert main(["--version"]) == 0
+    assert dfengine.__version__ in capsys.readouterr().out
+    assert main(["detect", "--help"]) == 0
+    assert main(["nonsense"]) == 2
+    assert main(["detect"]) == 2
+    assert main(["detect", "model.safetensors", "photos", "--out", ""]) == 2
+    assert "Traceback" not in capsys.readouterr().err

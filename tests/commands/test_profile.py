@@ -27,9 +27,7 @@ def test_a_cpu_gets_a_trace_and_the_longest_ops(tiny, tmp_path, capsys):
     assert str(out) in lines[-1]
 
 
-def test_a_place_that_cannot_be_written_is_named(tiny, tmp_path, capsys):
-    assert main(["profile", str(tiny), "--iterations", "1", "--out", str(tmp_path)]) == 1
-    assert f"{tmp_path}: cannot be written" in capsys.readouterr().err
+def test_no_runs_are_wrong_usage(tiny):
     assert main(["profile", str(tiny), "--iterations", "0"]) == 2
 
 

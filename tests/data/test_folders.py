@@ -99,8 +99,8 @@ def test_order_is_natural(tmp_path):
 @pytest.mark.parametrize("files, message", [
     ((), "no train/good, no Data/Images .VisA., no Train . Test .DAGM., no images"),
     (("screw/train/good/0-0.png", "nut/train/good/0-0.png"), r"several data sets \(nut, screw\)"),
-    (("good/0-1.png", "broken/0-1.png"), "expected train/good and test/<defect>"),
-    (("Train/good/0-1.png", "Test/broken/0-1.png"), "expected train/good and test/<defect>"),
+    (("good/0-1.png", "broken/0-1.png"), "test/<defect>; move these folders into .*/test, or give good alone$"),
+    (("Train/good/0-1.png", "Test/broken/0-1.png"), "expected train/good and test/<defect>$"),
     (("train/missing/0-0.png", "test/good/0-0.png"), "train: no folder good, normal or ok, .*; only missing"),
     (("train/good/0-0.png", "train/a.png"), "a.png: lies beside good/"),
     (("train/good/0-0.png", "test/0-0.png"), "test: images without a label"),
@@ -255,6 +255,7 @@ def test_counts_of_the_real_data(name, layout, train, good, defects, masks):
         ("train/good/0-0.png test/bent/0-0.png", "test/bent", "images of the defect 'bent'"),
         ("train/0-0.png test/bent/0-0.png ground_truth/bent/000_mask.png", "test/bent", "images of the defect 'bent'"),
         ("train/good/0-0.png test/bent/0-0.png", "test", "holds the test images"),
+        ("test/good/0-0.png test/bent/0-0.png", "test", "holds the test images of .*; give that folder, or test/good"),
         ("train/good/0-0.png ground_truth/bent/000_mask.png", "ground_truth/bent", "holds masks"),
         ("Data/Images/Normal/0-0.png Data/Images/Anomaly/0-0.png", "Data/Images/Anomaly", "the defect 'Anomaly'"),
     ],

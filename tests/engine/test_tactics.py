@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -21,6 +23,15 @@ from tests.helpers import tiny_model
 
 def program(batch: int = 1, dtype=torch.float32, **changes):
     return Lowering(tiny_model(**changes), dtype, disposable=False).program(batch)
+
+
+def refuse_files(monkeypatch, code: int) -> None:
+    """No file can be made in what seems to be the folder of the cache."""
+
+    def refuse(dir):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(tactics_module.tempfile, "TemporaryFile", refuse)
 
 
 def op(name: str, **options) -> Op:
@@ -120,18 +131,27 @@ def test_a_cache_that_cannot_be_made_is_said_once_and_names_the_variable(below, 
     known = Tactics("cpu")
     said = [record.getMessage() for record in caplog.records]
     where = f"{cache}: {tmp_path / 'file'}" if below else cache
-    reason = "is a file, not a folder: what is measured holds for this run alone"
+    reason = "is a file, not a folder: measured tactics are not kept"
     assert said == [f"{tactics_module.CACHE}={where}: {reason}"]
     known.save()
     Tactics("cpu").save()
     assert len(caplog.records) == 1 and (tmp_path / "file").read_text() == ""
 
 
+def test_a_cache_that_only_seems_writable_is_said_too(monkeypatch, caplog, cache):
+    """As /proc is for root."""
+    refuse_files(monkeypatch, errno.ENOENT)
+    assert len(Tactics("cpu")) == 0 and not Tactics("cpu").save() and not cache.parent.exists()
+    (record,) = caplog.records
+    variable = f"{tactics_module.CACHE}={cache.parent}: {cache.parents[1]}: "
+    assert record.getMessage() == f"{variable}cannot be written to: no such file: measured tactics are not kept"
+
+
 def test_a_cache_that_others_fill_may_be_read_only(monkeypatch, caplog):
     known = Tactics("cpu")
     known.record(op("down.0"), Tactic("library"))
     known.save()
-    monkeypatch.setattr(tactics_module.os, "access", lambda path, mode: False)  # what it says to others than root
+    refuse_files(monkeypatch, errno.EACCES)  # as to others than root
     again = Tactics("cpu")
     assert len(again) == 1 and not caplog.records
     again.record(op("out"), Tactic("library"))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dfengine import signals
 from dfengine.checkpoint import load_checkpoint, save_checkpoint
 from dfengine.data.folders import content_digest
 from dfengine.data.images import load_uint8
@@ -148,6 +149,17 @@ def test_a_signal_finishes_the_step_and_saves(normals, tmp_path, number):
     assert signal.getsignal(number) is before
 
 
+def test_several_ctrl_c_at_once_are_one(normals, tmp_path):
+    def impatient(step):
+        for _ in range(3 if step == 2 else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+        return False
+
+    with pytest.raises(TrainingInterrupted, match=r"stopped at step 2 .*--resume goes on") as stopped:
+        train(CONFIG, tiny_config(), normals, tmp_path / "net.safetensors", stop=impatient)
+    assert stopped.value.exit_code == 130 and state_of(tmp_path / "net.safetensors")[0].step == 2
+
+
 @pytest.mark.parametrize("saved", [False, True])
 def test_a_second_ctrl_c_stops_at_once_and_says_what_was_saved(normals, tmp_path, monkeypatch, saved):
     out, honest = tmp_path / "net.safetensors", trainer_module.Trainer._next
@@ -159,6 +171,7 @@ def test_a_second_ctrl_c_stops_at_once_and_says_what_was_saved(normals, tmp_path
         return honest(self, stage, part)
 
     monkeypatch.setattr(trainer_module.Trainer, "_next", impatient)
+    monkeypatch.setattr(signals, "BURST", 0.0)
     if not saved:
         monkeypatch.setattr(trainer_module.Trainer, "save", lambda self, path: None)
     reason = "the state at step 2 is saved in .*--resume goes on" if saved else "nothing was saved$"
