@@ -3,8 +3,8 @@
     python bench/score_inference.py --out RESULTS.json CHECKPOINT=NORMALS ... [fasteners=CHECKPOINT]
 
 The sets are those of bench/score_pixels.py. Each setting is one change of the checkpoint's own: noise draws averaged
-(with the same noise for all images), t_s, t_b, w and views of each image. Writes the image AUROC of each kind of
-anomaly on each set, and prints their means over the sets, in Markdown.
+(with the same noise for all images), t_s, t_b and w. Writes the image AUROC of each kind of anomaly on each set, and
+prints their means over the sets, in Markdown.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ def settings(config: ModelConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     yield f"t_b {config.t_b * 13 // 10}", {"t_b": config.t_b * 13 // 10}
     for share in (0.5, 2):
         yield f"w {config.guidance * share:g}", {"guidance": config.guidance * share}
-    yield "5 views", {"views": 5}
 
 
 def main() -> int:

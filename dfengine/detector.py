@@ -25,7 +25,6 @@ from dfengine.engine.arithmetic import float32_arithmetic
 from dfengine.engine.modules import Output
 from dfengine.engine.runner import TACTICS, ProgramRunner
 from dfengine.engine.transfer import CudaTransfer, HostTransfer, transfer_of
-from dfengine.engine.views import run_views
 from dfengine.errors import ArgumentTypeError, DfengineError, ImageError, UsageError
 from dfengine.evaluation.calibration import Calibration
 from dfengine.precision import check_precision, chosen_runner
@@ -301,16 +300,13 @@ class Detector:
     def _in_turn(self, unit: torch.Tensor) -> Output:
         """The runner's output; on a GPU the work waits for that of other threads, whose memory it uses."""
         if self.device.type != "cuda":
-            return self._scored(unit)
+            return self._runner.run(unit)
         stream = torch.cuda.current_stream(self.device)
         if self._ran is not None:
             stream.wait_event(self._ran)
-        output = self._scored(unit)
+        output = self._runner.run(unit)
         self._ran = stream.record_event()
         return output
-
-    def _scored(self, unit: torch.Tensor) -> Output:
-        return run_views(self._runner.run, unit, self.config.views, self.config.top_k)
 
 
 def _processors() -> int:

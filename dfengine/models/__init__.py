@@ -78,6 +78,6 @@ def cost(config: ModelConfig) -> Cost:
         sum(p.numel() for p in model.reconstruction.parameters()),
         sum(p.numel() for p in model.segmentation.parameters()),
         *flops,
-        evaluations=evaluations * config.noise_draws * config.views,
-        segmentations=(2 if config.mode == "averaged" else 1) * config.noise_draws * config.views,
+        evaluations=evaluations * config.noise_draws,
+        segmentations=(2 if config.mode == "averaged" else 1) * config.noise_draws,
     )

@@ -11,7 +11,6 @@ from dfengine.errors import ConfigError
 ACTIVATIONS = ("gelu", "silu", "relu")
 MODES = ("norm-guided", "averaged", "iterative")
 PIXEL_RANGES = ("unit", "signed")
-VIEWS = (1, 5)
 PAPERS = ("diff-fastener", "diffusionad")
 
 _MULTIPLIERS: dict[int, tuple[float, ...]] = {
@@ -39,7 +38,6 @@ class ModelConfig:
     Segmentation U-Net (DAD 3.2): `seg_base`, `seg_activation`.
     Inference (DF 3.3): `mode`, `tau` (boundary between the two noise scales in training), `t_s`, `t_b` (zero-based),
     `guidance` (w), `noise_draws` averaged. Score: mean of the max(1, round(`top_k` H W / 65536)) largest map pixels.
-    A `Detector` takes the map from so many `views` of the image (1 or 5; `engine/views.py`).
     """
 
     preset: str = "custom"
@@ -70,7 +68,6 @@ class ModelConfig:
     guidance: float = 1.0
     noise_draws: int = 1
     top_k: float = 50.0
-    views: int = 1
 
     def __post_init__(self):
         if not self.multipliers:
@@ -114,7 +111,6 @@ class ModelConfig:
         need(self.mode != "norm-guided" or guided, "norm-guided needs t_s < tau <= t_b")
         need(0 <= self.guidance <= 1e6, "guidance must be a number of at least 0")
         need(0 < self.top_k <= 65536, "top_k is a number of pixels of 65536: between 0 and 65536")
-        need(self.views in VIEWS, f"views must be one of {VIEWS}, not {self.views}")
         need(1 <= len(self.multipliers) <= 8, "between 1 and 8 levels")
         need(all(type(m) in (int, float) for m in self.multipliers), "multipliers must be numbers")
         widths = [m * self.base for m in self.multipliers]

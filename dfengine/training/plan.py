@@ -98,8 +98,7 @@ def settle(wanted: ModelConfig | Automatic, config: TrainConfig, data: Path, sta
     if isinstance(wanted, ModelConfig) or state is not None or config.recipe != "default":
         return plan
     shipped = load_checkpoint(shipped_checkpoint()).config
-    scoring = {"top_k": plan.model.top_k, "views": plan.model.views}  # does not concern weights
-    if plan.model != shipped.replace(**scoring):
+    if plan.model != shipped.replace(top_k=plan.model.top_k):  # how scores are taken from maps does not concern weights
         return plan
     start = "starting from the fastener weights that come with dfengine (--init none: from scratch)"
     return replace(plan, init=FASTENERS, reason=f"{plan.reason}; {start}" if plan.reason else "")
