@@ -37,7 +37,7 @@ WRONG = {
     "Detector(path)": (lambda d: Detector("a.safetensors"), TypeError, "dfengine.load takes a path"),
     "detect(5)": (lambda d: d.detect(5), TypeError, "batch: is of type int"),
     "detect([None])": (lambda d: d.detect([None]), TypeError, r"batch\[0\]: is of type NoneType"),
-    "stream of numbers": (lambda d: list(d.stream(iter([IMAGE, 5]))), TypeError, r"batch\[1\]: is of type int"),
+    "stream of numbers": (lambda d: list(d.stream([IMAGE, 5])), TypeError, r"batch\[1\]: is of type int"),
     "batch_size 2.0": (lambda d: d.detect(IMAGE, batch_size=2.0), TypeError, "a positive whole number, not 2.0"),
     "batch_size True": (lambda d: d.detect(IMAGE, batch_size=True), TypeError, "batch_size must be"),
     "batch_size 0": (lambda d: d.detect(IMAGE, batch_size=0), ValueError, "a positive whole number, not 0"),

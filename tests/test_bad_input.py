@@ -175,7 +175,6 @@ ROWS = [
     Row("empty list", lambda f: [], refused="batch: is empty"),
     Row("array of no images", pixels(0, SIDE, SIDE, 3), refused="no images"),
     Row("a number", lambda f: 3, refused="is of type int"),
-    Row("a list in a list", lambda f: [[np.zeros((8, 8))]], refused="batch[0]: is of type list"),
     Row("a number in a list", lambda f: [np.zeros((8, 8)), 3], refused="batch[1]: is of type int"),
     # Folders and masks.
     Row("empty folder", tree(), refused="no train/good", through=counts),

@@ -13,8 +13,8 @@ C is 1 (gray), 3 (RGB) or 4 (RGBA, composited over black). Pixels are uint8, uin
 [0, 1]. What is not listed is refused rather than guessed: a NumPy array (3, H, W), for one.
 
 A problem of the batch itself (nothing in it, a type or rank that means nothing) raises at once. A problem of one
-item of a list or iterator, its type too, and every problem of pixels (not finite, out of range, unreadable file), stays
-with its `InputImage` and is raised by its `load`, so that one bad image is reported and the others are scored.
+item of a list, and every problem of pixels (not finite, out of range, unreadable file), stays with its `InputImage`
+and is raised by its `load`, so that one bad image is reported and the others are scored.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ class InputImage:
 def collect_inputs(batch: Any) -> list[InputImage]:
     """The images of a batch, in order; the module's docstring says what a batch can be.
 
-    Raises UsageError for an empty batch and, where it is no list, ArgumentTypeError for an unknown type, DataError for
-    a folder without images, ImageError for an array that means nothing (dtype, rank, channels, size).
+    Raises UsageError for an empty batch, ArgumentTypeError for an unknown type, DataError for a folder without images,
+    ImageError for an array that means nothing (dtype, rank, channels, size).
     """
     if isinstance(batch, Iterator):
         batch = list(batch)
@@ -116,9 +116,6 @@ def collect_inputs(batch: Any) -> list[InputImage]:
                 images += _expand(item, name)
             except ImageError as error:
                 images.append(InputImage(error.name, error=error))
-            except ArgumentTypeError as error:  # a camera's None for a lost frame, say
-                reason = str(error).removeprefix(f"{name}: ")
-                images.append(InputImage(name, error=ImageError(name, reason)))
             except DataError as error:
                 folder = os.fsdecode(item)
                 reason = str(error).removeprefix(f"{Path(folder)}: ")

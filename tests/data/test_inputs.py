@@ -283,6 +283,7 @@ def test_a_bad_item_carries_its_reason():
 @pytest.mark.parametrize("batch, message", [
     ([], "batch: is empty"), (iter(()), "batch: is empty"), (None, "batch: is of type NoneType"),
     ({"a": 1}, "is of type dict"), (b"\x89PNG", "is of type bytes"),
+    ([[np.zeros((8, 8))]], r"batch\[0\]: is of type list"),
 ])
 def test_what_holds_no_images(batch, message):
     with pytest.raises(UsageError, match=message):
