@@ -186,8 +186,9 @@ def _run_reference(x, w1, w2, spatial_weight, spatial_bias, residual, y, workspa
 
 def _strides(x, residual, y) -> list[int]:
     """Pixel strides; that of x for a missing residual."""
-    channels, tensors = x.shape[3], dict(x=x, residual=x if residual is None else residual, y=y)
-    return [channels if t.is_contiguous() else pixel_stride(name, t) for name, t in tensors.items()]
+    channels = x.shape[3]
+    tensors = ("x", x), ("residual", x if residual is None else residual), ("y", y)
+    return [channels if tensor.is_contiguous() else pixel_stride(name, tensor) for name, tensor in tensors]
 
 
 MAX_HIDDEN = {"triton": 64, "cuda": 1024}
@@ -313,15 +314,16 @@ STREAM_BYTES = 24 * 2**20
 
 
 def _run_cpu(x, w1, w2, spatial_weight, spatial_bias, residual, y, workspace, level="") -> None:
-    if x.numel() == 0:
+    batch, _, _, channels = shape = tuple(x.shape)
+    if 0 in shape:
         return
-    partials = workspace.data_ptr()
-    gate = partials + 4 * _room_sizes(x)[0]
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (w1, w2, spatial_weight, spatial_bias)]
+    tensors = (residual, y, w1, w2, spatial_weight, spatial_bias)
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    pooled = workspace.data_ptr()
     native.module.channel_attention(
-        tuple(x.shape), TYPES[x.dtype], x.data_ptr(), 0 if residual is None else residual.data_ptr(), y.data_ptr(),
-        _strides(x, residual, y), 0 if w1 is None else w1.shape[0], *addresses, partials, gate,
-        threads=torch.get_num_threads(), stream=y.nbytes > STREAM_BYTES, level=level,
+        shape, TYPES[x.dtype], x.data_ptr(), *addresses[:2], _strides(x, residual, y), 0 if w1 is None else w1.shape[0],
+        *addresses[2:], pooled, pooled + 4 * 2 * batch * channels, torch.get_num_threads(), y.nbytes > STREAM_BYTES,
+        level,
     )  # fmt: skip
 
 

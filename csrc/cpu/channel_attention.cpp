@@ -8,12 +8,6 @@
 #include "vector.h"
 #endif
 
-#if defined(_MSC_VER)
-#define DFE_NOINLINE __declspec(noinline)
-#else
-#define DFE_NOINLINE __attribute__((noinline))
-#endif
-
 namespace dfe {
 namespace DFE_ISA {
 namespace {

@@ -16,8 +16,10 @@
 
 #if defined(_MSC_VER)
 #define DFE_RESTRICT __restrict
+#define DFE_NOINLINE __declspec(noinline)
 #else
 #define DFE_RESTRICT __restrict__
+#define DFE_NOINLINE __attribute__((noinline))
 #endif
 
 namespace dfe {

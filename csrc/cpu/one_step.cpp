@@ -10,26 +10,36 @@ namespace dfe {
 namespace DFE_ISA {
 namespace {
 
+// Whole runs. One copy of it: another could round differently.
 template <int Scales, bool Unit, typename X, typename T>
-void reconstruct(const OneStepNumbers numbers, int64_t size, const X* DFE_RESTRICT x_s, const T* DFE_RESTRICT e_s, const X* DFE_RESTRICT x_b,
-                 const T* DFE_RESTRICT e_b, T* DFE_RESTRICT result, float* DFE_RESTRICT unit) {
-    const auto value = [&](int64_t i) {
-        return reconstructed<Scales>(numbers, load(x_s + i), load(e_s + i), Scales == 2 ? load(x_b + i) : 0.0f, Scales == 2 ? load(e_b + i) : 0.0f);
-    };
-    int64_t i = 0;
-    for (; i + RUN <= size; i += RUN) {
+DFE_NOINLINE void reconstruct_runs(const OneStepNumbers& numbers, int64_t size, const X* DFE_RESTRICT x_s, const T* DFE_RESTRICT e_s,
+                                   const X* DFE_RESTRICT x_b, const T* DFE_RESTRICT e_b, T* DFE_RESTRICT result, float* DFE_RESTRICT unit) {
+    const OneStepNumbers n = numbers;
+    for (int64_t i = 0; i < size; i += RUN) {
         float r[RUN];
-        for (int64_t l = 0; l < RUN; ++l) r[l] = value(i + l);
+        for (int64_t l = i; l < i + RUN; ++l) {
+            r[l - i] = reconstructed<Scales>(n, load(x_s + l), load(e_s + l), Scales == 2 ? load(x_b + l) : 0.0f, Scales == 2 ? load(e_b + l) : 0.0f);
+        }
         store_run(result + i, r);
         if (Unit) {
-            for (int64_t l = 0; l < RUN; ++l) unit[i + l] = unit_pixel(numbers, r[l]);
+            for (int64_t l = 0; l < RUN; ++l) unit[i + l] = unit_pixel(n, r[l]);
         }
     }
-    for (; i < size; ++i) {
-        const float r = value(i);
-        store(result + i, r);
-        if (Unit) unit[i] = unit_pixel(numbers, r);
-    }
+}
+
+template <int Scales, bool Unit, typename X, typename T>
+void reconstruct(const OneStepNumbers& numbers, int64_t size, const X* x_s, const T* e_s, const X* x_b, const T* e_b, T* result, float* unit) {
+    const int64_t whole = size / RUN * RUN, left = size - whole;
+    reconstruct_runs<Scales, Unit>(numbers, whole, x_s, e_s, x_b, e_b, result, unit);
+    if (left == 0) return;
+    X x[2][RUN] = {};
+    T e[2][RUN] = {}, r[RUN];
+    float u[RUN];
+    memcpy(x[0], x_s + whole, left * sizeof(X)), memcpy(e[0], e_s + whole, left * sizeof(T));
+    memcpy(x[1], x_b + whole, left * sizeof(X)), memcpy(e[1], e_b + whole, left * sizeof(T));
+    reconstruct_runs<Scales, Unit>(numbers, RUN, x[0], e[0], x[1], e[1], r, u);
+    memcpy(result + whole, r, left * sizeof(T));
+    if (Unit) memcpy(unit + whole, u, left * sizeof(float));
 }
 
 // x_0 in the type of the pair.
@@ -39,9 +49,15 @@ const T* converted(const T* values, int64_t, T*) {
 }
 template <typename T>
 const T* converted(const float* DFE_RESTRICT values, int64_t size, T* DFE_RESTRICT room) {
-    int64_t i = 0;
-    for (; i + RUN <= size; i += RUN) store_run(room + i, values + i);
-    for (; i < size; ++i) store(room + i, values[i]);
+    const int64_t whole = size / RUN * RUN;
+    for (int64_t i = 0; i < whole; i += RUN) store_run(room + i, values + i);
+    if (whole < size) {
+        float last[RUN] = {};
+        T rounded[RUN];
+        memcpy(last, values + whole, (size - whole) * sizeof(float));
+        store_run(rounded, last);
+        memcpy(room + whole, rounded, (size - whole) * sizeof(T));
+    }
     return room;
 }
 const float* converted(const float* values, int64_t, float*) { return values; }

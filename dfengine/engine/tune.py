@@ -29,12 +29,12 @@ log = logging.getLogger("dfengine")
 
 LEVELS = ("tuned", "exhaustive")
 SECONDS = {"tuned": 0.03, "exhaustive": 0.3}
-"""For timing the candidates of one op, in all; at least five calls of each."""
+"""For timing the candidates of one op, and as many again for confirming the quickest; at least five calls of each."""
 WORTH = 0.97
 """What is quicker than the default by less is noise, and the default stays."""
 CONFIRMED = 3
-"""Of the candidates that are quicker than the default, so many are at most compared with it once more, alone, until one
-is quicker again."""
+"""Of the candidates that are quicker than the default, so many are at most compared with it once more, alone, each for
+a share of the time, until one is quicker again."""
 HOPELESS = 2.0
 """Candidates that take so many times as long as the best in their first calls are dropped, unless exhaustive."""
 
@@ -147,15 +147,15 @@ def _measured(executor: Executor, op: Op, arguments: list[Any], ways: list[Tacti
         calls = {name: call for name, call in calls.items() if first[name] <= HOPELESS * min(first.values())}
         calls.setdefault(usual, right[usual][1])
 
-    def medians(names: Iterable[str]) -> dict[str, float]:
+    def medians(names: Iterable[str], seconds: float) -> dict[str, float]:
         compared = {name: calls[name] for name in names}
-        found = interleaved(compared, sets, device.type, SECONDS[level])
+        found = interleaved(compared, sets, device.type, seconds)
         return {name: statistics.median(times) for name, times in found.items()}
 
-    times, best = medians(calls), usual
-    quicker = [name for name in sorted(times, key=times.get) if times[name] < WORTH * times[usual]]
-    for name in quicker[:CONFIRMED]:  # a hiccup of the machine must not pass for a gain
-        times = medians((usual, name))
+    times, best = medians(calls, SECONDS[level]), usual
+    quicker = [name for name in sorted(times, key=times.get) if times[name] < WORTH * times[usual]][:CONFIRMED]
+    for name in quicker:  # a hiccup of the machine must not pass for a gain
+        times = medians((usual, name), SECONDS[level] / len(quicker))
         if times[name] < WORTH * times[usual]:
             best = name
             break

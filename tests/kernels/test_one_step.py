@@ -207,3 +207,20 @@ def test_gpu_takes_triton_and_agrees_with_the_reference():
     torchs = one_step.reference(*tensors, *GUIDED, 2.0, -1.0)
     for got, exact_part, torch_part in zip(results, exact, torchs, strict=True):
         assert_numeric_contract(got.cpu(), exact_part, torch_part)
+
+
+@pytest.mark.parametrize("level", launchers.LEVELS)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("numbers", [GUIDED, PLAIN], ids=["guided", "plain"])
+def test_a_pixel_is_the_same_bits_wherever_it_stands(level, kind, numbers, monkeypatch):
+    """At the end of an image, which vectors do not fill, as in its middle; subnormal numbers too."""
+    launcher = launchers.launcher(f"cpu-{level}", monkeypatch)
+    for scale in (1.0, 1e-39):
+        tensors = [(t.float() * scale).to(t.dtype) for t in make((1, 1, 64, 3), kind, len(numbers[0]))]
+        whole = run_into_nan(launcher, tensors, numbers, gain=0.9, offset=0.37)
+        for pixels in range(1, 64):
+            some = [t[..., :pixels, :].contiguous() for t in tensors]
+            for result, expected in zip(
+                run_into_nan(launcher, some, numbers, gain=0.9, offset=0.37), whole, strict=True
+            ):
+                assert torch.equal(result, expected[..., :pixels, :])
