@@ -35,7 +35,9 @@ def test_installed_version_is_the_source_version():
 def test_console_script_is_installed():
     scripts = importlib.metadata.entry_points(group="console_scripts")
     (script,) = (script for script in scripts if script.name == "dfengine")
-    assert script.load()(["--version"]) == 0
+    call = f"import sys; from {script.module} import {script.attr} as run; sys.exit(run())"
+    done = subprocess.run([sys.executable, "-c", call, "--version"], text=True, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"dfengine {__version__}\n", "")
 
 
 def test_kernels_import_under_the_package():
