@@ -190,8 +190,9 @@ def check_json_writable(path: str | os.PathLike, key: str) -> None:
 
 
 def check_suffix(path: str | os.PathLike, suffix: str) -> None:
-    """Raises UsageError where the name of an output does not end so, in any case of letters."""
-    if Path(path).suffix.lower() != suffix:
+    """Raises UsageError where the name of an output does not end so, in just these letters: what lies beside it may be
+    named after the rest, and a.png and a.PNG are two files."""
+    if Path(path).suffix != suffix:
         raise UsageError(f"{path}: must end in {suffix}")
 
 

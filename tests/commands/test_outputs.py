@@ -69,7 +69,7 @@ def test_a_file_that_is_something_else(name, refused, tmp_path):
 
 @pytest.mark.parametrize("name", [*CHECKPOINTS, "roofline"])
 def test_a_name_of_another_kind_of_file(name, refused, tmp_path):
-    for other in ("new.txt", "new", SUFFIXES[name]):
+    for other in ("new.txt", "new", SUFFIXES[name], f"new{SUFFIXES[name].upper()}"):
         assert refused(FILES[name], tmp_path / other, 2) == f"must end in {SUFFIXES[name]}"
         assert not (tmp_path / other).exists()
 
