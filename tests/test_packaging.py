@@ -109,7 +109,16 @@ def test_an_extension_of_other_sources_than_those_beside_it_is_left_out_and_that
     with (source_tree / "csrc" / "bindings" / "ingest.cpp").open("a") as file:
         file.write("// another argument\n")
     said, warned = in_tree(source_tree, SERVED)
-    reason = "the compiled extension was built from other sources: rebuild it (pip install -e .)"
+    reason = "the compiled extension was built from other sources or with other flags: rebuild it (pip install -e .)"
+    assert said == f"dfengine._native is not available: {reason}\nreference\n"
+    assert warned == f"{reason}; torch takes its place\n"
+
+
+def test_an_extension_whose_flags_cannot_be_read_is_left_out_and_that_is_said(source_tree):
+    (source_tree / "CMakeLists.txt").unlink()
+    said, warned = in_tree(source_tree, SERVED)
+    missing = f"{source_tree / 'CMakeLists.txt'}: no such file"
+    reason = f"the compiled extension cannot be compared with its sources ({missing})"
     assert said == f"dfengine._native is not available: {reason}\nreference\n"
     assert warned == f"{reason}; torch takes its place\n"
 
