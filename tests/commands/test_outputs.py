@@ -58,7 +58,7 @@ def test_a_file_that_cannot_be(name, refused, tmp_path):
     assert not list(folder.iterdir()) and file.read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS | JSON)
+@pytest.mark.parametrize("name", FILES)
 def test_a_file_that_is_something_else(name, refused, tmp_path):
     photo = tmp_path / f"photo{SUFFIXES[name]}"
     photo.write_bytes(b"mine")
