@@ -1,7 +1,8 @@
 """`python -m dfengine` and the `dfengine` command."""
 
+import atexit
 import os
-import sys
+from typing import NoReturn
 
 try:
     from dfengine import signals
@@ -10,16 +11,25 @@ except KeyboardInterrupt:  # Ctrl-C before there is what answers it
     os._exit(130)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line, without `arguments` that of the process, which ends then; returns the exit status."""
+def main(arguments: list[str] | None = None, last: bool = False) -> int:
+    """Runs the command line, without `arguments` that of the process; returns the exit status.
+
+    last: nothing but the end of the process comes after; signals no longer change the status then.
+    """
     try:
-        with signals.ending(last=arguments is None):
+        with signals.ending():
             from dfengine.cli import main as run
 
-            return run(arguments)
+        return run(arguments, last)
     except KeyboardInterrupt:  # before there is what answers it, again
         return signals.say_ended(130)
 
 
+def command() -> NoReturn:
+    """Runs the command line of the process, which ends with its exit status."""
+    atexit.register(signals.ignore_interrupts)  # the first to be registered, and so the last to be called
+    signals.leave(main(last=True))
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -23,7 +23,7 @@ from dfengine import signals
 from dfengine._version import __version__
 from dfengine.errors import DfengineError, UsageError
 from dfengine.files import os_reason
-from dfengine.stderr import WarningLines, print_error
+from dfengine.stderr import WarningLines, flush_output, print_error
 
 app = typer.Typer(
     help="Visual anomaly detection for railway fasteners: train on normal photos, detect, read the report.",
@@ -357,8 +357,9 @@ def _exit(status: int) -> None:
         raise typer.Exit(status)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status; never shows a traceback for a user's mistake."""
+def main(arguments: list[str] | None = None, last: bool = False) -> int:
+    """Runs the command line and returns the exit status, its output flushed; never shows a traceback for a user's
+    mistake. last: the process is about to leave (`signals.raising`)."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # for names of files that are not in the system's encoding
@@ -368,8 +369,13 @@ def main(arguments: list[str] | None = None) -> int:
     log, lines = logging.getLogger("dfengine"), WarningLines()
     log.addHandler(lines)
     try:
-        with signals.raising() as signalled:
-            return _run(arguments, signalled)
+        with signals.raising(last) as signalled:
+            try:
+                status = _run(arguments, signalled)
+                flush_output()
+                return status
+            except KeyboardInterrupt:
+                return signals.say_ended(signalled())
     finally:
         log.removeHandler(lines)
 
@@ -391,6 +397,4 @@ def _run(arguments: list[str] | None, signalled: Callable[[], int]) -> int:
     except MemoryError:
         print_error("out of memory")
         return 1
-    except KeyboardInterrupt:
-        return signals.say_ended(signalled())
     return 0

@@ -193,9 +193,9 @@ class Detector:
         for the next. workers=0 does everything in the calling thread when its turn comes.
 
         A `Detection` may hold only `errors`, whose indices count from the start of `source`; nothing is raised for
-        refused images, nor for an item of an iterator that is none (a camera's None for a lost frame, say). What the
-        iterator raises is raised here, after the images before it. Leaving the loop early ends the threads. Raises
-        `UsageError` or `DataError` as `detect` does.
+        refused images, nor for an item of an iterator that is none (a camera's None for a lost frame, say): the first
+        such item is warned of. What the iterator raises is raised here, after the images before it. Leaving the loop
+        early ends the threads. Raises `UsageError` or `DataError` as `detect` does.
         """
         batch_size = whole_number("batch_size", batch_size, 1)
         prefetch = whole_number("prefetch", prefetch, 1)
@@ -315,12 +315,18 @@ def _processors() -> int:
 
 
 def _draw(items: Iterator) -> Iterator[InputImage]:
-    """The images of an iterator, item by item; names count items as `collect_inputs` does for a list."""
+    """The images of an iterator, item by item; names count items as `collect_inputs` does for a list. Warns of the
+    first item that is refused for its type."""
+    warned = False
     for i, item in enumerate(items):
         try:
             images = collect_inputs([item])
         except ArgumentTypeError as error:
-            images = [InputImage("batch[0]", error=ImageError("batch[0]", str(error).removeprefix("batch[0]: ")))]
+            reason = str(error).removeprefix("batch[0]: ")
+            images = [InputImage("batch[0]", error=ImageError("batch[0]", reason))]
+            if not warned:  # an endless source may give nothing else
+                log.warning("batch[%d]: %s; such items are refused in their places, this is said once", i, reason)
+                warned = True
         for image in images:
             if image.path is None and image.name.startswith("batch[0]"):
                 image.name = f"batch[{i}]" + image.name.removeprefix("batch[0]")

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -175,23 +175,37 @@ def check_writable(path: str | os.PathLike) -> None:
         pass
 
 
-def check_json_writable(path: str | os.PathLike, key: str) -> None:
-    """As `check_writable`; raises UsageError too where `path` is a file of anything but a JSON object with `key`, as
+def check_own_writable(path: str | os.PathLike, is_own: Callable[[bytes], bool]) -> None:
+    """As `check_writable`; raises UsageError too where `path` is a file that is not empty and has not the content of
     what is to be written there: it stays."""
     check_writable(path)
     if not os.path.isfile(path) or not os.path.getsize(path):
         return
     try:
-        content = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict) or key not in content:
+        own = is_own(Path(path).read_bytes())
+    except OSError:
+        own = False
+    if not own:
         raise UsageError(f"{path}: is there already and was not written by this command; choose another name")
 
 
+def check_json_writable(path: str | os.PathLike, key: str) -> None:
+    """`check_own_writable` of a JSON object with `key`."""
+
+    def is_own(content: bytes) -> bool:
+        try:
+            found = json.loads(content)
+        except (ValueError, RecursionError):
+            return False
+        return isinstance(found, dict) and key in found
+
+    check_own_writable(path, is_own)
+
+
 def check_suffix(path: str | os.PathLike, suffix: str) -> None:
-    """Raises UsageError where the name of an output does not end so, in any case of letters."""
-    if Path(path).suffix.lower() != suffix:
+    """Raises UsageError where the name of an output does not end so, in just these letters: what lies beside it may be
+    named after the rest, and a.png and a.PNG are two files."""
+    if Path(path).suffix != suffix:
         raise UsageError(f"{path}: must end in {suffix}")
 
 

@@ -2,7 +2,7 @@
 
 The extension is optional: installation builds it where a C++ compiler is found and else records the reason, which
 `status` repeats. One that lies beside its sources and was built from others, as after an update without a reinstall,
-is left out like a missing one: its functions may take other arguments.
+or cannot be compared with them, is left out with a warning: its functions may take other arguments.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch  # noqa: F401  (before the extension, which looks for its OpenMP runtime: csrc/cpu/parallel.cpp)
 
+from dfengine.files import os_reason
 from dfengine.sources import digest
 
 log = logging.getLogger("dfengine")
@@ -35,18 +36,20 @@ def _load():
             return None, note.read_text(encoding="utf-8").strip()
         return None, f"cannot be imported ({error})"
     try:
-        outdated = _outdated(_native)
+        if not _outdated(_native):
+            return _native, ""
+        reason = "was built from other sources or with other flags: rebuild it (pip install -e .)"
     except OSError as error:
-        return None, f"its sources cannot be read ({error})"
-    if outdated:
-        reason = "the compiled extension was built from other sources: rebuild it (pip install -e .)"
-        log.warning("%s; torch takes its place", reason)
-        return None, reason
-    return _native, ""
+        where = f"{os.path.normpath(error.filename)}: " if error.filename else ""
+        reason = f"cannot be compared with its sources ({where}{os_reason(error)})"
+    reason = f"the compiled extension {reason}"
+    log.warning("%s; torch takes its place", reason)
+    return None, reason
 
 
 def _outdated(extension) -> bool:
-    """Whether the sources that lie beside it are others; an installed package has it and their copy from one build."""
+    """Whether the sources that lie beside it, or the flags, are others; an installed package has it and their copy from
+    one build. Raises OSError where they cannot be read."""
     here = Path(__file__).resolve().parent
     beside = here.parent / "csrc"
     if (here / "csrc").is_dir() or not (beside / "bindings.cpp").is_file():

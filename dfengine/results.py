@@ -31,14 +31,19 @@ def earlier_results(folder: Path) -> list[Path]:
     if os.path.lexists(heatmaps) and not heatmaps.is_dir():
         raise UsageError(f"{folder}: holds heatmaps, not a folder written by dfengine; choose another folder")
     found = [path for pattern in RESULTS for path in folder.glob(pattern)]
-    marker = folder / OUTPUT_MARKER
-    listed = marker.read_text(encoding="utf-8", errors="replace").splitlines() if marker.is_file() else None
+    listed = listed_results(folder)
     theirs = {path.relative_to(folder).as_posix() for path in found}.difference(listed or ())
     if theirs and listed != []:  # an empty one, of an earlier version, vouches for all
         raise UsageError(f"{folder}: holds {min(theirs)}, not written by dfengine; choose another folder")
     if listed is None:
         refuse_images(folder, "the results")
     return found
+
+
+def listed_results(folder: Path) -> list[str] | None:
+    """What the marker of `folder` lists; None where there is none."""
+    marker = folder / OUTPUT_MARKER
+    return marker.read_text(encoding="utf-8", errors="replace").splitlines() if marker.is_file() else None
 
 
 def list_result(folder: Path, *names: str) -> None:

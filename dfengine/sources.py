@@ -14,7 +14,7 @@ def digest(folder: str | os.PathLike, cuda: bool) -> str:
     """Of the names and bytes of what an extension is compiled from, in `folder` (`csrc`), and of the CMakeLists.txt
     beside that, which has the flags: hexadecimal.
 
-    cuda: with the CUDA kernels in it.
+    cuda: with the CUDA kernels in it. Raises OSError where one of them is missing or cannot be read.
     """
     names = ["../CMakeLists.txt"]
     for part in ("", "bindings", "common", "cpu", *(["cuda"] if cuda else [])):

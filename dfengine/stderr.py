@@ -1,4 +1,5 @@
-"""Lines on standard error. Their reader may leave early (`2>&1 | head`): training and detection go on without it."""
+"""Lines on standard error, and the end of standard output. Their reader may leave early (`2>&1 | head`): training and
+detection go on without it."""
 
 from __future__ import annotations
 
@@ -13,6 +14,17 @@ def discard(stream: TextIO) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
+
+
+def flush_output() -> None:
+    """Standard output is out, or nobody reads it. What else fails Python tries again, and says, as it ends."""
+    try:
+        if sys.stdout is not None:  # closed from the start
+            sys.stdout.flush()
+    except BrokenPipeError:
+        discard(sys.stdout)
+    except (OSError, ValueError):  # a full disk; closed since
+        pass
 
 
 def print_error(text: str) -> None:

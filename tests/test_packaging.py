@@ -35,7 +35,9 @@ def test_installed_version_is_the_source_version():
 def test_console_script_is_installed():
     scripts = importlib.metadata.entry_points(group="console_scripts")
     (script,) = (script for script in scripts if script.name == "dfengine")
-    assert script.load()(["--version"]) == 0
+    call = f"import sys; from {script.module} import {script.attr} as run; sys.exit(run())"
+    done = subprocess.run([sys.executable, "-c", call, "--version"], text=True, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"dfengine {__version__}\n", "")
 
 
 def test_kernels_import_under_the_package():
@@ -107,7 +109,16 @@ def test_an_extension_of_other_sources_than_those_beside_it_is_left_out_and_that
     with (source_tree / "csrc" / "bindings" / "ingest.cpp").open("a") as file:
         file.write("// another argument\n")
     said, warned = in_tree(source_tree, SERVED)
-    reason = "the compiled extension was built from other sources: rebuild it (pip install -e .)"
+    reason = "the compiled extension was built from other sources or with other flags: rebuild it (pip install -e .)"
+    assert said == f"dfengine._native is not available: {reason}\nreference\n"
+    assert warned == f"{reason}; torch takes its place\n"
+
+
+def test_an_extension_whose_flags_cannot_be_read_is_left_out_and_that_is_said(source_tree):
+    (source_tree / "CMakeLists.txt").unlink()
+    said, warned = in_tree(source_tree, SERVED)
+    missing = f"{source_tree / 'CMakeLists.txt'}: no such file"
+    reason = f"the compiled extension cannot be compared with its sources ({missing})"
     assert said == f"dfengine._native is not available: {reason}\nreference\n"
     assert warned == f"{reason}; torch takes its place\n"
 

@@ -71,13 +71,58 @@ def command(**_):
 
 cli._command = lambda *_: command
 sys.argv = ["dfengine", "roofline", "model.safetensors", "--out", "a.png"]
-sys.exit(__main__.main())
+__main__.command()
 """
 
 
 def test_a_burst_of_signals_is_one_until_the_process_is_gone():
     done = subprocess.run([sys.executable, "-c", BURST], text=True, capture_output=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (130, "kept\n", "dfengine: interrupted\n")
+
+
+LATE = """
+import logging, os, sys, threading, time
+from dfengine import __main__, cli
+
+number, where = int(sys.argv[1]), sys.argv[2]
+
+def signal():
+    os.kill(os.getpid(), number)
+
+def hang():
+    threading.main_thread().join()  # it waits for this thread then, as the process ends
+    while True:  # one that comes just before it waits is seen with the next
+        signal()
+        time.sleep(0.1)
+
+def command(**_):
+    print("kept")
+    if where == "thread":
+        threading.Thread(target=hang).start()
+    else:
+        remove = logging.Logger.removeHandler
+        logging.Logger.removeHandler = lambda *of: (signal(), remove(*of))
+
+cli._command = lambda *_: command
+sys.argv = ["dfengine", "roofline", "model.safetensors", "--out", "a.png"]
+__main__.command()
+"""
+
+
+@pytest.mark.parametrize("where", ["command", "thread"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_the_command_changes_neither_status_nor_output(number, where):
+    """Not even one that comes while a thread hangs, which it puts an end to."""
+    command = [sys.executable, "-c", LATE, str(int(number)), where]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "kept\n", "")
+
+
+def test_who_calls_the_command_line_keeps_its_handlers(monkeypatch, capsys):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(sys, "argv", ["dfengine", "--version"])
+    assert main() == 0 and capsys.readouterr().out
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_later_signals_are_answered_again(monkeypatch):
@@ -91,27 +136,28 @@ def test_later_signals_are_answered_again(monkeypatch):
 
 
 def test_a_signal_between_the_imports_and_the_command_ends_in_one_line(monkeypatch, capsys):
-    def interrupted(arguments):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "main", interrupted)
     assert main([]) == 130 and capsys.readouterr().err == "dfengine: interrupted\n"
 
 
-def test_what_is_ignored_stays_ignored_and_other_threads_leave_signals_alone():
+def test_what_is_ignored_stays_ignored_and_other_threads_leave_signals_alone(monkeypatch):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with signals.ending():
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as under nohup
     finally:
         signal.signal(signal.SIGINT, before)
+    monkeypatch.setattr(signals, "_answered", 1.0)
     seen = []
 
     def other():
         with signals.raising():
-            seen.append(signal.getsignal(signal.SIGTERM))
+            seen.append((signal.getsignal(signal.SIGTERM), signals._answered))
 
     thread = threading.Thread(target=other)
     thread.start()
     thread.join()
-    assert seen == [signal.getsignal(signal.SIGTERM)]
+    assert seen == [(signal.getsignal(signal.SIGTERM), 1.0)]

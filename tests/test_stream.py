@@ -188,6 +188,21 @@ def test_an_item_that_is_no_image_is_refused_in_its_place(detector, images, work
         detector.stream(mixed, workers=workers)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_first_item_of_a_type_that_means_nothing_is_warned_of(detector, images, workers, caplog):
+    """The pairs of a data loader, say: each is in `errors`, and of an endless source nothing else would be seen."""
+    pairs = [images[0], *((image, 0) for image in images[:4]), None]
+    for _ in range(2):
+        parts = list(detector.stream(iter(pairs), batch_size=2, workers=workers))
+        assert sum(len(part.errors) for part in parts) == 5
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert record.getMessage().startswith("batch[1]: is of type tuple; expected a path, a PIL image, a NumPy array")
+        caplog.clear()
+    list(detector.stream(iter([images[0], np.zeros((2, 2), np.uint8)]), workers=workers))  # refused for its pixels
+    assert not caplog.records
+
+
 def test_wrong_arguments_are_refused_at_once(detector, images, tmp_path):
     for name, value in (("batch_size", 0), ("workers", -1), ("workers", 1.0), ("prefetch", 0), ("prefetch", True)):
         with pytest.raises(UsageError, match=name):

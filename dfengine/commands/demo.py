@@ -19,8 +19,10 @@ from dfengine.data.images import load_unit, resize_unit
 from dfengine.evaluation.baseline import MeanStdBaseline
 from dfengine.evaluation.metrics import auroc
 from dfengine.files import atomic_write, make_folder
-from dfengine.results import earlier_results, list_result
+from dfengine.results import earlier_results, list_result, listed_results, refuse_images
 
+DEMO = "demo.json"
+"""Of the results. Where their marker lists it, the images beside them are a demo's."""
 TEST_GOOD, PER_DEFECT = 100, 40
 GOAL_IMAGE_AUROC, GOAL_PIXEL_AUROC, BASELINE_LIMIT = 0.98, 0.95, 0.90
 BASELINE_IMAGES = 176
@@ -29,21 +31,27 @@ TRAINING_SEED = 0
 
 
 def run_demo(out: Path, seed: int, device: str) -> int:
-    """Renders, detects, evaluates, writes the report, and prints what was measured; returns the exit status."""
+    """Renders, detects, evaluates, writes the report, and prints what was measured; returns the exit status.
+
+    An earlier demo's images and results in `out` are replaced. Raises `UsageError` where they are somebody else's.
+    """
     started = time.perf_counter()
     checkpoint = shipped_checkpoint()
     images = out / "images"
     results = out / "results"
     earlier_results(results)
+    if DEMO not in (listed_results(results) or ()):  # no demo rendered them, not even one that was interrupted
+        refuse_images(images, "the demo")
     for folder in (out, images, results):
         make_folder(folder)
     detector = open_detector(checkpoint, device, "auto", 0)
     console = OutputConsole(stderr=True)
     total = TEST_GOOD + 3 * PER_DEFECT
     say(f"rendering {total} fresh test fasteners (seed {seed}) into {images}")
+    list_result(results, DEMO)
     write_fasteners(images, 0, TEST_GOOD, PER_DEFECT, seed)
     dataset = open_dataset(images)
-    status, result = evaluate_dataset(detector, dataset, results, checkpoint)
+    status, result = evaluate_dataset(detector, dataset, results, checkpoint, others=[DEMO])
     if not result:
         return status
 
@@ -62,8 +70,7 @@ def run_demo(out: Path, seed: int, device: str) -> int:
         "seed": seed,
         "seconds": round(time.perf_counter() - started, 1),
     }
-    list_result(results, "demo.json")
-    atomic_write(results / "demo.json", json.dumps(measured, indent=2) + "\n")
+    atomic_write(results / DEMO, json.dumps(measured, indent=2) + "\n")
     say(f"baseline (per-pixel mean and deviation of {BASELINE_IMAGES} training images): image AUROC "
         f"{measured['baseline_image_auroc']:.4f}")  # fmt: skip
     say(f"dfengine: image AUROC {measured['image_auroc']:.4f}, pixel AUROC {measured['pixel_auroc']:.4f}")

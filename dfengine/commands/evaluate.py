@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -60,17 +60,19 @@ def evaluate_dataset(
     group_by: str | None = None,
     batch_size: int = 16,
     robustness: bool = False,
+    others: Sequence[str] = (),
 ) -> tuple[int, dict[str, Any]]:
     """Scores the test images and writes results.csv, results.jsonl, metrics.json, per_defect.csv, roc.png, pr.png and
     report.html into `out`; returns the exit status and the metrics ({} when nothing could be scored).
 
     `group_by`: regular expression whose first group, searched in the file name, names the bootstrap unit.
     `robustness`: score the good images under mild changes too; adds robustness.csv and "robustness" to the metrics.
+    `others`: further files that the caller will write into `out`.
     """
     groups = _groups(dataset.test, group_by)
     images = collect_inputs([sample.path for sample in dataset.test])
     names = ["results.csv", "results.jsonl", "report.html", "metrics.json", "per_defect.csv", "roc.png", "pr.png"]
-    with Outputs(out, images, names + ["robustness.csv"] * robustness) as outputs:
+    with Outputs(out, images, [*names, *["robustness.csv"] * robustness, *others]) as outputs:
         return _evaluate(Scoring(detector, batch_size), dataset, images, groups, outputs, checkpoint, robustness)
 
 

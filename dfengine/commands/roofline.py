@@ -8,14 +8,15 @@ from dfengine.commands.plan import ceiling_line
 from dfengine.commands.programs import bound_program
 from dfengine.commands.scoring import say
 from dfengine.engine.measure import measure
-from dfengine.engine.roofline import roofline_plot
-from dfengine.files import atomic_write, check_suffix, check_writable
+from dfengine.engine.roofline import is_roofline, roofline_plot
+from dfengine.files import atomic_write, check_own_writable, check_suffix
 
 
 def run_roofline(checkpoint: Path, out: Path, batch: int, device: str, precision: str) -> None:
-    """Writes the PNG `out`. Raises `UsageError` for another kind of file, `DfengineError` where there is no program."""
+    """Writes the PNG `out`. Raises `UsageError` for another kind of file and for a picture of somebody else,
+    `DfengineError` where there is no program."""
     check_suffix(out, ".png")
-    check_writable(out)
+    check_own_writable(out, is_roofline)
     with bound_program(checkpoint, batch, device, precision, timed=True) as bound:
         plan = measure(bound.executor)
     atomic_write(out, roofline_plot(plan, bound.title))

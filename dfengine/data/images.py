@@ -144,8 +144,9 @@ def list_images(folder: str | os.PathLike, recursive: bool = True, others: bool 
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: {'is a file, not a folder' if folder.exists() else 'no such folder'}")
-    if (folder / OUTPUT_MARKER).exists():
-        raise DataError(f"{folder}: holds results that dfengine wrote, no images to read; give another folder")
+    if _is_output(folder):
+        what = "results or pictures of a training run"
+        raise DataError(f"{folder}: holds what dfengine wrote ({what}), no images to read; give another folder")
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: {os_reason(error)}") from error
@@ -197,7 +198,14 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _is_input(folder: Path) -> bool:
-    return not folder.name.startswith(".") and not (folder / OUTPUT_MARKER).exists()
+    return not folder.name.startswith(".") and not _is_output(folder)
+
+
+def _is_output(folder: Path) -> bool:
+    """Whether dfengine wrote a folder: it has the marker, or holds the heatmaps or panels of one that has it."""
+    real = Path(os.path.realpath(folder))  # links are followed, and "." has no name
+    marked = [real, real.parent] if real.name in ("heatmaps", "panels") else [real]
+    return any(os.path.exists(place / OUTPUT_MARKER) for place in marked)
 
 
 def _holds_masks(folder: Path) -> bool:

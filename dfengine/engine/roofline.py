@@ -12,6 +12,8 @@ from dfengine.engine.timing import Ceilings, type_name
 
 COLOURS = ("#3b7dbd", "#d9622b", "#4c9f70", "#8a5fb0", "#b8860b", "#c2417c", "#5f7d8c", "#2aa5a0", "#7a5230", "#6b7a1e")
 LINE, GRAY = "#1f2933", "#9aa5b1"
+SOFTWARE = "dfengine roofline"
+"""In the text chunk "Software" of each picture."""
 
 
 def roofline_plot(plan: Plan, title: str) -> bytes:
@@ -44,8 +46,13 @@ def roofline_plot(plan: Plan, title: str) -> bytes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(loc="lower right", frameon=False, fontsize=8)
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120, metadata={"Software": None})
+    figure.savefig(content, format="png", dpi=120, metadata={"Software": SOFTWARE})
     return content.getvalue()
+
+
+def is_roofline(content: bytes) -> bool:
+    """Whether a file's content is a picture of `roofline_plot`."""
+    return content.startswith(b"\x89PNG\r\n\x1a\n") and b"tEXtSoftware\0" + SOFTWARE.encode() in content[:1024]
 
 
 def _product_ceilings(axes, ceilings: Ceilings, rows: list[Row]) -> None:

@@ -37,6 +37,43 @@ def test_the_demo_reaches_its_goal(tmp_path, capsys):
     assert "misses its goal" not in printed
 
 
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(demo, "TEST_GOOD", 2)
+    monkeypatch.setattr(demo, "PER_DEFECT", 1)
+    monkeypatch.setattr(demo, "BASELINE_IMAGES", 2)
+
+
+def test_the_images_of_somebody_else_are_not_written_over(short, tmp_path, capsys):
+    """Not even beside results of `detect`; those of an earlier demo are, and of one that was interrupted."""
+    photo = tmp_path / "images" / "test" / "good" / "000.png"
+    photo.parent.mkdir(parents=True)
+    photo.write_bytes(b"mine")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / ".dfengine-output").write_text("results.csv\n")
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    reason = "holds images; choose another folder for the demo"
+    assert capsys.readouterr().err == f"dfengine: {tmp_path / 'images'}: {reason}\n"
+    assert photo.read_bytes() == b"mine"
+
+
+def test_an_earlier_demo_is_replaced(short, tmp_path, capsys, monkeypatch):
+    def interrupted(out, *_):
+        (out / "test" / "good").mkdir(parents=True)
+        (out / "test" / "good" / "000.png").write_bytes(b"")
+        raise KeyboardInterrupt
+
+    arguments = ["demo", "--out", str(tmp_path / "demo")]
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "write_fasteners", interrupted)
+        assert main(arguments) == 130
+    capsys.readouterr()
+    assert main(arguments) == 0 and "replacing" not in capsys.readouterr().out
+    assert main([*arguments, "--seed", "1"]) == 0
+    assert "replacing the results of an earlier run" in capsys.readouterr().out
+    assert json.loads((tmp_path / "demo" / "results" / "demo.json").read_text())["seed"] == 1
+
+
 def test_a_missing_checkpoint_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "shipped_checkpoint", lambda: checkpoint.shipped_checkpoint("gone.safetensors"))
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 1

@@ -58,7 +58,7 @@ def test_a_file_that_cannot_be(name, refused, tmp_path):
     assert not list(folder.iterdir()) and file.read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS | JSON)
+@pytest.mark.parametrize("name", FILES)
 def test_a_file_that_is_something_else(name, refused, tmp_path):
     photo = tmp_path / f"photo{SUFFIXES[name]}"
     photo.write_bytes(b"mine")
@@ -69,7 +69,7 @@ def test_a_file_that_is_something_else(name, refused, tmp_path):
 
 @pytest.mark.parametrize("name", [*CHECKPOINTS, "roofline"])
 def test_a_name_of_another_kind_of_file(name, refused, tmp_path):
-    for other in ("new.txt", "new", SUFFIXES[name]):
+    for other in ("new.txt", "new", SUFFIXES[name], f"new{SUFFIXES[name].upper()}"):
         assert refused(FILES[name], tmp_path / other, 2) == f"must end in {SUFFIXES[name]}"
         assert not (tmp_path / other).exists()
 

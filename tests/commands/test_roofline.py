@@ -20,6 +20,13 @@ def test_a_png_and_a_summary(tiny, tmp_path, capsys, monkeypatch):
         assert image.format == "PNG"
     text = capsys.readouterr().out
     assert "batch 2, float32 on cpu" in text and "% of the roofline" in text and str(out) in text
+    assert main(["roofline", str(tiny), "--out", str(out), "--precision", "float32"]) == 0  # over its own
+    assert "batch 1, float32 on cpu" in capsys.readouterr().out
+    Image.new("RGB", (32, 32)).save(out)
+    photo = out.read_bytes()
+    assert main(["roofline", str(tiny), "--out", str(out), "--precision", "float32"]) == 2
+    reason = "is there already and was not written by this command; choose another name"
+    assert capsys.readouterr().err == f"dfengine: {out}: {reason}\n" and out.read_bytes() == photo
 
 
 def test_another_kind_of_file_is_refused_before_anything_runs(tiny, tmp_path, capsys, monkeypatch):

@@ -236,5 +236,6 @@ def test_a_folder_that_dfengine_wrote_is_no_input(checkpoint, data, tmp_path, ca
     assert {row["seed"] for row in rows_of(other / "results.csv")} == {"0"}
     capsys.readouterr()
     assert main(["detect", str(checkpoint), str(other), "--out", str(tmp_path / "more")]) == 1
-    refusal = f"{other}: holds results that dfengine wrote, no images to read; give another folder"
+    wrote = "what dfengine wrote (results or pictures of a training run)"
+    refusal = f"{other}: holds {wrote}, no images to read; give another folder"
     assert capsys.readouterr().err == f"dfengine: {refusal}\n" and not (tmp_path / "more").exists()

@@ -380,6 +380,20 @@ def test_list_images_is_natural_and_recursive(tmp_path):
     assert flat == ["frame01.jpg", "frame2.PNG", "frame10.png", "gone.png", "photo.heic"]
 
 
+def test_what_dfengine_wrote_is_passed_over_in_a_tree_and_refused_by_name(tmp_path, monkeypatch):
+    touch(tmp_path, "a.png", "heatmaps/b.png", "panels/c.png")  # somebody's own
+    touch(tmp_path, *(f"results/{name}" for name in (".dfengine-output", "roc.png", "heatmaps/0.png")))
+    touch(tmp_path, *(f"net.run/{name}" for name in (".dfengine-output", "loss.png", "panels/1.png")))
+    (tmp_path / "link").symlink_to(tmp_path / "results" / "heatmaps")
+    assert [path.name for path in list_images(tmp_path)] == ["a.png", "b.png", "c.png"]
+    for name in ("results", "results/heatmaps", "net.run", "net.run/panels", "link"):
+        with pytest.raises(DataError, match=f"{name}: holds what dfengine wrote .*, no images to read"):
+            list_images(tmp_path / name)
+    monkeypatch.chdir(tmp_path / "results" / "heatmaps")
+    with pytest.raises(DataError, match=r"^\.: holds what dfengine wrote"):
+        list_images(".")
+
+
 def test_linked_folders_are_followed_once(tmp_path):
     touch(tmp_path, "data/a.png", "elsewhere/b.png")
     (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")

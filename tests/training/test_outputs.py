@@ -43,6 +43,7 @@ def test_the_check_leaves_what_is_there(tmp_path):
         ("taken.safetensors", r"taken\.run: cannot be written: is a file"),
         ("net.run", r"net\.run: must end in \.safetensors"),
         ("net", r"net: must end in \.safetensors"),
+        ("net.SAFETENSORS", r"net\.SAFETENSORS: must end in \.safetensors"),  # its run folder would be net's
     ],
 )
 def test_what_cannot_be_written_is_refused_before_anything_is_read(tmp_path, out, reason):
