@@ -17,7 +17,7 @@ import torch
 
 from dfengine.arguments import whole_number
 from dfengine.checkpoint import Checkpoint, load_checkpoint
-from dfengine.data.inputs import InputImage, collect_inputs
+from dfengine.data.inputs import InputImage, collect_inputs, is_stream
 from dfengine.data.prefetch import Prefetch
 from dfengine.detection import Detection, Refused, resize_map
 from dfengine.devices import resolve_device
@@ -184,8 +184,8 @@ class Detector:
         workers: int | None = None,
         prefetch: int = 2,
     ) -> Iterator[Detection]:
-        """`detect` for more images than memory holds, or for an endless iterator of them: one `Detection` per
-        `batch_size` inputs, in order.
+        """`detect` for more images than memory holds, or for an endless iterable of them (`source` can be what `batch`
+        can be): one `Detection` per `batch_size` inputs, in order.
 
         Images are read and resized by `workers` threads (by default as many as there are processors, at most 8) while
         earlier ones are scored; on a GPU, copies go on beside the work. At most `prefetch` batches are ready ahead. An
@@ -200,8 +200,8 @@ class Detector:
         batch_size = whole_number("batch_size", batch_size, 1)
         prefetch = whole_number("prefetch", prefetch, 1)
         workers = None if workers is None else whole_number("workers", workers)
-        endless = isinstance(source, Iterator)
-        images = _draw(source) if endless else collect_inputs(source)
+        endless = is_stream(source)
+        images = _draw(iter(source)) if endless else collect_inputs(source)
         if workers is None:
             workers = min(MOST_WORKERS, _processors())
         if not endless and len(images) == 1:

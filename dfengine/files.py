@@ -41,7 +41,10 @@ _REASONS = {
 }
 
 
-_WRONG_NAME = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG)
+# ENOENT is what /proc answers, in which nobody can make a file: missing folders are made.
+_WRONG_NAME = (
+    errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT
+)  # fmt: skip
 
 
 def os_reason(error: OSError) -> str:
@@ -52,7 +55,8 @@ def os_reason(error: OSError) -> str:
 def _refusal(path: Path, error: OSError) -> DfengineError:
     """ "PATH: cannot be written: REASON": a `UsageError` where another path has to be named, else a `DfengineError`."""
     kind = UsageError if error.errno in _WRONG_NAME else DfengineError
-    return kind(f"{path}: cannot be written: {os_reason(error)}")
+    reason = "no file can be made there" if error.errno == errno.ENOENT else os_reason(error)
+    return kind(f"{path}: cannot be written: {reason}")
 
 
 OUTPUT_MARKER = ".dfengine-output"

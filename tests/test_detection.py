@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import json
 import os
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -265,6 +268,21 @@ def test_save_where_nothing_can_be_written(tmp_path):
     with pytest.raises(UsageError, match="out: holds heatmaps, not a folder"):
         make().save(tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["heatmaps"]
+
+
+def test_save_where_nobody_can_make_a_file(tmp_path, monkeypatch):
+    """As in /proc: with no folder to make, and with one that is there."""
+
+    def refuse(*_arguments, **_options):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(UsageError, match=f"^{tmp_path}: cannot be written: no file can be made there$"):
+        make().save(tmp_path)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UsageError, match="x: cannot be written: no file can be made there$"):
+        make().save(tmp_path / "x")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("size", [(S, S), (40, 8), (8, 40), (33, 70), (8, 8)])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gc
+import io
 import itertools
 import threading
 import time
+from collections import deque
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from dfengine.checkpoint import Checkpoint
 from dfengine.data.inputs import InputImage
@@ -172,6 +175,30 @@ def test_what_the_source_raises_comes_after_the_images_before_it(detector, image
             scores += part.pred_score.tolist()
     assert prefetch_threads() == 0
     np.testing.assert_allclose(scores, detector.detect(images[:5]).pred_score, atol=1e-5, rtol=0)
+
+
+class Camera:
+    def __init__(self, frames):
+        self.frames = frames
+
+    def __iter__(self):
+        return iter(self.frames)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_any_iterable_is_drawn_from_as_its_iterator_is(detector, images, workers):
+    expected = detector.detect(images, batch_size=4).pred_score
+    tensors = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    for source in (Camera(images), deque(images), dict(enumerate(images)).values(), DataLoader(tensors, batch_size=4)):
+        got = [part.pred_score for part in detector.stream(source, batch_size=4, workers=workers)]
+        np.testing.assert_allclose(np.concatenate(got), expected, atol=1e-6, rtol=0)
+    endless = detector.stream(Camera(itertools.cycle(images)), batch_size=2, workers=workers)
+    assert next(endless).names == ("batch[0]", "batch[1]")
+    endless.close()
+    with pytest.raises(TypeError, match="'int' object is not iterable"):
+        detector.stream(Camera(3), workers=workers)
+    with io.BytesIO(b"one\ntwo\n") as file, pytest.raises(UsageError, match="^batch: is an open file .BytesIO.; give"):
+        detector.stream(file, workers=workers)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

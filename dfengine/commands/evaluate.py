@@ -14,7 +14,7 @@ from rich.table import Table
 
 from dfengine.commands.scoring import WRONG_WAY_ROUND, Outputs, Scoring, open_detector, report_items, say, warn
 from dfengine.console import OutputConsole
-from dfengine.data.folders import Dataset, Sample, open_dataset
+from dfengine.data.folders import Dataset, Sample, open_test_set
 from dfengine.data.images import read_mask
 from dfengine.data.inputs import InputImage, collect_inputs
 from dfengine.detection import resize_map
@@ -42,9 +42,7 @@ def run_evaluate(
     seed: int,
 ) -> int:
     """Evaluates on the test images of `data` and returns the exit status, as `run_detect` does."""
-    dataset = open_dataset(data)
-    if not dataset.test:
-        raise DataError(f"{data}: no test images (expected test/good and test/<defect>)")
+    dataset = open_test_set(data)
     if robustness and all(sample.label for sample in dataset.test):
         raise DataError(f"{data}: no good test images, which --robustness needs (expected test/good)")
     detector = open_detector(checkpoint, device, precision, seed)

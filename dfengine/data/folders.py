@@ -22,10 +22,12 @@ from pathlib import Path
 
 from dfengine.data.images import FORMATS, list_images
 from dfengine.errors import DataError
-from dfengine.files import os_reason
+from dfengine.files import OUTPUT_MARKER, os_reason
 
 GOOD_NAMES = frozenset(("good", "normal", "ok"))
 LAYOUTS = ("mvtec", "visa", "dagm", "folder")
+PARTS = ("train", "test", "ground_truth", "Data", "Train", "Test")
+"""The folders of a data set."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,50 @@ def open_dataset(root: str | os.PathLike, layout: str = "auto") -> Dataset:
     return Dataset(root, layout, tuple(train), tuple(test))
 
 
+def open_test_set(root: str | os.PathLike) -> Dataset:
+    """`open_dataset` for who needs labelled test images. Raises DataError where there are none too, naming the folder
+    to give instead or what was expected."""
+    root = Path(root)
+    refusal = None
+    try:
+        dataset = open_dataset(root)
+        if dataset.test:
+            return dataset
+    except DataError as error:
+        refusal = error
+    if not root.is_dir() or (root / OUTPUT_MARKER).exists():
+        raise refusal
+    whole = _whole(root)
+    if whole:
+        raise DataError(f"{root}: is a part of the data set {whole}; give that folder")
+    names = [sub.name for sub in _subfolders(root)]
+    kinds = [name for name in names if name not in PARTS]
+    if len(kinds) > 1 and any(name.lower() in GOOD_NAMES for name in kinds) and not _looks_like_dataset(root):
+        raise DataError(f"{root}: no test images; move its folders {_listed(kinds)} into {root / 'test'}")
+    if refusal:
+        raise refusal
+    held = f"; there is only {_listed(names)}" if names else ""
+    raise DataError(
+        f"{root}: no test images; expected test/good and test/<defect>, or Data/Images (VisA), or Test (DAGM){held}"
+    )
+
+
+def _whole(part: Path) -> Path | None:
+    """The data set with test images to which the folder `part` belongs; None where there is none."""
+    for inner in (part.resolve(), *part.resolve().parents):
+        if inner.name in PARTS:
+            try:
+                if open_dataset(inner.parent).test:
+                    return inner.parent
+            except DataError:
+                continue
+    return None
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+
+
 def fingerprint(paths: Iterable[str | os.PathLike]) -> str:
     """sha256 (hex) over names and bytes of files: changes when any is added, renamed or altered, not with their order
     or with the folder they lie in together. Raises DataError when one cannot be read."""
@@ -129,17 +175,19 @@ def _detect_layout(root: Path) -> str:
 def _folder(root: Path) -> tuple[list[Sample], list[Sample]]:
     if (root / "train").is_dir() or (root / "test").is_dir():
         return _mvtec(root)
+    if (root / OUTPUT_MARKER).exists():
+        list_images(root)  # raises, for that
     # Anything that hints at labels must not end up as normal training images.
     subfolders = _subfolders(root)
     data_sets = [sub.name for sub in subfolders if _looks_like_dataset(sub)]
     if data_sets:
-        raise DataError(f"{root}: holds several data sets ({', '.join(data_sets[:6])}); give one of these folders")
+        raise DataError(f"{root}: holds several data sets ({_listed(data_sets)}); give one of these folders")
     _refuse_defects(root.resolve(), root)
     labelled = [sub.name for sub in subfolders if sub.name.lower() in GOOD_NAMES | {"train", "test", "ground_truth"}]
     if labelled and len(subfolders) > 1:
         first, remedy = labelled[0], ""
         if first.lower() in GOOD_NAMES:
-            remedy = f"; move these folders into {root / 'test'}, or give {first} alone"
+            remedy = f"; give {root / first} for its normal images"
         raise DataError(f"{root}: holds folder {first} among others; expected train/good and test/<defect>{remedy}")
     images = _images(root, recursive=True, others=True)
     if not images:
@@ -150,7 +198,10 @@ def _folder(root: Path) -> tuple[list[Sample], list[Sample]]:
 def _refuse_defects(folder: Path, shown: Path) -> None:
     """Raises `DataError` for a folder of a data set, or inside one, that holds test images, a defect or masks."""
     if folder.name == "test" and _is_test(folder):
-        raise DataError(f"{shown}: holds the test images of {folder.parent}; give that folder, or test/good in it")
+        good = [sub for sub in _subfolders(folder) if sub.name.lower() in GOOD_NAMES]
+        takes = "that folder" if (folder.parent / "train").is_dir() else good[0] if good else None
+        remedy = f"; give {takes}" if takes else ""
+        raise DataError(f"{shown}: holds the test images of {folder.parent}{remedy}")
     for inner in (folder, *folder.parents):
         outer = inner.parent
         if inner.name == "ground_truth" and any((outer / name).is_dir() for name in ("train", "test")):
@@ -194,8 +245,8 @@ def _train_images(folder: Path) -> list[Path]:
     if good and loose:
         raise DataError(f"{loose[0]}: lies beside {good[0].name}/; put all normal images in one of the two places")
     if not good and not loose and _subfolders(folder):
-        names = ", ".join(sub.name for sub in _subfolders(folder)[:6])
-        raise DataError(f"{folder}: no folder good, normal or ok, and no images; only {names}")
+        names = [sub.name for sub in _subfolders(folder)]
+        raise DataError(f"{folder}: no folder good, normal or ok, and no images; only {_listed(names)}")
     return images or loose
 
 

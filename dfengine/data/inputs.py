@@ -7,7 +7,9 @@
     torch tensor                        (H, W) | (C, H, W) | (B, C, H, W), channels first, any device
     __cuda_array_interface__ | DLPack   as NumPy: channels last; taken over without a copy, on their device
     InputImage                          as `collect_inputs` gives it
-    list, tuple or iterator             of any of these, mixed in kind and size
+    list or tuple                       of any of these, mixed in kind and size
+    any other iterable                  likewise: an iterator, a deque, a DataLoader, what has an `__iter__`; but no
+                                        dict or set, no bytes and no open file
 
 C is 1 (gray), 3 (RGB) or 4 (RGBA, composited over black). Pixels are uint8, uint16, bool (0 and 1) or float in
 [0, 1]. What is not listed is refused rather than guessed: a NumPy array (3, H, W), for one.
@@ -20,7 +22,7 @@ and is raised by its `load`, so that one bad image is reported and the others ar
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from dfengine.data.images import list_images, read_image, resize_unit, resize_we
 from dfengine.errors import ArgumentTypeError, DataError, ImageError, UsageError
 
 _EXPECTED = "a path, a PIL image, a NumPy array, a torch tensor, or a list of these"
+_ARRAYS = ("__cuda_array_interface__", "__dlpack__", "__array__", "__array_interface__")
 _DTYPES = (torch.uint8, torch.uint16, torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -98,13 +101,28 @@ class InputImage:
         return array
 
 
+def is_stream(batch: Any) -> bool:
+    """Whether `batch` is one of "any other iterable" of the module's docstring, whose items are asked for in turn."""
+    return isinstance(batch, Iterable) and not (
+        isinstance(batch, (list, tuple, str, bytes, bytearray, memoryview, Mapping, set, frozenset, os.PathLike))
+        or isinstance(batch, (InputImage, Image.Image, torch.Tensor, np.ndarray))
+        or any(hasattr(batch, name) for name in _ARRAYS)
+        or _is_file(batch)
+    )
+
+
+def _is_file(item: Any) -> bool:
+    """Whether it is an open file, or is read as one: a BytesIO, a file inside an archive, an answer of a server."""
+    return not isinstance(item, os.PathLike) and hasattr(item, "read") and hasattr(item, "readline")
+
+
 def collect_inputs(batch: Any) -> list[InputImage]:
     """The images of a batch, in order; the module's docstring says what a batch can be.
 
     Raises UsageError for an empty batch, ArgumentTypeError for an unknown type, DataError for a folder without images,
     ImageError for an array that means nothing (dtype, rank, channels, size).
     """
-    if isinstance(batch, Iterator):
+    if is_stream(batch):
         batch = list(batch)
     if not isinstance(batch, (list, tuple)):
         images = _expand(batch, "batch")
@@ -149,7 +167,10 @@ def _expand(item: Any, name: str) -> list[InputImage]:
         return _split(_tensor(_adopt(lambda: torch.from_dlpack(item), name), name), name)
     if hasattr(item, "__array__") or hasattr(item, "__array_interface__"):
         return _split(_numpy(_adopt(lambda: np.asarray(item), name), name), name)
-    raise ArgumentTypeError(f"{name}: is of type {type(item).__name__}; expected {_EXPECTED}")
+    kind = type(item).__name__
+    if _is_file(item):
+        raise ArgumentTypeError(f"{name}: is an open file ({kind}); give its path, or the image as an array")
+    raise ArgumentTypeError(f"{name}: is of type {kind}; expected {_EXPECTED}")
 
 
 def _place(name: str) -> str:

@@ -38,7 +38,17 @@ from dfengine.training.plan import Automatic, settle
 from dfengine.training.probe import agreed_precision
 from dfengine.training.record import training_record
 from dfengine.training.schedule import Budget, Clock, stage_of
-from dfengine.training.state import RunState, TrainingInterrupted, check_identity, load_state, read_state
+from dfengine.training.state import (
+    NOTHING_YET,
+    STATE_FILE,
+    RunState,
+    TrainingInterrupted,
+    check_identity,
+    interrupted_by,
+    kept_in,
+    load_state,
+    read_state,
+)
 from dfengine.training.trainer import Trainer, TrainingDiverged
 from dfengine.training.validation import run, tolerance, validate, verdict
 from dfengine.wording import counted
@@ -80,7 +90,7 @@ def train(
     Raises `DataError` for data that cannot be trained on, `UsageError` for options that do not fit each other or the
     saved state, `DfengineError` for an `out` that cannot be written, `TrainingDiverged` when a loss is not finite,
     `TrainingInterrupted` (exit code 130, or 143 for SIGTERM) after Ctrl-C, SIGTERM, `stop` or `leg_minutes`, when the
-    state has been saved.
+    state has been saved; before the first step, a signal finds nothing to save.
     """
     if config.workers is None:
         cpus = os.cpu_count() or 1
@@ -93,7 +103,12 @@ def train(
         torch.set_num_threads(config.threads)
     try:
         with World(config.device) as world, held(run_folder_of(Path(out)), world):
-            return _Run(config, model_config, Path(data), Path(out), world, resume, console).go(stop)
+            try:
+                run = _Run(config, model_config, Path(data), Path(out), world, resume, console)
+            except KeyboardInterrupt as error:
+                kept = kept_in(run_folder_of(Path(out)), 0) if resume else NOTHING_YET
+                raise interrupted_by(error, f"training stopped while it was being prepared; {kept}") from None
+            return run.go(stop)
     finally:
         torch.set_num_threads(threads)
 
@@ -113,18 +128,19 @@ class _Run:
     ):
         self.data, self.out, self.world = data, out, world
         self.folder = run_folder_of(out)
-        self.state_path = self.folder / "state.safetensors"
+        self.state_path = self.folder / STATE_FILE
         self.best_path = self.folder / "best.safetensors"
         self.console = (console or Console(stderr=True)) if world.is_main else Console(quiet=True)
         self.resumed = resume
         if not resume:
             self._refuse_unfinished()
-        self.plan = settle(wanted, config, data, self.state_path if resume else None, world)
+        self.plan = settle(wanted, config, data, self.state_path if resume else None, world, self._say)
         self.model_config = model_config = self.plan.model
         self.config = config = config.replace(init=self.plan.init).resolve(model_config)
 
         size = model_config.image_size
         before = load_checkpoint(start_path(config.init)).training if config.init else None
+        self._say(f"reading the images of {data}")
         self.normals = read_normals(data, size, config.holdout, config.seed, before)
         if self.plan.reason:
             self._say(self.plan.reason)
@@ -134,13 +150,14 @@ class _Run:
         train_images = self.normals.images[self.normals.train]
         held_out = self.normals.images[self.normals.held_out]
         self.budget = Budget.of(config, len(train_images), world.size)
+        self._say("estimating where the objects are, and making anomalies for the validation")
         synthesizer = Synthesizer(train_images, textures, config.synthesis)
         self.validation = validation_set(
             held_out[:MAX_VALIDATION_NORMALS], textures, config.synthesis, config.seed, config.validation_samples
         )
 
         state, tensors = self._resumed_state() if resume else (self._fresh_state(), None)
-        precision = agreed_precision(state.precision, config, model_config, self.normals.images, world)
+        precision = agreed_precision(state.precision, config, model_config, self.normals.images, world, self._say)
         state.precision, state.threads = precision.name, torch.get_num_threads()
         self.trainer = Trainer(config, model_config, train_images, synthesizer, world, precision, state)
         if tensors:
@@ -162,9 +179,9 @@ class _Run:
         """Trains to the end of the budget and writes the checkpoint."""
         try:
             return self._go(stop)
-        except KeyboardInterrupt:
-            done = counted(self.state.step, "step")
-            raise TrainingInterrupted(f"training stopped at once, after {done}; {self._kept()}") from None
+        except KeyboardInterrupt as error:
+            done, kept = counted(self.state.step, "step"), kept_in(self.folder, self.state.step)
+            raise interrupted_by(error, f"training stopped at once, after {done}; {kept}") from None
 
     def _go(self, stop: Callable[[int], bool] | None) -> TrainResult:
         record = {}
@@ -212,24 +229,17 @@ class _Run:
             if progress >= 1:
                 return
             if interrupted:
-                if log:
+                if log and (state.step or asked):  # a leg ends in a state, however short it is
                     self.trainer.save(self.state_path)
                 self.world.barrier()  # nobody may go on, and perhaps resume, before the state is there
                 stopped = TrainingInterrupted(
-                    f"training stopped at step {state.step} ({100 * progress:.1f}%); {self._kept()}"
+                    f"training stopped at step {state.step} ({100 * progress:.1f}%); {kept_in(self.folder, state.step)}"
                 )
                 stopped.exit_code = 128 + (self._signalled or signal.SIGINT)
                 raise stopped
             self.trainer.step(stage_of(config, progress), progress)
             asked = stop is not None and stop(state.step)
             before = progress
-
-    def _kept(self) -> str:
-        """In words, what there is to go on from."""
-        if not self.state_path.exists():
-            return "nothing was saved"
-        step = read_state(self.state_path).step
-        return f"the state at step {step} is saved in {self.folder}: the same command with --resume goes on"
 
     def _begin(self, log: RunLog) -> None:
         budget, state = self.budget, self.state

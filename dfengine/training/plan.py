@@ -84,13 +84,20 @@ class Plan:
         return {"picked": self.reason, "expected_images": expected} if self.reason else {}
 
 
-def settle(wanted: ModelConfig | Automatic, config: TrainConfig, data: Path, state: Path | None, world: World) -> Plan:
-    """The model and the start weights of a run on the folder `data`.
+def settle(
+    wanted: ModelConfig | Automatic,
+    config: TrainConfig,
+    data: Path,
+    state: Path | None,
+    world: World,
+    say: Callable[[str], None],
+) -> Plan:
+    """The model and the start weights of a run on the folder `data`; `say` tells the user what takes a while.
 
     `pick` says what model. A model that was picked in a default recipe starts from the shipped weights where they fit.
     Raises what `pick` raises.
     """
-    plan = pick(wanted, config, data, state, world)
+    plan = pick(wanted, config, data, state, world, say)
     if config.init == NO_INIT:
         return replace(plan, init=None)
     if config.init or plan.init:
@@ -104,7 +111,14 @@ def settle(wanted: ModelConfig | Automatic, config: TrainConfig, data: Path, sta
     return replace(plan, init=FASTENERS, reason=f"{plan.reason}; {start}" if plan.reason else "")
 
 
-def pick(wanted: ModelConfig | Automatic, config: TrainConfig, data: Path, state: Path | None, world: World) -> Plan:
+def pick(
+    wanted: ModelConfig | Automatic,
+    config: TrainConfig,
+    data: Path,
+    state: Path | None,
+    world: World,
+    say: Callable[[str], None],
+) -> Plan:
     """The model of a run on the folder `data`, the same on all processes: `wanted` itself, or, where it is `Automatic`,
     that of the run to resume (`state` is its file), that of the checkpoint to start from, or what `choose` finds.
 
@@ -134,7 +148,9 @@ def pick(wanted: ModelConfig | Automatic, config: TrainConfig, data: Path, state
     def resized(size: int) -> np.ndarray:
         return np.stack([np.rint(255 * resize_unit(image, size)).astype(np.uint8) for image in images])
 
-    precision = agreed_precision(config.precision, config.resolve(first), first, resized(first.image_size), world).name
+    resolved, probes = config.resolve(first), resized(first.image_size)
+    precision = agreed_precision(config.precision, resolved, first, probes, world, say).name
+    say("timing training steps, to choose the model")
 
     def measured(model: ModelConfig) -> float:
         rate = images_per_second(config.resolve(model), model, resized(model.image_size), precision, world)

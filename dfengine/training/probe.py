@@ -29,11 +29,16 @@ CPU_ROWS = 512
 
 
 def agreed_precision(
-    name: str, config: TrainConfig, model_config: ModelConfig, images: np.ndarray, world: World
+    name: str,
+    config: TrainConfig,
+    model_config: ModelConfig,
+    images: np.ndarray,
+    world: World,
+    say: Callable[[str], None],
 ) -> Precision:
     """The precision called `name`; all processes take what the main one measures for "auto".
 
-    Measured on the denoiser's step with a batch of `images`, uint8 (N, S, S, 3).
+    Measured on the denoiser's step with a batch of `images`, uint8 (N, S, S, 3), which it tells the user by `say`.
     """
     device, count = world.device, min(8, config.batch_size)
     batch = {
@@ -47,6 +52,7 @@ def agreed_precision(
     def step(precision: Precision) -> None:
         nonlocal model
         if model is None:
+            say("timing training steps, to choose their precision")
             model = build_model(model_config).to(device)
             speed_up(model)
         model.zero_grad(set_to_none=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,33 @@ from torch import Tensor, nn
 
 from dfengine.errors import CheckpointError, DfengineError, UsageError
 from dfengine.files import atomic_path
+from dfengine.signals import Terminated
 
 FORMAT = "dfengine training state"
 VERSION = 2
+STATE_FILE = "state.safetensors"
+NOTHING_YET = "nothing to save yet: the same command starts over"
 
 
 class TrainingInterrupted(DfengineError):
     """Training was stopped from outside; the message says what was saved, and how to go on."""
 
     exit_code = 130
+
+
+def interrupted_by(error: KeyboardInterrupt, text: str) -> TrainingInterrupted:
+    """A `TrainingInterrupted` of that message, with the exit code of the signal which raised `error`."""
+    stopped = TrainingInterrupted(text)
+    stopped.exit_code = 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
+    return stopped
+
+
+def kept_in(folder: Path, steps: int) -> str:
+    """In words, what there is to go on from in a run's folder, after so many steps."""
+    if not (folder / STATE_FILE).exists():
+        return "nothing was saved" if steps else NOTHING_YET
+    step = read_state(folder / STATE_FILE).step
+    return f"the state at step {step} is saved in {folder}: the same command with --resume goes on"
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import tempfile
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -102,6 +103,21 @@ def test_a_file_in_the_place_of_a_folder_of_the_demo(capsys, tmp_path):
         assert main(["demo", "--out", str(tmp_path / name.replace("/", "-"))]) == 2
         said = capsys.readouterr()
         assert reason in said.err and said.err.count("\n") == 1 and not said.out
+
+
+@pytest.mark.parametrize("name", FILES | FOLDERS)
+def test_a_place_where_nobody_can_make_a_file(name, refused, tmp_path, monkeypatch):
+    """As /proc is, which has no folder to make one in."""
+    make = Path.mkdir
+
+    def mkdir(self, *arguments, **options):
+        if tmp_path / "proc" in (self, *self.parents):
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(self))
+        make(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    out = tmp_path / "proc" / f"out{SUFFIXES.get(name, '')}"
+    assert refused((FILES | FOLDERS)[name], out, 2) == "cannot be written: no file can be made there"
 
 
 @pytest.mark.parametrize("name", FILES | FOLDERS)

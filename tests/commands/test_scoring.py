@@ -239,3 +239,16 @@ def test_a_folder_that_dfengine_wrote_is_no_input(checkpoint, data, tmp_path, ca
     wrote = "what dfengine wrote (results or pictures of a training run)"
     refusal = f"{other}: holds {wrote}, no images to read; give another folder"
     assert capsys.readouterr().err == f"dfengine: {refusal}\n" and not (tmp_path / "more").exists()
+
+
+def test_what_evaluate_says_to_give_it_takes(checkpoint, data, tmp_path, capsys):
+    def evaluate(given, status):
+        assert main(["evaluate", str(checkpoint), str(given), "--out", str(tmp_path / "out")]) == status
+        return capsys.readouterr().err
+
+    for part in ("test", "test/good", "test/bent", "train/good"):
+        said = evaluate(data / part, 1)
+        assert said == f"dfengine: {data / part}: is a part of the data set {data}; give that folder\n"
+    evaluate(data, 0)
+    said = evaluate(tmp_path / "out", 1)
+    assert said.startswith(f"dfengine: {tmp_path / 'out'}: holds results that dfengine wrote") and said.count("\n") == 1

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ from PIL import Image
 from dfengine.checkpoint import load_checkpoint, shipped_checkpoint
 from dfengine.cli import main
 from dfengine.models import preset
-from dfengine.training import plan
+from dfengine.training import loop, plan
 from dfengine.training.plan import Candidate
 from tests.helpers import tiny_config
 
@@ -46,7 +48,13 @@ def test_a_run_of_minutes_says_what_it_picked_and_how_good_it_is(photos, capsys)
         "picked one at 32 pixels: about 180 images in 0.03 minutes on this CPU (1 thread); two at 32 pixels would see "
         "only 9 of the 10 it needs"
     )
-    assert printed.splitlines()[0] == reason
+    assert printed.splitlines()[:4] == [
+        "timing training steps, to choose the model",
+        f"reading the images of {photos}",
+        reason,
+        "4 normal images to train on, 2 held out",
+    ]
+    assert "\nestimating where the objects are, and making anomalies for the validation\n" in printed
     assert "0.0% training: 0:02 left" in printed
     assert "the detector ranks a defective above a sound image in" in printed and "of 100 cases" in printed
     checkpoint = load_checkpoint(photos.parent / "net.safetensors")
@@ -94,6 +102,31 @@ def test_weights_that_do_not_fit_a_named_preset_are_refused_in_words(photos, cap
     assert train(photos, "--steps", "1", "--init", "fasteners", "--preset", "diffusionad-tiny") == 2
     message = "the weights of diff-fastener-tiny at 64 pixels do not fit diffusionad-tiny at 64 pixels"
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("part", ["read_normals", "RunLog"])
+def test_a_signal_before_the_first_step_finds_nothing_to_save(part, number, photos, monkeypatch, capsys):
+    """While the images are read; and when the first step would begin."""
+    honest = getattr(loop, part)
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), number)
+        return honest(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, part, interrupted)
+        assert train(photos, "--steps", "2") == 128 + number
+        when = "while it was being prepared" if part == "read_normals" else "at step 0 (0.0%)"
+        said = f"dfengine: training stopped {when}; nothing to save yet: the same command starts over\n"
+        assert capsys.readouterr().err == said
+    assert train(photos, "--steps", "2", "--leg-minutes", "1e-9") == 130
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, part, interrupted)
+        assert train(photos, "--steps", "2", "--resume") == 128 + number
+        assert "; the state at step 0 is saved in" in capsys.readouterr().err
+    assert train(photos, "--steps", "2", "--resume") == 0
 
 
 def test_rotation_is_recorded(photos):

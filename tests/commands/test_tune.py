@@ -44,7 +44,7 @@ def test_a_cache_that_cannot_be_written_loses_nothing(tiny, tmp_path, capsys, ca
     (record,) = caplog.records
     assert "is a file, not a folder: measured tactics are not kept" in record.getMessage()
     capsys.readouterr()
-    assert main(["tune", str(tiny), "--batch", "1"]) == 1  # before anything is measured
+    assert main(["tune", str(tiny), "--batch", "1"]) == 2  # before anything is measured
     printed = capsys.readouterr()
     assert printed.err.startswith(f"dfengine: DFENGINE_CACHE={tmp_path / 'file'}: is a file, not a folder; name a file")
     assert printed.err.count("\n") == 1 and not printed.out
@@ -64,7 +64,7 @@ def test_a_cache_that_only_seems_writable_is_one_line_for_every_command(tiny, tm
     make = tempfile.TemporaryFile
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     Image.new("RGB", (32, 32)).save(tmp_path / "photo.png")
-    assert main(["tune", str(tiny), "--batch", "1"]) == 1
+    assert main(["tune", str(tiny), "--batch", "1"]) == 2
     assert capsys.readouterr() == ("", f"dfengine: {trouble}; name a file with --out to keep what is measured\n")
     tune = ["tune", str(tiny), "--batch", "1", "--batch", "2", "--out", str(tmp_path / "here.json")]
     detect = ["detect", str(tiny), str(tmp_path / "photo.png"), "--out", str(tmp_path / "out"), "--threshold", "0.5"]
@@ -73,6 +73,36 @@ def test_a_cache_that_only_seems_writable_is_one_line_for_every_command(tiny, tm
         assert main(command) == 0
         assert capsys.readouterr().err == f"dfengine: warning: {trouble}: measured tactics are not kept\n"
     assert not folder.exists()
+
+
+def test_a_cache_that_nobody_named_is_no_wrong_usage(tiny, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.delenv("DFENGINE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert main(["tune", str(tiny), "--batch", "1"]) == 1
+    assert capsys.readouterr().err.startswith(f"dfengine: {tmp_path / 'file'}: is a file, not a folder; name a file")
+
+
+@pytest.mark.parametrize("name, below", [("DFENGINE_CACHE", "tactics"), ("XDG_CACHE_HOME", "dfengine/tactics")])
+def test_a_home_in_the_environment_is_expanded(name, below, tiny, tmp_path, capsys, monkeypatch):
+    home, work = tmp_path / "home", tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("DFENGINE_CACHE")
+    monkeypatch.setenv(name, "~/kept")
+    command = ["tune", str(tiny), "--batch", "1", "--precision", "float32"]
+    assert main(command) == 0 and not list(work.iterdir())
+    (kept,) = (home / "kept" / below).glob("*.json")
+    monkeypatch.setenv("DFENGINE_TACTICS", f"~/{kept.relative_to(home)}")
+    assert main(command) == 0
+    capsys.readouterr()
+    monkeypatch.setenv("DFENGINE_TACTICS", "~/gone.json")
+    assert main(command) == 2
+    assert f"DFENGINE_TACTICS={home / 'gone.json'}: no such file" in capsys.readouterr().err
+    monkeypatch.setenv("DFENGINE_TACTICS", "~nobody-of-this-name/a.json")
+    assert main(command) == 2
+    assert "DFENGINE_TACTICS=~nobody-of-this-name/a.json: there is no home folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("end, status", [(KeyboardInterrupt, 130), (DfengineError("the device is lost"), 1)])

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dfengine.data.folders import Dataset, Sample, fingerprint, open_dataset
+from dfengine.data.folders import Dataset, Sample, fingerprint, open_dataset, open_test_set
 from dfengine.data.images import read_mask
 from dfengine.errors import DataError
+from dfengine.files import OUTPUT_MARKER
 
 
 def grow(root: Path, *files: str) -> Path:
@@ -99,7 +100,7 @@ def test_order_is_natural(tmp_path):
 @pytest.mark.parametrize("files, message", [
     ((), "no train/good, no Data/Images .VisA., no Train . Test .DAGM., no images"),
     (("screw/train/good/0-0.png", "nut/train/good/0-0.png"), r"several data sets \(nut, screw\)"),
-    (("good/0-1.png", "broken/0-1.png"), "test/<defect>; move these folders into .*/test, or give good alone$"),
+    (("good/0-1.png", "broken/0-1.png"), "test/<defect>; give .*/good for its normal images$"),
     (("Train/good/0-1.png", "Test/broken/0-1.png"), "expected train/good and test/<defect>$"),
     (("train/missing/0-0.png", "test/good/0-0.png"), "train: no folder good, normal or ok, .*; only missing"),
     (("train/good/0-0.png", "train/a.png"), "a.png: lies beside good/"),
@@ -123,6 +124,59 @@ def test_wrong_roots_and_layouts(tmp_path):
         open_dataset(tmp_path, "coco")
     with pytest.raises(DataError, match="no image for layout visa"):
         open_dataset(tmp_path, "visa")
+
+
+SET = "train/good/0-1.png test/good/0-1.png test/bent/0-1.png ground_truth/bent/0-1.png"
+VISA = "Data/Images/Normal/0-19.JPG Data/Images/Anomaly/0-2.JPG Data/Masks/Anomaly/0-2.png"
+
+
+@pytest.mark.parametrize("files, given", [
+    *((SET, part) for part in ("test", "test/good", "test/bent", "train", "train/good", "ground_truth/bent")),
+    *((VISA, part) for part in ("Data", "Data/Images", "Data/Images/Normal", "Data/Images/Anomaly")),
+    ("Train/0-2.PNG Test/3-4.PNG Test/Label/003_label.PNG", "Test"),
+])
+def test_a_part_of_a_set_with_test_images_names_the_whole_which_is_taken(files, given, tmp_path, monkeypatch):
+    root = grow(tmp_path / "set", *files.split())
+    refusal = f": is a part of the data set {root.resolve()}; give that folder$"
+    with pytest.raises(DataError, match=f"^{root / given}{refusal}"):
+        open_test_set(root / given)
+    monkeypatch.chdir(root / given)
+    with pytest.raises(DataError, match=f"^.{refusal}"):
+        open_test_set(".")
+    assert open_test_set(root.resolve()).test
+
+
+def test_folders_of_kinds_are_taken_once_they_are_moved_as_said(tmp_path):
+    grow(tmp_path, "ok/0-1.png", "broken/0-0.png", "ground_truth/broken/0-0.png")
+    with pytest.raises(DataError, match=f"no test images; move its folders broken, ok into {tmp_path}/test$"):
+        open_test_set(tmp_path)
+    (tmp_path / "test").mkdir()
+    for kind in ("broken", "ok"):
+        (tmp_path / kind).rename(tmp_path / "test" / kind)
+    data = open_test_set(tmp_path)
+    assert data.defects == ("good", "broken") and data.has_masks
+
+
+def test_images_without_labels_are_no_test_set(tmp_path):
+    expected = "no test images; expected test/good and test/<defect>, or Data/Images .VisA., or Test .DAGM."
+    grow(tmp_path, "photos/A/0-0.png", "photos/B/0-0.png", "test/0.png")
+    with pytest.raises(DataError, match=f"photos: {expected}; there is only A, B$"):
+        open_test_set(tmp_path / "photos")
+    with pytest.raises(DataError, match=f"A: {expected}$"):
+        open_test_set(tmp_path / "photos" / "A")
+    with pytest.raises(DataError, match="images without a label"):
+        open_test_set(tmp_path)
+    with pytest.raises(DataError, match="no such folder"):
+        open_test_set(tmp_path / "gone")
+
+
+@pytest.mark.parametrize("read", [open_dataset, open_test_set])
+def test_a_folder_of_results_is_called_one(read, tmp_path):
+    grow(tmp_path, "test/good/0-1.png", "test/good/results/heatmaps/0-1.png")
+    results = tmp_path / "test" / "good" / "results"
+    (results / OUTPUT_MARKER).touch()
+    with pytest.raises(DataError, match=f"^{results}: holds results that dfengine wrote"):
+        read(results)
 
 
 # VisA
@@ -254,8 +308,8 @@ def test_counts_of_the_real_data(name, layout, train, good, defects, masks):
         ("test/good/0-0.png test/bent/day/0-0.png", "test/bent/day", "images of the defect 'bent'"),
         ("train/good/0-0.png test/bent/0-0.png", "test/bent", "images of the defect 'bent'"),
         ("train/0-0.png test/bent/0-0.png ground_truth/bent/000_mask.png", "test/bent", "images of the defect 'bent'"),
-        ("train/good/0-0.png test/bent/0-0.png", "test", "holds the test images"),
-        ("test/good/0-0.png test/bent/0-0.png", "test", "holds the test images of .*; give that folder, or test/good"),
+        ("train/good/0-0.png test/bent/0-0.png", "test", "holds the test images of .*; give that folder"),
+        ("test/ok/0-0.png test/bent/0-0.png", "test", "holds the test images of .*; give .*test/ok"),
         ("train/good/0-0.png ground_truth/bent/000_mask.png", "ground_truth/bent", "holds masks"),
         ("Data/Images/Normal/0-0.png Data/Images/Anomaly/0-0.png", "Data/Images/Anomaly", "the defect 'Anomaly'"),
     ],

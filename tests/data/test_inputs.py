@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import io
+import tempfile
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -256,11 +259,19 @@ def test_a_truncated_pil_image_keeps_to_itself(folder):
 
 # Lists
 
+class Camera:
+    def __init__(self, frames):
+        self.frames = frames
+
+    def __iter__(self):
+        return iter(self.frames)
+
+
 def test_mixed_lists_iterators_and_batches_in_lists(folder):
     items = [folder / "1.png", folder, np.zeros((2, 9, 30, 3)), torch.ones(3, 40, 8), Image.new("L", (8, 8))]
     expected = [str(folder / "1.png"), *(str(folder / f"{i}.png") for i in (1, 2, 10)),
                 "batch[2][0]", "batch[2][1]", "batch[3]", "batch[4]"]
-    for batch in (items, tuple(items), iter(items)):
+    for batch in (items, tuple(items), iter(items), deque(items), dict(enumerate(items)).values(), Camera(items)):
         images = collect_inputs(batch)
         assert [image.name for image in images] == expected
         assert all(image.load(8).shape == (8, 8, 3) for image in images)
@@ -283,8 +294,25 @@ def test_a_bad_item_carries_its_reason():
 @pytest.mark.parametrize("batch, message", [
     ([], "batch: is empty"), (iter(()), "batch: is empty"), (None, "batch: is of type NoneType"),
     ({"a": 1}, "is of type dict"), (b"\x89PNG", "is of type bytes"),
-    ([[np.zeros((8, 8))]], r"batch\[0\]: is of type list"),
+    ([[np.zeros((8, 8))]], r"batch\[0\]: is of type list"), ({"a.png"}, "is of type set"),
+    (bytearray(b"PNG"), "is of type bytearray"), (Camera, "is of type type"), ([Camera([])], "is of type Camera"),
 ])
 def test_what_holds_no_images(batch, message):
     with pytest.raises(UsageError, match=message):
         collect_inputs(batch)
+
+
+def test_what_an_iterable_raises_is_raised():
+    with pytest.raises(TypeError, match="'int' object is not iterable"):
+        collect_inputs(Camera(3))
+
+
+def test_open_files_are_refused_and_not_read(folder):
+    with open(folder / "1.png", "rb") as binary, open(folder / "1.png") as text, \
+            tempfile.NamedTemporaryFile() as wrapped:
+        for file in (binary, text, wrapped, io.BytesIO(b"one\ntwo\n")):
+            for batch, name in ((file, "batch"), ([np.zeros((8, 8)), file], r"batch\[1\]")):
+                refusal = rf"^{name}: is an open file \({type(file).__name__}\); give its path, or the image as"
+                with pytest.raises(UsageError, match=refusal):
+                    collect_inputs(batch)
+            assert file.tell() == 0

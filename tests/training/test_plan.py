@@ -133,9 +133,9 @@ def photos(tmp_path):
     return folder
 
 
-def settled(wanted, config, data, state=None):
+def settled(wanted, config, data, state=None, said=None):
     with World("cpu") as world:
-        return settle(wanted, config, data, state, world)
+        return settle(wanted, config, data, state, world, [].append if said is None else said.append)
 
 
 def given_rates(monkeypatch, rates: dict, asked: list | None = None) -> None:
@@ -176,7 +176,10 @@ def test_a_real_measurement_climbs_as_far_as_the_time_goes(normals, monkeypatch,
     picked = settled(Automatic(), TrainConfig(minutes=1e-4, batch_size=2, precision="float32"), normals)
     assert picked.model == models[0]
     assert 0 < picked.images < 1000 and "1,000 would be better: give it more minutes" in picked.reason
-    picked = settled(Automatic(), TrainConfig(minutes=1e4, batch_size=2), normals)
+    monkeypatch.setattr("dfengine.training.precision.cpu_has_bfloat16", lambda: True)
+    said = []
+    picked = settled(Automatic(), TrainConfig(minutes=1e4, batch_size=2), normals, said=said)
+    assert said == ["timing training steps, to choose their precision", "timing training steps, to choose the model"]
     assert picked.model == models[1] and picked.images > 1000
 
 
