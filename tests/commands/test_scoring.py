@@ -251,4 +251,4 @@ def test_what_evaluate_says_to_give_it_takes(checkpoint, data, tmp_path, capsys)
         assert said == f"dfengine: {data / part}: is a part of the data set {data}; give that folder\n"
     evaluate(data, 0)
     said = evaluate(tmp_path / "out", 1)
-    assert said.startswith(f"dfengine: {tmp_path / 'out'}: holds results that dfengine wrote") and said.count("\n") == 1
+    assert said.startswith(f"dfengine: {tmp_path / 'out'}: holds what dfengine wrote") and said.count("\n") == 1

@@ -175,7 +175,7 @@ def test_a_folder_of_results_is_called_one(read, tmp_path):
     grow(tmp_path, "test/good/0-1.png", "test/good/results/heatmaps/0-1.png")
     results = tmp_path / "test" / "good" / "results"
     (results / OUTPUT_MARKER).touch()
-    with pytest.raises(DataError, match=f"^{results}: holds results that dfengine wrote"):
+    with pytest.raises(DataError, match=f"^{results}: holds what dfengine wrote"):
         read(results)
 
 
