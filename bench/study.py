@@ -4,10 +4,11 @@
 
 The grid names image sets (`bench/study_sets.py`), seeds, a budget in core-seconds and variants; a variant changes
 fields of `ModelConfig`, `TrainConfig`, `SynthesisConfig` or `AugmentConfig` ("model", "train", "synthesis", "augment"
-tables), or of the trained model's `ModelConfig` ("inference"). Its steps follow from the budget and from what
-its three kinds of step cost on this machine, measured once before the runs and kept in costs.json: so a run's result
-does not depend on what else the machine does. Interrupted runs go on; finished ones are kept by the hash of their
-settings and code. One row a run goes to results.csv; `bench/study_report.py` makes tables of it.
+tables), or of the trained model's `ModelConfig` ("inference"), on top of those of `[base]` and of a set's own
+`[base_of.SET]`. Its steps follow from the budget and from what its three kinds of step cost on this machine, measured
+once before the runs and kept in costs.json: so a run's result does not depend on what else the machine does.
+Interrupted runs go on; finished ones are kept by the hash of their settings and code. One row a run goes to
+results.csv; `bench/study_report.py` makes tables of it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from dfengine.engine.modules import ModuleRunner  # noqa: E402
 from dfengine.evaluation.metrics import auroc, average_precision  # noqa: E402
 from dfengine.models import preset  # noqa: E402
 from dfengine.training import TrainConfig, run_folder_of, train  # noqa: E402
-from dfengine.training.config import start_path  # noqa: E402
+from dfengine.training.config import NO_INIT, start_path  # noqa: E402
 from dfengine.training.distributed import World  # noqa: E402
 from dfengine.training.precision import Precision  # noqa: E402
 from dfengine.training.state import RunState  # noqa: E402
@@ -65,8 +66,9 @@ def settings(grid: dict) -> list[dict]:
             for name in changes.get("sets", grid["sets"]):
                 seconds = changes.get("seconds", grid["seconds"])
                 run = {"set": name, "variant": variant, "seed": seed, "seconds": seconds}
+                layers = grid.get("base", {}), grid.get("base_of", {}).get(name, {}), changes
                 for table in TABLES:
-                    run[table] = {**grid.get("base", {}).get(table, {}), **changes.get(table, {})}
+                    run[table] = {key: value for layer in layers for key, value in layer.get(table, {}).items()}
                 runs.append(run)
     return runs
 
@@ -75,7 +77,7 @@ def key_of(run: dict) -> str:
     """Names a trained model: its settings, start weights and the code that made it. Inference settings share one."""
     named = {k: v for k, v in run.items() if k not in ("variant", "inference")}
     digest = hashlib.sha256((json.dumps(named, sort_keys=True) + code_digest()).encode())
-    if init := run["train"].get("init"):
+    if (init := run["train"].get("init", NO_INIT)) != NO_INIT:
         digest.update(start_path(init).read_bytes())
     return digest.hexdigest()[:12]
 

@@ -345,23 +345,11 @@ def demo(
 
 
 def _command(module: str, function: str, package: str = "dfengine.commands") -> Callable[..., Any]:
-    """What runs a command, imported now. Raises `UsageError` where DFENGINE_BACKEND names no backend, or a path in the
-    environment the home of nobody."""
-    _expand_homes()
+    """What runs a command, imported now. Raises `UsageError` where DFENGINE_BACKEND names no backend."""
     with signals.ending():
         if os.environ.get("DFENGINE_BACKEND"):
             importlib.import_module("dfengine.kernels").forced_backend(None)
         return getattr(importlib.import_module(f"{package}.{module}"), function)
-
-
-def _expand_homes() -> None:
-    """A "~" that begins a path in the environment becomes the home folder, as where a shell expands it."""
-    for name in ("DFENGINE_CACHE", "DFENGINE_TACTICS", "XDG_CACHE_HOME"):
-        given = os.environ.get(name, "")
-        if given.startswith("~"):
-            os.environ[name] = os.path.expanduser(given)
-            if os.environ[name] == given:
-                raise UsageError(f"{name}={given}: there is no home folder of this name; give the whole path")
 
 
 def _exit(status: int) -> None:

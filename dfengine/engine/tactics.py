@@ -130,13 +130,22 @@ def _driver() -> str:
     return found.group(0) if found else "unknown"
 
 
+def _path_of(variable: str) -> Path | None:
+    """The path that an environment variable holds, "~" at its begin being the home folder; None where it is unset.
+    Raises `UsageError` for the home of nobody."""
+    given = os.environ.get(variable)
+    try:
+        return Path(given).expanduser() if given else None
+    except RuntimeError:
+        raise UsageError(f"{variable}={given}: there is no home folder of this name; give the whole path") from None
+
+
 def cache_folder() -> Path:
-    """Where measured tactics are kept."""
-    named = os.environ.get(CACHE)
-    if named:
-        return Path(named) / "tactics"
-    if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"]) / "dfengine" / "tactics"
+    """Where measured tactics are kept. Raises `UsageError` for a path in the home of nobody."""
+    if named := _path_of(CACHE):
+        return named / "tactics"
+    if caches := _path_of("XDG_CACHE_HOME"):
+        return caches / "dfengine" / "tactics"
     try:
         return Path.home() / ".cache" / "dfengine" / "tactics"
     except RuntimeError:  # a user without a home
@@ -155,7 +164,7 @@ def check_cache() -> None:
     except OSError as error:
         reason = f"cannot be written to: {os_reason(error)}"
     if reason:
-        named = there == Path(os.environ.get(CACHE, ""))
+        named = there == _path_of(CACHE)
         raise DfengineError(f"{_cache_variable()}{reason}" if named else f"{_cache_variable()}{there}: {reason}")
 
 
@@ -217,13 +226,13 @@ class Tactics:
         self.unsaved = 0
         """Records since the last `save`."""
         self._known: dict[str, Tactic] = {}
-        shipped, named = SHIPPED / name, os.environ.get(FILE)
+        shipped, named = SHIPPED / name, _path_of(FILE)
         if shipped.is_file():
             self._known |= _read(shipped)[1]
         self._measured = self._remembered()
         self._known |= self._measured
         if named:
-            self._known |= _named(Path(named))
+            self._known |= _named(named)
 
     def _remembered(self) -> dict[str, Tactic]:
         try:

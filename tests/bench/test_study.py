@@ -22,6 +22,7 @@ GRID = {
     "seeds": [0, 1],
     "seconds": 60,
     "base": {"train": {"focal_gamma": 2.0}},
+    "base_of": {"b": {"train": {"focal_gamma": 1.0, "clip": 0.5}}},
     "variants": {
         "base": {},
         "gamma": {"train": {"focal_gamma": 4.0}},
@@ -40,6 +41,8 @@ def run(variant: str, name: str = "a", seed: int = 0) -> dict:
 def test_a_grid_is_every_variant_on_every_set_and_seed():
     assert len(study.settings(GRID)) == 2 * (3 * 2 + 1)
     assert run("base")["train"] == {"focal_gamma": 2.0} and run("gamma")["train"] == {"focal_gamma": 4.0}
+    assert run("base", "b")["train"] == {"focal_gamma": 1.0, "clip": 0.5}
+    assert run("gamma", "b")["train"] == {"focal_gamma": 4.0, "clip": 0.5}
     assert run("long")["seconds"] == 120
 
 
