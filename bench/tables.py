@@ -121,7 +121,7 @@ def waterfall_table() -> str:
     parts = []
     for result in results("throughput-waterfall"):
         for row in result["rows"]:
-            lines = [f"| {model_name(row)}, batch {row['batch']} | ms |", "| --- | --- |"]
+            lines = [f"{result['device']}:", "", f"| {model_name(row)}, batch {row['batch']} | ms |", "| --- | --- |"]
             lines += [f"| {step['step']} | {step['ms']:.1f} |" for step in row["steps"]]
             parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
