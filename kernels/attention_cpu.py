@@ -15,7 +15,7 @@ from dfengine.kernels.conv2d_cpu import PRODUCTS, default_product
 from dfengine.kernels.registry import CannotRunError
 from dfengine.kernels.slices import TYPES, pixel_stride
 
-MOST_CHANNELS = 256
+MOST_CHANNELS = 1024
 """Of a head: more are not tested."""
 
 

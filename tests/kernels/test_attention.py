@@ -26,6 +26,8 @@ SHAPES = [
     ((1, 9, 5), 2, 128),
     ((3, 3, 11), 1, 1),
     ((1, 2, 3), 1, 256),
+    ((1, 3, 14), 2, 264),  # past 256 channels, by a part of a block
+    ((1, 5, 7), 1, 1024),
 ]
 
 
@@ -163,13 +165,13 @@ def test_bound_calls_follow_their_buffers():
 @pytest.mark.parametrize("shape, heads, dtype, chosen", [
     ((1, 2, 3, 48), 2, torch.bfloat16, "cpu"),
     ((1, 2, 3, 48), 2, torch.float64, "library"),
-    ((1, 2, 3, 3 * 300), 1, torch.float32, "library"),
+    ((1, 2, 3, 3 * 1032), 1, torch.float32, "library"),
 ])  # fmt: skip
 def test_what_serves(shape, heads, dtype, chosen):
     qkv, y = torch.zeros(shape, dtype=dtype), torch.zeros((*shape[:3], shape[3] // 3), dtype=dtype)
     assert attention.OP.choose(qkv, heads, y) == (chosen if native.available() else "library")
     if native.available() and chosen != "cpu":
-        with pytest.raises(CannotRunError, match="float64|300 channels of a head"):
+        with pytest.raises(CannotRunError, match="float64|1032 channels of a head"):
             attention.OP.choose(qkv, heads, y, backend="cpu")
 
 
