@@ -1,11 +1,8 @@
 from __future__ import annotations
 
 import io
-import os
 import struct
-import tracemalloc
 import zlib
-from fractions import Fraction
 
 import cv2
 import numpy as np
@@ -17,16 +14,14 @@ from PIL import Image, ImageFile, ImageOps
 
 from dfengine.data import images
 from dfengine.data.images import (
-    list_images,
     load_uint8,
     load_unit,
     read_image,
     read_mask,
     resize_unit,
-    resize_weights,
     to_unit,
 )
-from dfengine.errors import DataError, ImageError
+from dfengine.errors import ImageError
 
 
 def noise(*shape: int, dtype=np.uint8, seed: int = 0) -> np.ndarray:
@@ -258,69 +253,7 @@ def test_to_unit():
         to_unit(np.array([1], np.int32))
 
 
-# Resizing
-
-@pytest.mark.parametrize("length, size", [(72, 64), (100, 7), (8, 64), (9, 9), (64, 65), (65, 64), (5000, 256)])
-def test_resize_weights_against_exact_arithmetic(length, size):
-    """Shrinking: the exact overlap of pixel i's interval with each input pixel. Growing: the hat function."""
-    weights = resize_weights(length, size)
-    for i in {0, 1, size // 2, size - 1}:
-        low, high = Fraction(i * length, size), Fraction((i + 1) * length, size)
-        for k in {0, 1, int(low), int(low) + 1, length // 2, length - 2, length - 1} & set(range(length)):
-            if length > size:
-                expected = max(Fraction(0), min(high, k + 1) - max(low, k)) / (high - low)
-            else:
-                centre = min(max((low + high) / 2 - Fraction(1, 2), 0), length - 1)
-                expected = max(Fraction(0), 1 - abs(centre - k))
-            assert weights[i, k] == pytest.approx(float(expected), abs=1e-12)
-    np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=1e-12)
-
-
-@pytest.mark.parametrize("height, width, size", [(72, 72, 64), (37, 100, 64), (300, 9, 64), (8, 8, 32), (8, 4000, 16),
-                                                 (4000, 8, 16), (64, 200, 64), (640, 480, 256)])
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
-def test_resize_unit_is_the_two_matrices(height, width, size, dtype):
-    array = np.random.default_rng(0).random((height, width, 3))
-    array = array.astype(dtype) if dtype == np.float32 else (array * np.iinfo(dtype).max).astype(dtype)
-    white = 1 if dtype == np.float32 else np.iinfo(dtype).max
-    rows, columns = resize_weights(height, size), resize_weights(width, size)
-    expected = np.einsum("ih,hwc,jw->ijc", rows, array / white, columns, optimize=True)
-    resized = resize_unit(array, size)
-    assert resized.dtype == np.float32 and resized.shape == (size, size, 3) and resized.flags.c_contiguous
-    np.testing.assert_allclose(resized, expected, atol=2e-6)
-
-
-def test_resize_does_not_depend_on_threads_or_strips(monkeypatch):
-    array = noise(301, 517, 3)
-    whole = resize_unit(array, 100)
-    threads = cv2.getNumThreads()
-    try:
-        for count in (1, 2, 5):
-            cv2.setNumThreads(count)
-            np.testing.assert_array_equal(resize_unit(array, 100), whole)
-    finally:
-        cv2.setNumThreads(threads)
-    monkeypatch.setattr(images, "STRIP_VALUES", 5000)
-    np.testing.assert_array_equal(resize_unit(array, 100), whole)
-    np.testing.assert_array_equal(resize_unit(array.transpose(1, 0, 2), 100), whole.transpose(1, 0, 2))
-
-
-def test_resize_keeps_black_and_white_and_an_image_of_that_size():
-    assert resize_unit(np.zeros((97, 31, 3), np.uint8), 64).max() == 0
-    white = resize_unit(np.full((97, 31, 3), 255, np.uint8), 64)
-    assert white.max() == 1 and white.min() > 1 - 1e-6
-    array = noise(32, 32, 3)
-    np.testing.assert_array_equal(resize_unit(array, 32), to_unit(array))
-
-
-def test_resize_of_a_large_image_needs_little_memory():
-    array = noise(3000, 4000, 3)
-    tracemalloc.start()
-    resize_unit(array, 256)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 2 * array.nbytes  # a float copy would be 4 times
-
+# Whole
 
 def test_load(tmp_path):
     pixels = noise(24, 40, 3)
@@ -359,90 +292,6 @@ def test_masks_of_another_aspect_are_refused(shape, tmp_path):
     Image.new("L", (24, 16)).save(tmp_path / "m.png")
     with pytest.raises(ImageError, match=f"m.png: the mask is 24x16, its image {shape[1]}x{shape[0]}"):
         read_mask(tmp_path / "m.png", shape)
-
-
-# Folders
-
-def touch(folder, *names):
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(b"")
-
-
-def test_list_images_is_natural_and_recursive(tmp_path):
-    touch(tmp_path, "frame10.png", "frame2.PNG", "frame01.jpg", "day2/a.tif", "day10/a.webp", "notes.txt", "._a.png",
-          ".hidden/a.png", "photo.heic")
-    (tmp_path / "folder.png").mkdir()
-    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
-    names = [path.relative_to(tmp_path).as_posix() for path in list_images(tmp_path)]
-    assert names == ["day2/a.tif", "day10/a.webp", "frame01.jpg", "frame2.PNG", "frame10.png", "gone.png", "photo.heic"]
-    flat = [path.name for path in list_images(tmp_path, recursive=False)]
-    assert flat == ["frame01.jpg", "frame2.PNG", "frame10.png", "gone.png", "photo.heic"]
-
-
-def test_what_dfengine_wrote_is_passed_over_in_a_tree_and_refused_by_name(tmp_path, monkeypatch):
-    touch(tmp_path, "a.png", "heatmaps/b.png", "panels/c.png")  # somebody's own
-    touch(tmp_path, *(f"results/{name}" for name in (".dfengine-output", "roc.png", "heatmaps/0.png")))
-    touch(tmp_path, *(f"net.run/{name}" for name in (".dfengine-output", "loss.png", "panels/1.png")))
-    (tmp_path / "link").symlink_to(tmp_path / "results" / "heatmaps")
-    assert [path.name for path in list_images(tmp_path)] == ["a.png", "b.png", "c.png"]
-    for name in ("results", "results/heatmaps", "net.run", "net.run/panels", "link"):
-        with pytest.raises(DataError, match=f"{name}: holds what dfengine wrote .*, no images to read"):
-            list_images(tmp_path / name)
-    monkeypatch.chdir(tmp_path / "results" / "heatmaps")
-    with pytest.raises(DataError, match=r"^\.: holds what dfengine wrote"):
-        list_images(".")
-
-
-def test_linked_folders_are_followed_once(tmp_path):
-    touch(tmp_path, "data/a.png", "elsewhere/b.png")
-    (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "data" / "circle").symlink_to(tmp_path / "data")
-    assert [path.name for path in list_images(tmp_path / "data")] == ["a.png", "b.png"]
-
-
-def test_list_images_refuses_what_is_no_folder_of_images(tmp_path, monkeypatch):
-    touch(tmp_path, "a.png", "empty/notes.txt")
-    for path, reason in (("gone", "no such folder"), ("a.png", "is a file, not a folder"),
-                         ("empty", "no image in this folder")):
-        with pytest.raises(DataError, match=f"{path}: {reason}"):
-            list_images(tmp_path / path)
-
-    def refuse(path):
-        raise PermissionError(13, "Permission denied", os.fspath(path))
-
-    monkeypatch.setattr("os.scandir", refuse)
-    with pytest.raises(DataError, match="empty: permission denied"):
-        list_images(tmp_path / "empty")
-
-
-def test_what_is_passed_over_is_counted_once_where_it_is_asked_for(tmp_path, caplog):
-    touch(tmp_path, "a.png", "IMG_10.jpgg", "day2/IMG_2", ".b.png", "._a.png", ".DS_Store", "Thumbs.db", ".cache/c.tx")
-    list_images(tmp_path)
-    assert not caplog.records
-    for _ in range(2):
-        assert [path.name for path in list_images(tmp_path, others=True)] == ["a.png"]
-    (record,) = caplog.records
-    names = ".b.png, day2/IMG_2, IMG_10.jpgg"
-    assert record.getMessage() == f"{tmp_path}: 3 files left out, no image by name: {names}"
-    with pytest.raises(DataError, match=r"day2: no image in this folder \(.*\); it holds IMG_2$"):
-        list_images(tmp_path / "day2")
-
-
-def test_masks_of_a_data_set_are_left_out_and_named(tmp_path, caplog):
-    for name in ("test/bad/0.png", "ground_truth/bad/0_mask.png", "visa/Data/Images/Normal/1.png",
-                 "visa/Data/Masks/Anomaly/2.png", "dagm/Train/3.png", "dagm/Train/Label/3_label.png", "Label/4.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (8, 8)).save(tmp_path / name)
-    (tmp_path / "dagm/Train/Label/Labels.txt").write_text("1\n")
-    found = [path.name for path in list_images(tmp_path)]
-    assert sorted(found) == ["0.png", "1.png", "3.png", "4.png"]
-    (record,) = caplog.records
-    assert record.getMessage().endswith("holds ground-truth masks, which are left out")
-    for folder in ("ground_truth", "visa/Data/Masks", "dagm/Train/Label"):
-        assert str(tmp_path / folder) in record.getMessage()
-    assert [path.name for path in list_images(tmp_path / "ground_truth")] == ["0_mask.png"]  # asked for by name
-    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tif", "deep.tif"])
