@@ -17,7 +17,7 @@ import torch
 
 from dfengine.arguments import whole_number
 from dfengine.checkpoint import Checkpoint, load_checkpoint
-from dfengine.data.inputs import InputImage, collect_inputs, is_stream
+from dfengine.data.inputs import InputImage, collect_inputs, collect_item, is_stream
 from dfengine.data.prefetch import Prefetch
 from dfengine.detection import Detection, Refused, resize_map
 from dfengine.devices import resolve_device
@@ -193,9 +193,9 @@ class Detector:
         for the next. workers=0 does everything in the calling thread when its turn comes.
 
         A `Detection` may hold only `errors`, whose indices count from the start of `source`; nothing is raised for
-        refused images, nor for an item of an iterator that is none (a camera's None for a lost frame, say): the first
-        such item is warned of. What the iterator raises is raised here, after the images before it. Leaving the loop
-        early ends the threads. Raises `UsageError` or `DataError` as `detect` does.
+        refused images, nor for an item of an iterator that is none (a camera's None for a lost frame, say); of an
+        iterator the first that is refused is warned of. What the iterator raises is raised here, after the images
+        before it. Leaving the loop early ends the threads. Raises `UsageError` or `DataError` as `detect` does.
         """
         batch_size = whole_number("batch_size", batch_size, 1)
         prefetch = whole_number("prefetch", prefetch, 1)
@@ -211,13 +211,14 @@ class Detector:
     def _stream(
         self,
         images: Iterable[InputImage],
-        reused: bool,
+        drawn: bool,
         batch_size: int,
         original_size: bool,
         workers: int,
         prefetch: int,
     ) -> Iterator[Detection]:
-        """reused: whether the memory of an image may be that of the next one."""
+        """drawn: whether the images are those of an iterator, where the memory of one may be that of the next, and a
+        first refusal is warned of: an endless one may give nothing else."""
         transfer = transfer_of(self.device)
         pixels_stay = self.device.type == "cuda"  # a batch is copied there as a whole
 
@@ -228,15 +229,20 @@ class Detector:
                 return image, error
 
         def alone(image: InputImage) -> bool:
-            return image.one_thread or (reused and image.path is None)
+            return image.one_thread or (drawn and image.path is None)
 
         ready = Prefetch(images, prepare, workers, prefetch * batch_size, alone, transfer.within)
         under_way: deque[Callable[[], Detection]] = deque()
-        start = 0
+        start, warn = 0, drawn
         try:
             while True:
                 if under_way and (len(under_way) == transfer.depth or not ready.ready(batch_size)):
-                    yield under_way.popleft()()
+                    detection = under_way.popleft()()
+                    if warn and detection.errors:
+                        _, name, reason = detection.errors[0]
+                        log.warning("%s: %s; what is refused is in `errors`, this is said once", name, reason)
+                        warn = False
+                    yield detection
                 elif batch := ready.take(batch_size):
                     under_way.append(self._launch(batch, start, original_size, transfer))
                     start += len(batch)
@@ -315,19 +321,11 @@ def _processors() -> int:
 
 
 def _draw(items: Iterator) -> Iterator[InputImage]:
-    """The images of an iterator, item by item; names count items as `collect_inputs` does for a list. Warns of the
-    first item that is refused for its type."""
-    warned = False
+    """The images of an iterator, item by item; one whose type means nothing is refused as a bad image is."""
     for i, item in enumerate(items):
         try:
-            images = collect_inputs([item])
+            images = collect_item(item, i)
         except ArgumentTypeError as error:
-            reason = str(error).removeprefix("batch[0]: ")
-            images = [InputImage("batch[0]", error=ImageError("batch[0]", reason))]
-            if not warned:  # an endless source may give nothing else
-                log.warning("batch[%d]: %s; such items are refused in their places, this is said once", i, reason)
-                warned = True
-        for image in images:
-            if image.path is None and image.name.startswith("batch[0]"):
-                image.name = f"batch[{i}]" + image.name.removeprefix("batch[0]")
-            yield image
+            name, _, reason = str(error).partition(": ")
+            images = [InputImage(name, error=ImageError(name, reason))]
+        yield from images

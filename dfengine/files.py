@@ -190,7 +190,7 @@ def check_own_writable(path: str | os.PathLike, is_own: Callable[[bytes], bool])
     except OSError:
         own = False
     if not own:
-        raise UsageError(f"{path}: is there already and was not written by this command; choose another name")
+        raise UsageError(f"{path}: is there already and does not show that this command wrote it; choose another name")
 
 
 def check_json_writable(path: str | os.PathLike, key: str) -> None:

@@ -240,6 +240,6 @@ def test_json_takes_the_place_of_its_like_alone(tmp_path):
     for number, content in enumerate(others):
         other = tmp_path / f"{number}"
         other.write_bytes(content)
-        with pytest.raises(UsageError, match="is there already and was not written by this command; choose another"):
+        with pytest.raises(UsageError, match="is there already and does not show that this command wrote it;"):
             check_json_writable(other, "a")
         assert other.read_bytes() == content

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from dfengine.checkpoint import Checkpoint
-from dfengine.data.inputs import InputImage
+from dfengine.data.inputs import InputImage, collect_inputs
 from dfengine.data.prefetch import Prefetch
 from dfengine.detection import Detection
 from dfengine.detector import Detector
@@ -216,18 +216,36 @@ def test_an_item_that_is_no_image_is_refused_in_its_place(detector, images, work
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_first_item_of_a_type_that_means_nothing_is_warned_of(detector, images, workers, caplog):
-    """The pairs of a data loader, say: each is in `errors`, and of an endless source nothing else would be seen."""
-    pairs = [images[0], *((image, 0) for image in images[:4]), None]
-    for _ in range(2):
-        parts = list(detector.stream(iter(pairs), batch_size=2, workers=workers))
-        assert sum(len(part.errors) for part in parts) == 5
-        (record,) = caplog.records
-        assert record.levelname == "WARNING"
-        assert record.getMessage().startswith("batch[1]: is of type tuple; expected a path, a PIL image, a NumPy array")
-        caplog.clear()
-    list(detector.stream(iter([images[0], np.zeros((2, 2), np.uint8)]), workers=workers))  # refused for its pixels
+@pytest.mark.parametrize("kind", ["type", "shape", "pixels"])
+def test_the_first_refused_item_of_an_iterable_is_warned_of(detector, images, workers, kind, caplog):
+    """All of them are in `errors`, and of an endless source nothing else may be seen."""
+    pairs = DataLoader(TensorDataset(torch.from_numpy(images[:5])), batch_size=1)
+    source, reason = {
+        "type": (pairs, "is of type list; expected a path, a PIL image, a NumPy array or a torch tensor"),
+        "shape": (iter([i.transpose(2, 0, 1) for i in images[:5]]), "an array of shape (3, 40, 52) has 52 channels;"),
+        "pixels": (iter([np.full((16, 16), 7.0)] * 5), "float pixels from 7 to 7; expected [0, 1]"),
+    }[kind]
+    mixed = itertools.chain([images[0]], source)
+    for part in detector.stream(mixed, batch_size=2, workers=workers):
+        assert part.errors
+        (record,) = caplog.records  # from the first batch on
+    assert record.levelname == "WARNING" and record.getMessage().startswith(f"batch[1]: {reason}")
+    assert record.getMessage().endswith("; what is refused is in `errors`, this is said once")
+    caplog.clear()
+    list(detector.stream([images[0], np.full((16, 16), 7.0)], workers=workers))  # a list has an end
     assert not caplog.records
+
+
+def test_items_keep_the_names_they_have(detector, images, tmp_path, monkeypatch):
+    """Those of images that the caller holds, and of files whose names look like places."""
+    held = [InputImage("mine", array=images[0]), *collect_inputs([np.stack(images[:2])])]
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(images[0]).save("batch[0].png")
+    opened = [Image.open("batch[0].png"), Image.open(b"batch[0].png")]
+    (part,) = detector.stream(iter([images[2], *held, *opened, images[3]]))
+    names = "mine", "batch[0][0]", "batch[0][1]"
+    assert part.names == ("batch[0]", *names, "batch[0].png", "batch[0].png", "batch[6]")
+    assert tuple(image.name for image in held) == names
 
 
 def test_wrong_arguments_are_refused_at_once(detector, images, tmp_path):

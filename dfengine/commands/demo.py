@@ -22,7 +22,7 @@ from dfengine.files import atomic_write, make_folder
 from dfengine.results import earlier_results, list_result, listed_results, refuse_images
 
 DEMO = "demo.json"
-"""Of the results. Where their marker lists it, the images beside them are a demo's."""
+"""Of the results. Where it is there, or their marker lists it, the images beside them are a demo's."""
 TEST_GOOD, PER_DEFECT = 100, 40
 GOAL_IMAGE_AUROC, GOAL_PIXEL_AUROC, BASELINE_LIMIT = 0.98, 0.95, 0.90
 BASELINE_IMAGES = 176
@@ -39,8 +39,9 @@ def run_demo(out: Path, seed: int, device: str) -> int:
     checkpoint = shipped_checkpoint()
     images = out / "images"
     results = out / "results"
-    earlier_results(results)
-    if DEMO not in (listed_results(results) or ()):  # no demo rendered them, not even one that was interrupted
+    earlier = earlier_results(results)
+    # One that was interrupted is listed, but not found; one of an earlier version, which listed nothing, is found.
+    if results / DEMO not in earlier and DEMO not in (listed_results(results) or ()):
         refuse_images(images, "the demo")
     for folder in (out, images, results):
         make_folder(folder)
@@ -48,7 +49,7 @@ def run_demo(out: Path, seed: int, device: str) -> int:
     console = OutputConsole(stderr=True)
     total = TEST_GOOD + 3 * PER_DEFECT
     say(f"rendering {total} fresh test fasteners (seed {seed}) into {images}")
-    list_result(results, DEMO)
+    list_result(results, DEMO, *(path.relative_to(results).as_posix() for path in earlier))
     write_fasteners(images, 0, TEST_GOOD, PER_DEFECT, seed)
     dataset = open_dataset(images)
     status, result = evaluate_dataset(detector, dataset, results, checkpoint, others=[DEMO])

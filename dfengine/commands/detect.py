@@ -69,7 +69,8 @@ def _detect(
         report = outputs.attempt(report_file)
     except KeyboardInterrupt:
         outputs.rows(rows)
-        print_error(f"{len(rows)} of {counted(len(images), 'image')} scored; the results are in {out / 'results.csv'}")
+        scored = sum(row["error"] is None for row in rows)
+        print_error(f"{scored} of {counted(len(images), 'image')} scored; the results are in {out / 'results.csv'}")
         raise
     outputs.rows(rows)
     say(f"{scoring.summary()}; {counted(alarms, 'alarm')} (threshold {detector.threshold:.4g})")

@@ -8,7 +8,7 @@ from pathlib import Path
 from dfengine.commands.plan import aligned
 from dfengine.commands.programs import Bound, bound_program
 from dfengine.commands.scoring import say
-from dfengine.engine.tactics import CACHE, check_cache
+from dfengine.engine.tactics import check_cache
 from dfengine.errors import DfengineError, UsageError
 from dfengine.files import check_json_writable
 from dfengine.kernels.registry import ENVIRONMENT
@@ -25,15 +25,14 @@ def run_tune(
     out: Path | None,
 ) -> None:
     """Prints what was found and writes it to the cache, or to `out`. Raises DfengineError where there is no program, or
-    what is measured could not be kept; UsageError where it is DFENGINE_CACHE that names the place."""
+    what is measured could not be kept; UsageError where the place has to be another."""
     sizes = sorted(set(batch), reverse=True)  # the largest needs the memory that all share
     tactics = "exhaustive" if exhaustive else "tuned"
     if out is None:
         try:
             check_cache()
         except DfengineError as error:
-            kind = UsageError if os.environ.get(CACHE) else DfengineError
-            raise kind(f"{error}; name a file with --out to keep what is measured") from None
+            raise type(error)(f"{error}; name a file with --out to keep what is measured") from None
     else:
         check_json_writable(out, "tactics")
     with bound_program(checkpoint, sizes[0], device, precision, 0, tactics, seconds, timed=True) as bound:

@@ -107,8 +107,10 @@ def open_test_set(root: str | os.PathLike) -> Dataset:
         raise DataError(f"{root}: is a part of the data set {whole}; give that folder")
     names = [sub.name for sub in _subfolders(root)]
     kinds = [name for name in names if name not in PARTS]
-    if len(kinds) > 1 and any(name.lower() in GOOD_NAMES for name in kinds) and not _looks_like_dataset(root):
-        raise DataError(f"{root}: no test images; move its folders {_listed(kinds)} into {root / 'test'}")
+    good = [name for name in kinds if name.lower() in GOOD_NAMES]
+    if good and len(kinds) > len(good) and not _looks_like_dataset(root):
+        moved = f"of its folders {_listed(kinds)}, move {_listed(good)} and those of defects into {root / 'test'}"
+        raise DataError(f"{root}: no test images; {moved}")
     if refusal:
         raise refusal
     held = f"; there is only {_listed(names)}" if names else ""
@@ -120,12 +122,14 @@ def open_test_set(root: str | os.PathLike) -> Dataset:
 def _whole(part: Path) -> Path | None:
     """The data set with test images to which the folder `part` belongs; None where there is none."""
     for inner in (part.resolve(), *part.resolve().parents):
-        if inner.name in PARTS:
-            try:
-                if open_dataset(inner.parent).test:
-                    return inner.parent
-            except DataError:
-                continue
+        root = inner.parent
+        try:
+            # In no other folder of this name, which may be anybody's, are files looked for.
+            in_set = inner.name in PARTS and ((root / "test").is_dir() or _detect_layout(root) in ("visa", "dagm"))
+            if in_set and open_dataset(root).test:
+                return root
+        except (DataError, OSError):
+            continue
     return None
 
 

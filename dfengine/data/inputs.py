@@ -9,19 +9,21 @@
     InputImage                          as `collect_inputs` gives it
     list or tuple                       of any of these, mixed in kind and size
     any other iterable                  likewise: an iterator, a deque, a DataLoader, what has an `__iter__`; but no
-                                        dict or set, no bytes and no open file
+                                        dict or set, no bytes, range or `array.array`, and no open file
 
 C is 1 (gray), 3 (RGB) or 4 (RGBA, composited over black). Pixels are uint8, uint16, bool (0 and 1) or float in
 [0, 1]. What is not listed is refused rather than guessed: a NumPy array (3, H, W), for one.
 
-A problem of the batch itself (nothing in it, a type or rank that means nothing) raises at once. A problem of one
-item of a list, and every problem of pixels (not finite, out of range, unreadable file), stays with its `InputImage`
-and is raised by its `load`, so that one bad image is reported and the others are scored.
+A problem of the batch itself (nothing in it, a rank that means nothing) raises at once, and so does an item of a list
+whose type means nothing. Another problem of one item, and every problem of pixels (not finite, out of range, unreadable
+file), stays with its `InputImage` and is raised by its `load`, so that one bad image is reported and the others are
+scored.
 """
 
 from __future__ import annotations
 
 import os
+from array import array as PlainArray
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +37,8 @@ from dfengine.data.decode import check_dtype, check_range, check_size, over_blac
 from dfengine.data.images import list_images, read_image, resize_unit, resize_weights
 from dfengine.errors import ArgumentTypeError, DataError, ImageError, UsageError
 
-_EXPECTED = "a path, a PIL image, a NumPy array, a torch tensor, or a list of these"
+_ITEM = "a path, a PIL image, a NumPy array or a torch tensor"
+_BATCH = f"{_ITEM}, or a list or another iterable of these"
 _ARRAYS = ("__cuda_array_interface__", "__dlpack__", "__array__", "__array_interface__")
 _DTYPES = (torch.uint8, torch.uint16, torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -104,7 +107,8 @@ class InputImage:
 def is_stream(batch: Any) -> bool:
     """Whether `batch` is one of "any other iterable" of the module's docstring, whose items are asked for in turn."""
     return isinstance(batch, Iterable) and not (
-        isinstance(batch, (list, tuple, str, bytes, bytearray, memoryview, Mapping, set, frozenset, os.PathLike))
+        isinstance(batch, (list, tuple, str, Mapping, set, frozenset, os.PathLike))
+        or isinstance(batch, (bytes, bytearray, memoryview, PlainArray, range))
         or isinstance(batch, (InputImage, Image.Image, torch.Tensor, np.ndarray))
         or any(hasattr(batch, name) for name in _ARRAYS)
         or _is_file(batch)
@@ -124,23 +128,25 @@ def collect_inputs(batch: Any) -> list[InputImage]:
     """
     if is_stream(batch):
         batch = list(batch)
-    if not isinstance(batch, (list, tuple)):
-        images = _expand(batch, "batch")
+    if isinstance(batch, (list, tuple)):
+        images = [image for i, item in enumerate(batch) for image in collect_item(item, i)]
     else:
-        images = []
-        for i, item in enumerate(batch):
-            name = f"batch[{i}]"
-            try:
-                images += _expand(item, name)
-            except ImageError as error:
-                images.append(InputImage(error.name, error=error))
-            except DataError as error:
-                folder = os.fsdecode(item)
-                reason = str(error).removeprefix(f"{Path(folder)}: ")
-                images.append(InputImage(folder, error=ImageError(folder, reason)))
+        images = _expand(batch, "batch")
     if not images:
-        raise UsageError(f"batch: is empty; expected {_EXPECTED}")
+        raise UsageError(f"batch: is empty; expected {_BATCH}")
     return images
+
+
+def collect_item(item: Any, index: int) -> list[InputImage]:
+    """The images of one item of a list or iterable, that at `index`. Raises ArgumentTypeError for an unknown type."""
+    try:
+        return _expand(item, f"batch[{index}]")
+    except ImageError as error:
+        return [InputImage(error.name, error=error)]
+    except DataError as error:
+        folder = os.fsdecode(item)
+        reason = str(error).removeprefix(f"{Path(folder)}: ")
+        return [InputImage(folder, error=ImageError(folder, reason))]
 
 
 def _expand(item: Any, name: str) -> list[InputImage]:
@@ -156,7 +162,7 @@ def _expand(item: Any, name: str) -> list[InputImage]:
         # Not through Path, which would tidy the name: "./a.png" is shown as it was given.
         return [InputImage(given, path=given)]
     if isinstance(item, Image.Image):
-        return [InputImage(os.fspath(getattr(item, "filename", "") or _place(name)), image=item)]
+        return [InputImage(os.fsdecode(getattr(item, "filename", "") or _place(name)), image=item)]
     if isinstance(item, torch.Tensor):
         return _split(_tensor(item, name, channels_first=True), name)
     if isinstance(item, np.ndarray):
@@ -170,7 +176,7 @@ def _expand(item: Any, name: str) -> list[InputImage]:
     kind = type(item).__name__
     if _is_file(item):
         raise ArgumentTypeError(f"{name}: is an open file ({kind}); give its path, or the image as an array")
-    raise ArgumentTypeError(f"{name}: is of type {kind}; expected {_EXPECTED}")
+    raise ArgumentTypeError(f"{name}: is of type {kind}; expected {_BATCH if name == 'batch' else _ITEM}")
 
 
 def _place(name: str) -> str:

@@ -32,7 +32,7 @@ from dfengine import native
 from dfengine.devices import hardware_name
 from dfengine.engine.program import Constant, Op, Value
 from dfengine.errors import DfengineError, UsageError
-from dfengine.files import atomic_write, locked, os_reason
+from dfengine.files import atomic_write, locked, make_folder, os_reason
 from dfengine.kernels import OPS, triton_import
 from dfengine.kernels.conv_weight import ConvWeight
 
@@ -153,19 +153,16 @@ def cache_folder() -> Path:
 
 
 def check_cache() -> None:
-    """Raises `DfengineError` where nothing can be kept in `cache_folder`, which is left as it is."""
-    folder = there = cache_folder()
+    """Raises `DfengineError` where nothing can be kept in `cache_folder`, which is left as it is: a `UsageError` where
+    DFENGINE_CACHE names what is no folder or can be none."""
+    folder = cache_folder()
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     try:
-        there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-        reason = None if there.is_dir() else "is a file, not a folder"
-        if reason is None:
-            with tempfile.TemporaryFile(dir=there):  # permissions do not say all: /proc takes no file, root's neither
-                pass
-    except OSError as error:
-        reason = f"cannot be written to: {os_reason(error)}"
-    if reason:
-        named = there == _path_of(CACHE)
-        raise DfengineError(f"{_cache_variable()}{reason}" if named else f"{_cache_variable()}{there}: {reason}")
+        make_folder(there)
+    except DfengineError as error:
+        kind = type(error) if os.environ.get(CACHE) else DfengineError
+        said = str(error).removeprefix(f"{there}: ") if there == _path_of(CACHE) else error
+        raise kind(f"{_cache_variable()}{said}") from None
 
 
 @contextmanager

@@ -103,6 +103,8 @@ def train(
         torch.set_num_threads(config.threads)
     try:
         with World(config.device) as world, held(run_folder_of(Path(out)), world):
+            if resume:
+                read_state(run_folder_of(Path(out)) / STATE_FILE)  # better missed now than once the images are read
             try:
                 run = _Run(config, model_config, Path(data), Path(out), world, resume, console)
             except KeyboardInterrupt as error:

@@ -72,6 +72,9 @@ def test_an_earlier_demo_is_replaced(short, tmp_path, capsys, monkeypatch):
     assert main([*arguments, "--seed", "1"]) == 0
     assert "replacing the results of an earlier run" in capsys.readouterr().out
     assert json.loads((tmp_path / "demo" / "results" / "demo.json").read_text())["seed"] == 1
+    (tmp_path / "demo" / "results" / ".dfengine-output").write_text("")  # as earlier versions left it
+    assert main(arguments) == 0
+    assert json.loads((tmp_path / "demo" / "results" / "demo.json").read_text())["seed"] != 1
 
 
 def test_a_missing_checkpoint_is_one_line(tmp_path, monkeypatch, capsys):

@@ -25,7 +25,7 @@ def test_a_png_and_a_summary(tiny, tmp_path, capsys, monkeypatch):
     Image.new("RGB", (32, 32)).save(out)
     photo = out.read_bytes()
     assert main(["roofline", str(tiny), "--out", str(out), "--precision", "float32"]) == 2
-    reason = "is there already and was not written by this command; choose another name"
+    reason = "is there already and does not show that this command wrote it; choose another name"
     assert capsys.readouterr().err == f"dfengine: {out}: {reason}\n" and out.read_bytes() == photo
 
 

@@ -120,6 +120,10 @@ def test_a_signal_before_the_first_step_finds_nothing_to_save(part, number, phot
         when = "while it was being prepared" if part == "read_normals" else "at step 0 (0.0%)"
         said = f"dfengine: training stopped {when}; nothing to save yet: the same command starts over\n"
         assert capsys.readouterr().err == said
+        # To go on without a state is refused before that.
+        assert train(photos, "--steps", "2", "--resume", "--preset", "diff-fastener-tiny") == 1
+        state = photos.parent / "net.run" / "state.safetensors"
+        assert capsys.readouterr().err == f"dfengine: {state}: no training state to resume; start without resume\n"
     assert train(photos, "--steps", "2", "--leg-minutes", "1e-9") == 130
     capsys.readouterr()
     with monkeypatch.context() as patch:

@@ -42,18 +42,19 @@ def test_a_cache_that_cannot_be_written_loses_nothing(tiny, tmp_path, capsys, ca
     assert main(["tune", str(tiny), "--batch", "1", "--batch", "2", "--out", str(tmp_path / "here.json")]) == 0
     assert len(json.loads((tmp_path / "here.json").read_text())["tactics"]) > 10
     (record,) = caplog.records
-    assert "is a file, not a folder: measured tactics are not kept" in record.getMessage()
+    reason = "cannot be written: is a file, not a folder"
+    assert f"{reason}: measured tactics are not kept" in record.getMessage()
     capsys.readouterr()
     assert main(["tune", str(tiny), "--batch", "1"]) == 2  # before anything is measured
     printed = capsys.readouterr()
-    assert printed.err.startswith(f"dfengine: DFENGINE_CACHE={tmp_path / 'file'}: is a file, not a folder; name a file")
+    assert printed.err.startswith(f"dfengine: DFENGINE_CACHE={tmp_path / 'file'}: {reason}; name a file")
     assert printed.err.count("\n") == 1 and not printed.out
 
 
 def test_a_cache_that_only_seems_writable_is_one_line_for_every_command(tiny, tmp_path, capsys, monkeypatch):
     """As /proc is for root: an error where only the cache keeps what is measured, else a warning, once."""
     folder = tmp_path / "odd"
-    trouble = f"DFENGINE_CACHE={folder}: {tmp_path}: cannot be written to: no such file"
+    trouble = f"DFENGINE_CACHE={folder}: {tmp_path}: cannot be written: no file can be made there"
     monkeypatch.setenv("DFENGINE_CACHE", str(folder))
 
     def refuse(dir):
@@ -75,12 +76,28 @@ def test_a_cache_that_only_seems_writable_is_one_line_for_every_command(tiny, tm
     assert not folder.exists()
 
 
+@pytest.mark.parametrize(
+    "number, reason", [(errno.EACCES, "permission denied"), (errno.ENOSPC, "no space left on device")]
+)
+def test_a_named_cache_that_takes_no_file_is_no_wrong_usage(number, reason, tiny, tmp_path, capsys, monkeypatch):
+    """As it is none where --out names the place."""
+
+    def refuse(dir):
+        raise OSError(number, "refused")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    assert main(["tune", str(tiny), "--batch", "1"]) == 1
+    said = f"DFENGINE_CACHE={tmp_path / 'cache'}: {tmp_path}: cannot be written: {reason}; name a file with --out"
+    assert capsys.readouterr() == ("", f"dfengine: {said} to keep what is measured\n")
+
+
 def test_a_cache_that_nobody_named_is_no_wrong_usage(tiny, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.delenv("DFENGINE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert main(["tune", str(tiny), "--batch", "1"]) == 1
-    assert capsys.readouterr().err.startswith(f"dfengine: {tmp_path / 'file'}: is a file, not a folder; name a file")
+    reason = "cannot be written: is a file, not a folder"
+    assert capsys.readouterr().err.startswith(f"dfengine: {tmp_path / 'file'}: {reason}; name a file")
 
 
 @pytest.mark.parametrize("name, below", [("DFENGINE_CACHE", "tactics"), ("XDG_CACHE_HOME", "dfengine/tactics")])

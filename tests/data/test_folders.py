@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dfengine.data import folders
 from dfengine.data.folders import Dataset, Sample, fingerprint, open_dataset, open_test_set
 from dfengine.data.images import read_mask
 from dfengine.errors import DataError
@@ -148,13 +149,26 @@ def test_a_part_of_a_set_with_test_images_names_the_whole_which_is_taken(files, 
 
 def test_folders_of_kinds_are_taken_once_they_are_moved_as_said(tmp_path):
     grow(tmp_path, "ok/0-1.png", "broken/0-0.png", "ground_truth/broken/0-0.png")
-    with pytest.raises(DataError, match=f"no test images; move its folders broken, ok into {tmp_path}/test$"):
+    said = f"no test images; of its folders broken, ok, move ok and those of defects into {tmp_path}/test$"
+    with pytest.raises(DataError, match=said):
         open_test_set(tmp_path)
     (tmp_path / "test").mkdir()
     for kind in ("broken", "ok"):
         (tmp_path / kind).rename(tmp_path / "test" / kind)
     data = open_test_set(tmp_path)
     assert data.defects == ("good", "broken") and data.has_masks
+
+
+@pytest.mark.parametrize("name", ["Data", "Train", "Test", "train", "ground_truth"])
+def test_a_folder_that_is_only_named_as_a_part_is_looked_at_alone(name, tmp_path, monkeypatch, caplog):
+    """What lies beside it is not: it may be a home, or the whole disk."""
+    photos = grow(tmp_path, f"{name}/photos/0-0.png", "0-0.png") / name / "photos"
+    (tmp_path / "letter.txt").write_text("")
+    listed, honest = [], folders.list_images
+    monkeypatch.setattr(folders, "list_images", lambda folder, *rest: listed.append(folder) or honest(folder, *rest))
+    with pytest.raises(DataError, match=f"^{photos}: no test images; expected test/good"):
+        open_test_set(photos)
+    assert listed == [photos] and not caplog.records
 
 
 def test_images_without_labels_are_no_test_set(tmp_path):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import tempfile
+from array import array as PlainArray
 from collections import deque
 from pathlib import Path
 
@@ -296,6 +297,9 @@ def test_a_bad_item_carries_its_reason():
     ({"a": 1}, "is of type dict"), (b"\x89PNG", "is of type bytes"),
     ([[np.zeros((8, 8))]], r"batch\[0\]: is of type list"), ({"a.png"}, "is of type set"),
     (bytearray(b"PNG"), "is of type bytearray"), (Camera, "is of type type"), ([Camera([])], "is of type Camera"),
+    (range(3), "batch: is of type range"), (PlainArray("f", (0, 1)), "batch: is of type array"),
+    (3, "is of type int; expected .* a NumPy array or a torch tensor, or a list or another iterable of these$"),
+    ([["a.png"]], "is of type list; expected a path, a PIL image, a NumPy array or a torch tensor$"),
 ])
 def test_what_holds_no_images(batch, message):
     with pytest.raises(UsageError, match=message):

@@ -131,7 +131,7 @@ def test_a_cache_that_cannot_be_made_is_said_once_and_names_the_variable(below, 
     known = Tactics("cpu")
     said = [record.getMessage() for record in caplog.records]
     where = f"{cache}: {tmp_path / 'file'}" if below else cache
-    reason = "is a file, not a folder: measured tactics are not kept"
+    reason = "cannot be written: is a file, not a folder: measured tactics are not kept"
     assert said == [f"{tactics_module.CACHE}={where}: {reason}"]
     known.save()
     Tactics("cpu").save()
@@ -143,8 +143,9 @@ def test_a_cache_that_only_seems_writable_is_said_too(monkeypatch, caplog, cache
     refuse_files(monkeypatch, errno.ENOENT)
     assert len(Tactics("cpu")) == 0 and not Tactics("cpu").save() and not cache.parent.exists()
     (record,) = caplog.records
-    variable = f"{tactics_module.CACHE}={cache.parent}: {cache.parents[1]}: "
-    assert record.getMessage() == f"{variable}cannot be written to: no such file: measured tactics are not kept"
+    place = f"{tactics_module.CACHE}={cache.parent}: {cache.parents[1]}"
+    reason = "cannot be written: no file can be made there: measured tactics are not kept"
+    assert record.getMessage() == f"{place}: {reason}"
 
 
 def test_a_cache_that_others_fill_may_be_read_only(monkeypatch, caplog):
@@ -158,7 +159,7 @@ def test_a_cache_that_others_fill_may_be_read_only(monkeypatch, caplog):
     again.save()
     assert len(Tactics("cpu")) == 1
     (record,) = caplog.records
-    assert "cannot be written to: permission denied" in record.getMessage()
+    assert "cannot be written: permission denied" in record.getMessage()
 
 
 def test_a_named_file_ranks_first_and_a_shipped_one_last(monkeypatch, tmp_path):
