@@ -67,11 +67,11 @@ def _detect(
 
     try:
         report = outputs.attempt(report_file)
+        outputs.rows(rows)
     except KeyboardInterrupt:
         outputs.rows(rows)
         print_error(f"{len(rows)} of {counted(len(images), 'image')} scored; the results are in {out / 'results.csv'}")
         raise
-    outputs.rows(rows)
     say(f"{scoring.summary()}; {counted(alarms, 'alarm')} (threshold {detector.threshold:.4g})")
     if report:
         say(f"report: {report}")
