@@ -1,34 +1,38 @@
 """`python -m dfengine` and the `dfengine` command."""
 
-import atexit
 import os
+import sys
 from typing import NoReturn
 
 try:
     from dfengine import signals
 except KeyboardInterrupt:  # Ctrl-C before there is what answers it
-    os.write(2, b"dfengine: interrupted\n")
-    os._exit(130)
+    try:
+        os.write(2, b"dfengine: interrupted\n")
+    finally:
+        os._exit(130)
 
 
-def main(arguments: list[str] | None = None, last: bool = False) -> int:
-    """Runs the command line, without `arguments` that of the process; returns the exit status.
-
-    last: nothing but the end of the process comes after; signals no longer change the status then.
-    """
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line, without `arguments` that of the process; returns the exit status."""
     try:
         with signals.ending():
             from dfengine.cli import main as run
 
-        return run(arguments, last)
+        return run(arguments)
     except KeyboardInterrupt:  # before there is what answers it, again
         return signals.say_ended(130)
 
 
 def command() -> NoReturn:
-    """Runs the command line of the process, which ends with its exit status."""
-    atexit.register(signals.ignore_interrupts)  # the first to be registered, and so the last to be called
-    signals.leave(main(last=True))
+    """Runs the command line of the process, which ends with its exit status: 1 after an error nobody foresaw."""
+    signals.own_process()
+    try:
+        status = main()
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    signals.leave(status)
 
 
 if __name__ == "__main__":

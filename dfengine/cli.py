@@ -357,9 +357,9 @@ def _exit(status: int) -> None:
         raise typer.Exit(status)
 
 
-def main(arguments: list[str] | None = None, last: bool = False) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status, its output flushed; never shows a traceback for a user's
-    mistake. last: the process is about to leave (`signals.raising`)."""
+    mistake."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # for names of files that are not in the system's encoding
@@ -369,7 +369,7 @@ def main(arguments: list[str] | None = None, last: bool = False) -> int:
     log, lines = logging.getLogger("dfengine"), WarningLines()
     log.addHandler(lines)
     try:
-        with signals.raising(last) as signalled:
+        with signals.raising() as signalled:
             try:
                 status = _run(arguments, signalled)
                 flush_output()

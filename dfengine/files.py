@@ -136,6 +136,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_leave_to_parent)
 
 
+BUSY = "another run is writing into it; wait for its end, or choose another --out"
+"""Said of a folder that is `locked`."""
+
+
 @contextmanager
 def locked(path: str | os.PathLike, busy: str | None = None) -> Iterator[None]:
     """For `with`: no other process or thread is in such a block for the same `path` at the same time.
@@ -193,15 +197,15 @@ def check_own_writable(path: str | os.PathLike, is_own: Callable[[bytes], bool])
         raise UsageError(f"{path}: is there already and does not show that this command wrote it; choose another name")
 
 
-def check_json_writable(path: str | os.PathLike, key: str) -> None:
-    """`check_own_writable` of a JSON object with `key`."""
+def check_json_writable(path: str | os.PathLike, *keys: str) -> None:
+    """`check_own_writable` of a JSON object with these keys, as nobody else gives them."""
 
     def is_own(content: bytes) -> bool:
         try:
             found = json.loads(content)
         except (ValueError, RecursionError):
             return False
-        return isinstance(found, dict) and key in found
+        return isinstance(found, dict) and found.keys() >= set(keys)
 
     check_own_writable(path, is_own)
 

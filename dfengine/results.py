@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from dfengine.data.images import IMAGE_SUFFIXES
+from dfengine.data.images import IMAGE_SUFFIXES, walk
 from dfengine.errors import DfengineError, UsageError
 from dfengine.files import OUTPUT_MARKER, atomic_write, os_reason
 
@@ -62,6 +62,7 @@ def begin_results(folder: Path, names: Iterable[str]) -> None:
 
 
 def refuse_images(folder: Path, what: str) -> None:
-    """Raises `UsageError` where there are images in `folder`, into which `what` is to be written."""
-    if any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.rglob("*")):
+    """Raises `UsageError` where there are images in `folder`, or behind links in it, into which `what` is to be
+    written."""
+    if any(Path(name).suffix.lower() in IMAGE_SUFFIXES for _, _, files in walk(folder) for name in files):
         raise UsageError(f"{folder}: holds images; choose another folder for {what}")

@@ -5,18 +5,20 @@ Several within `BURST` are one, so that what the first makes a command keep is n
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import NoReturn
 
 from dfengine.stderr import flush_output, print_error
 
+NUMBERS = signal.SIGINT, signal.SIGTERM
 WORDS = {128 + signal.SIGINT: "interrupted", 128 + signal.SIGTERM: "terminated"}
 """Exit status -> what is said."""
 
@@ -24,12 +26,23 @@ WORDS = {128 + signal.SIGINT: "interrupted", 128 + signal.SIGTERM: "terminated"}
 BURST = 1.0
 """Seconds after a signal in which others say no more than it."""
 _answered: float | None = None
+_own = False
 
 
-def begin() -> None:
-    """No signal was answered so far."""
-    global _answered
-    _answered = None
+def own_process() -> None:
+    """Nothing runs in this process but the command: it may end by a signal at once, and `leave` is what follows.
+
+    Python gives a signal that it answers back to the system as the process ends, which kills, but not one that is
+    ignored: so both are, once threads and what is registered later with `atexit` have ended.
+    """
+    global _own
+    _own = True
+
+    def ignore() -> None:
+        for number in NUMBERS:
+            signal.signal(number, signal.SIG_IGN)
+
+    atexit.register(ignore)
 
 
 def counts() -> bool:
@@ -52,21 +65,22 @@ class Terminated(KeyboardInterrupt):
 _Handler = Callable[[int, FrameType | None], None]
 
 
-def _in_main_thread() -> bool:
-    """It alone may set handlers."""
-    return threading.current_thread() is threading.main_thread()
-
-
-def _handle(act: _Handler) -> dict[int, _Handler | int | None]:
-    """SIGINT and SIGTERM are answered by `act`, where they are not ignored. Gives what answered them before."""
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+def _handle(act: _Handler) -> dict[int, _Handler | int]:
+    """SIGINT and SIGTERM are answered by `act`, where they are not ignored, as under nohup, or answered by other code
+    than Python's, which could not be put back. Gives what answered them before."""
+    numbers = [n for n in NUMBERS if signal.getsignal(n) not in (signal.SIG_IGN, None)]
     return {number: signal.signal(number, act) for number in numbers}
 
 
 @contextmanager
-def _handling(act: _Handler, stays: bool = False) -> Iterator[None]:
-    """For `with`: `_handle`, in the main thread; then what was there before, unless `act` stays."""
-    before = _handle(act) if _in_main_thread() else {}
+def handling(act: _Handler, stays: bool = False) -> Iterator[None]:
+    """For `with`: `_handle`, as if no signal was answered so far; then what was there before, unless `act` stays.
+    Nothing in other threads than the main one, which alone may set handlers."""
+    global _answered
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        _answered = None
+        before = _handle(act)
     try:
         yield
     finally:
@@ -76,25 +90,27 @@ def _handling(act: _Handler, stays: bool = False) -> Iterator[None]:
 
 @contextmanager
 def ending() -> Iterator[None]:
-    """For `with`: the signals end the process at once. For imports, which make of an exception in their midst an error
-    of their own, or a traceback, and have nothing to lose.
+    """For `with`: the signals end the process at once, where it is the command's own. For imports, which make of an
+    exception in their midst an error of their own, or a traceback, and have nothing to lose.
     """
 
     def end(number: int, _frame: FrameType | None) -> None:
         if counts():
-            os.write(2, f"dfengine: {WORDS[128 + number]}\n".encode())
-            os._exit(128 + number)
+            try:
+                os.write(2, f"dfengine: {WORDS[128 + number]}\n".encode())
+            finally:  # standard error may be closed
+                os._exit(128 + number)
 
-    with _handling(end):
+    with handling(end) if _own else nullcontext():
         yield
 
 
 @contextmanager
-def raising(last: bool = False) -> Iterator[Callable[[], int]]:
+def raising() -> Iterator[Callable[[], int]]:
     """For `with`: SIGINT raises KeyboardInterrupt and SIGTERM `Terminated`. Gives a function: the exit status of the
     last signal, 130 or 143.
 
-    last: the process is about to `leave` after the block, and until it does the signals do nothing.
+    In a process of the command's own, the signals do nothing between the block and `leave`.
     """
     status, over = 128 + signal.SIGINT, False
 
@@ -104,13 +120,11 @@ def raising(last: bool = False) -> Iterator[Callable[[], int]]:
             status = 128 + number
             raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
-    if _in_main_thread():
-        begin()
-    with _handling(raise_it, stays=last):
+    with handling(raise_it, stays=_own):
         try:
             yield lambda: status
         finally:
-            over = last
+            over = _own
 
 
 def leave(status: int) -> NoReturn:
@@ -124,12 +138,6 @@ def leave(status: int) -> NoReturn:
     _handle(end)
     flush_output()  # of a command that was interrupted; the others' is out
     sys.exit(status)
-
-
-def ignore_interrupts() -> None:
-    """For the last that is called at the end of the process: Python gives a signal that it answers back to the system
-    then, which kills, but not one that is ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def say_ended(status: int) -> int:

@@ -232,14 +232,14 @@ def test_a_forked_child_does_not_keep_a_lock(tmp_path):
 
 def test_json_takes_the_place_of_its_like_alone(tmp_path):
     target = tmp_path / "new.json"
-    check_json_writable(target, "a")
+    check_json_writable(target, "a", "b")
     assert not target.exists()
-    target.write_text(' {"a": 1}')
-    check_json_writable(target, "a")
-    others = (b"\x10\x00\x00\x00\x00\x00\x00\x00{}", b'{"annotations": []}', b"[1]", b'{"a": ', b"\xff{")
+    target.write_text(' {"c": 2, "a": 1, "b": 0}')
+    check_json_writable(target, "a", "b")
+    others = (b"\x10\x00\x00\x00\x00\x00\x00\x00{}", b'{"a": []}', b'["a", "b"]', b'{"a": 1, "b": ', b"\xff{")
     for number, content in enumerate(others):
         other = tmp_path / f"{number}"
         other.write_bytes(content)
         with pytest.raises(UsageError, match="is there already and does not show that this command wrote it;"):
-            check_json_writable(other, "a")
+            check_json_writable(other, "a", "b")
         assert other.read_bytes() == content

@@ -101,6 +101,16 @@ def test_slow_images_keep_their_place():
     assert taken == [list(range(i, min(i + 5, 23))) for i in range(0, 23, 5)]
 
 
+def test_ctrl_c_does_not_wait_until_the_next_batch():
+    def prepare(i):
+        if i == 3:
+            raise KeyboardInterrupt
+        return i
+
+    with pytest.raises(KeyboardInterrupt):
+        Prefetch(range(23), prepare, 0, 5).take(5)
+
+
 def test_an_iterator_may_use_its_memory_again(detector, images, monkeypatch):
     def frames():
         frame = np.empty_like(images[0])

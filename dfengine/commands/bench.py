@@ -35,7 +35,7 @@ def run_bench(
     seconds: for each batch size, as far as `LEAST_CALLS` are done by then. Warns where other work was running.
     """
     if out is not None:
-        check_json_writable(out, "rows")
+        check_json_writable(out, "preset", "image_size", "hardware", "rows")
     loaded = load_checkpoint(checkpoint)
     load = warn_of_load()
     detector = Detector(loaded, device, precision)

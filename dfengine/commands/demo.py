@@ -18,7 +18,7 @@ from dfengine.data.folders import open_dataset
 from dfengine.data.images import load_unit, resize_unit
 from dfengine.evaluation.baseline import MeanStdBaseline
 from dfengine.evaluation.metrics import auroc
-from dfengine.files import atomic_write, make_folder
+from dfengine.files import BUSY, atomic_write, locked, make_folder
 from dfengine.results import earlier_results, list_result, listed_results, refuse_images
 
 DEMO = "demo.json"
@@ -33,8 +33,15 @@ TRAINING_SEED = 0
 def run_demo(out: Path, seed: int, device: str) -> int:
     """Renders, detects, evaluates, writes the report, and prints what was measured; returns the exit status.
 
-    An earlier demo's images and results in `out` are replaced. Raises `UsageError` where they are somebody else's.
+    An earlier demo's images and results in `out` are replaced. Raises `UsageError` where they are somebody else's, and
+    `DfengineError` where another demo is writing them.
     """
+    make_folder(out)
+    with locked(out / "images", f"{out}: {BUSY}"):
+        return _demo(out, seed, device)
+
+
+def _demo(out: Path, seed: int, device: str) -> int:
     started = time.perf_counter()
     checkpoint = shipped_checkpoint()
     images = out / "images"
@@ -43,7 +50,7 @@ def run_demo(out: Path, seed: int, device: str) -> int:
     # One that was interrupted is listed, but not found; one of an earlier version, which listed nothing, is found.
     if results / DEMO not in earlier and DEMO not in (listed_results(results) or ()):
         refuse_images(images, "the demo")
-    for folder in (out, images, results):
+    for folder in (images, results):
         make_folder(folder)
     detector = open_detector(checkpoint, device, "auto", 0)
     console = OutputConsole(stderr=True)

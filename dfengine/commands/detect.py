@@ -67,12 +67,12 @@ def _detect(
 
     try:
         report = outputs.attempt(report_file)
+        outputs.rows(rows)
     except KeyboardInterrupt:
         outputs.rows(rows)
         scored = sum(row["error"] is None for row in rows)
         print_error(f"{scored} of {counted(len(images), 'image')} scored; the results are in {out / 'results.csv'}")
         raise
-    outputs.rows(rows)
     say(f"{scoring.summary()}; {counted(alarms, 'alarm')} (threshold {detector.threshold:.4g})")
     if report:
         say(f"report: {report}")

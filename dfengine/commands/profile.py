@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -12,9 +11,9 @@ from dfengine.commands.plan import aligned
 from dfengine.commands.programs import Bound, bound_program
 from dfengine.commands.scoring import say
 from dfengine.devices import resolve_device
-from dfengine.engine.profile import Timeline, captured, timeline
+from dfengine.engine.profile import Timeline, captured, is_trace, timeline
 from dfengine.errors import UsageError
-from dfengine.files import atomic_write, check_json_writable
+from dfengine.files import atomic_write, check_own_writable
 from dfengine.kernels.registry import ENVIRONMENT
 from dfengine.wording import counted
 
@@ -32,7 +31,7 @@ def run_profile(
     if on_gpu and out is not None:
         raise UsageError("--out goes with a CPU; on a GPU nsys and ncu write the profile")
     if not on_gpu:
-        check_json_writable(out or TRACE, "traceEvents")
+        check_own_writable(out or TRACE, is_trace)
     with bound_program(checkpoint, batch, device, precision, timed=True) as bound:
         bound.executor.annotate()
         times = timeline(bound.executor, iterations)
@@ -44,7 +43,7 @@ def run_profile(
         say("\n".join(profiler_lines(bound, iterations)))
         return
     out = out or TRACE
-    atomic_write(out, json.dumps(times.chrome_trace(**bound.facts())))
+    atomic_write(out, times.chrome_trace(**bound.facts()))
     ops = len(bound.executor.program.ops)
     say(f"{counted(iterations, 'run')} of {counted(ops, 'op')} in {out}; open it in chrome://tracing or Perfetto")
 

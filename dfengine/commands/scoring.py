@@ -19,7 +19,7 @@ from dfengine.detection import Detection, heatmap_name, write_rows
 from dfengine.detector import Detector, load
 from dfengine.errors import DfengineError, UsageError
 from dfengine.evaluation.calibration import Calibration
-from dfengine.files import OUTPUT_MARKER, locked, make_folder, remove
+from dfengine.files import BUSY, OUTPUT_MARKER, locked, make_folder, remove
 from dfengine.report.report import ReportItem
 from dfengine.results import begin_results, earlier_results, list_result
 from dfengine.stderr import print_error
@@ -173,8 +173,7 @@ class Outputs:
             raise UsageError(f"{out}: holds images to score; choose another folder for the results")
         earlier_results(out)
         make_folder(out)
-        busy = f"{out}: another run is writing into it; wait for its end, or choose another --out"
-        self._held.enter_context(locked(out / OUTPUT_MARKER, busy))
+        self._held.enter_context(locked(out / OUTPUT_MARKER, f"{out}: {BUSY}"))
         leftovers = earlier_results(out)
         if leftovers:
             say(f"replacing the results of an earlier run in {out}")

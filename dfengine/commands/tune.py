@@ -34,7 +34,7 @@ def run_tune(
         except DfengineError as error:
             raise type(error)(f"{error}; name a file with --out to keep what is measured") from None
     else:
-        check_json_writable(out, "tactics")
+        check_json_writable(out, "format", "environment", "tactics")
     with bound_program(checkpoint, sizes[0], device, precision, 0, tactics, seconds, timed=True) as bound:
         if bound.runner.tactics is None:
             raise UsageError(f"{ENVIRONMENT}={os.environ[ENVIRONMENT]}: leaves tactics no choice; tune without it")

@@ -16,7 +16,7 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import cv2
@@ -29,7 +29,7 @@ from dfengine.wording import counted
 
 __all__ = [
     "FORMATS", "IMAGE_SUFFIXES", "MAX_PIXELS", "MIN_SIDE", "list_images", "load_uint8", "load_unit", "natural_key",
-    "read_image", "read_mask", "resize_unit", "resize_weights", "to_unit",
+    "read_image", "read_mask", "resize_unit", "resize_weights", "to_unit", "walk",
 ]
 
 log = logging.getLogger("dfengine")
@@ -151,14 +151,9 @@ def list_images(folder: str | os.PathLike, recursive: bool = True, others: bool 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: {os_reason(error)}") from error
 
-    images, masks, odd, seen = [], [], [], set()
-    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        identity = os.path.realpath(parent)
+    images, masks, odd = [], [], []
+    for parent, folders, files in walk(folder, refuse):
         folders[:] = sorted(f for f in folders if recursive and _is_input(Path(parent, f)))
-        if identity in seen:
-            folders[:] = []
-            continue
-        seen.add(identity)
         masks += [Path(parent, f) for f in folders if _holds_masks(Path(parent, f))]
         folders[:] = [f for f in folders if Path(parent, f) not in masks]
         for name in files:
@@ -173,6 +168,20 @@ def list_images(folder: str | os.PathLike, recursive: bool = True, others: bool 
     if others and odd:
         _say_left_out(folder, counted(len(odd), "file"), _some(str(path.relative_to(folder)) for path in odd))
     return sorted(images, key=natural_key)
+
+
+def walk(
+    folder: Path, onerror: Callable[[OSError], None] | None = None
+) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk` from the top, into linked folders too, and into each folder once."""
+    seen = set()
+    for parent, folders, files in os.walk(folder, onerror=onerror, followlinks=True):
+        identity = os.path.realpath(parent)
+        if identity in seen:
+            folders[:] = []
+            continue
+        seen.add(identity)
+        yield parent, folders, files
 
 
 @functools.lru_cache(64)

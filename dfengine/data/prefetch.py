@@ -54,7 +54,7 @@ class Prefetch(Generic[Item, Result]):
 
     def take(self, count: int) -> list[Result]:
         """The next `count` results (at most `ahead`), fewer only where the items end. Raises what the source or
-        `prepare` raised, after everything before it was taken."""
+        `prepare` raised, after everything before it was taken; without threads Ctrl-C at once."""
         if not self._threads:
             return self._take_here(count)
         with self._made:
@@ -103,7 +103,7 @@ class Prefetch(Generic[Item, Result]):
                     break
                 results.append(self._prepare(item))
                 self._drawn += 1
-            except BaseException as error:
+            except Exception as error:
                 self._end, self._failure = self._drawn, error
         if not results and self._failure is not None:
             raise self._failure

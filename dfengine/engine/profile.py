@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from dataclasses import dataclass
 
@@ -30,11 +31,11 @@ class Timeline:
         medians = [statistics.median(values) for values in zip(*taken, strict=True)]
         return sorted(zip(self.executor.program.ops, medians, strict=True), key=lambda pair: -pair[1])
 
-    def chrome_trace(self, **about: object) -> dict:
+    def chrome_trace(self, **about: object) -> str:
         """A trace in Chrome's JSON format: an event for each op of each run, inside one for the run, in microseconds.
         about: JSON values kept with it."""
         begin = self.stamps[0][0]
-        events: list[dict] = [_metadata("process_name", "dfengine"), _metadata("thread_name", "program")]
+        events: list[dict] = [PROCESS, _metadata("thread_name", "program")]
         for turn, run in enumerate(self.stamps):
             events.append(_event(f"run {turn}", "run", run[0] - begin, run[-1] - run[0], {}))
             for (index, _), before, after in zip(self.executor.steps(), run[:-1], run[1:], strict=True):
@@ -49,7 +50,12 @@ class Timeline:
                     "backend": self.executor.backends[op.name],
                 }
                 events.append(_event(op.name, op.kernel, before - begin, after - before, facts))
-        return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": about}
+        return json.dumps({"traceEvents": events, "displayTimeUnit": "ms", "otherData": about})
+
+
+def is_trace(content: bytes) -> bool:
+    """Whether a file's content is a `chrome_trace`, and not a trace of another program."""
+    return content.startswith(json.dumps({"traceEvents": [PROCESS]})[:-2].encode())
 
 
 def _event(name: str, category: str, start: float, duration: float, facts: dict) -> dict:
@@ -59,6 +65,10 @@ def _event(name: str, category: str, start: float, duration: float, facts: dict)
 
 def _metadata(name: str, value: str) -> dict:
     return {"name": name, "ph": "M", "pid": 0, "tid": 0, "args": {"name": value}}
+
+
+PROCESS = _metadata("process_name", "dfengine")
+"""The first event of a trace."""
 
 
 @torch.inference_mode()

@@ -7,9 +7,8 @@ import json
 import os
 import shutil
 import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,20 +94,23 @@ def train(
     if config.workers is None:
         cpus = os.cpu_count() or 1
         config = config.replace(workers=min(8, cpus // 2))
-    check_outputs(Path(out), Path(data), *([Path(config.textures)] if config.textures else []), resume=resume)
+    out, data = Path(out), Path(data)
+    sources = [data, Path(config.textures)] if config.textures else [data]
+    check_outputs(out, *sources, resume=resume)
     if config.textures:
         list_images(config.textures)  # better before the work than after it
     threads = torch.get_num_threads()
     if config.threads:
         torch.set_num_threads(config.threads)
     try:
-        with World(config.device) as world, held(run_folder_of(Path(out)), world):
+        with World(config.device) as world, held(run_folder_of(out), world):
+            check_outputs(out, *sources, resume=resume)  # what a run wrote that ended since
             if resume:
-                read_state(run_folder_of(Path(out)) / STATE_FILE)  # better missed now than once the images are read
+                read_state(run_folder_of(out) / STATE_FILE)  # better missed now than once the images are read
             try:
-                run = _Run(config, model_config, Path(data), Path(out), world, resume, console)
+                run = _Run(config, model_config, data, out, world, resume, console)
             except KeyboardInterrupt as error:
-                kept = kept_in(run_folder_of(Path(out)), 0) if resume else NOTHING_YET
+                kept = kept_in(run_folder_of(out), 0) if resume else NOTHING_YET
                 raise interrupted_by(error, f"training stopped while it was being prepared; {kept}") from None
             return run.go(stop)
     finally:
@@ -171,6 +173,7 @@ class _Run:
         self._validated: dict[str, float] = {}
         self._validating = 0.0  # seconds
         self._signalled = 0  # the signal that asked to stop
+        self._ended = False
         self.clock = Clock(state.elapsed)
 
     @property
@@ -182,14 +185,16 @@ class _Run:
         try:
             return self._go(stop)
         except KeyboardInterrupt as error:
+            if self._ended:
+                raise
             done, kept = counted(self.state.step, "step"), kept_in(self.folder, self.state.step)
             raise interrupted_by(error, f"training stopped at once, after {done}; {kept}") from None
 
     def _go(self, stop: Callable[[int], bool] | None) -> TrainResult:
         record = {}
         with ExitStack() as stack:
+            stack.enter_context(signals.handling(self._ask))
             stack.callback(self.trainer.close)
-            stack.enter_context(self._catching_signals())
             log = None
             if self.world.is_main:
                 resume_step = self.state.step if self.resumed else None
@@ -203,6 +208,7 @@ class _Run:
                 raise TrainingDiverged(f"{error} ({kept})") from None
             if log:
                 record = self._finish(log)
+            self._ended = True
             self.world.barrier()
         return TrainResult(self.out, self.folder, record)
 
@@ -384,24 +390,10 @@ class _Run:
                 shutil.rmtree(self.folder / leftover, ignore_errors=True)
         return RunState(self._identity(), precision=self.config.precision, plan=self.plan.record())
 
-    @contextmanager
-    def _catching_signals(self) -> Iterator[None]:
+    def _ask(self, number: int, _frame: Any) -> None:
         """SIGINT and SIGTERM ask the loop to stop after the present step; a later SIGINT stops at once."""
-
-        def ask(number: int, _: Any) -> None:
-            if not signals.counts():
-                return
-            if self._signalled and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self._signalled, self.trainer.stopping = number, True
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
+        if not signals.counts():
             return
-        signals.begin()
-        previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        if self._signalled and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signalled, self.trainer.stopping = number, True

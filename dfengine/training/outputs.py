@@ -9,8 +9,9 @@ from pathlib import Path
 
 from dfengine.checkpoint import SUFFIX, check_output
 from dfengine.errors import DfengineError, UsageError
-from dfengine.files import check_suffix, locked, make_folder
+from dfengine.files import BUSY, OUTPUT_MARKER, check_suffix, locked, make_folder
 from dfengine.training.distributed import World
+from dfengine.training.state import STATE_FILE
 
 
 def run_folder_of(out: Path) -> Path:
@@ -22,8 +23,9 @@ def check_outputs(out: Path, *sources: Path, resume: bool = False) -> None:
     """Refuses an `out` that training would fail to write hours later, or that would change what is read from `sources`.
 
     Missing folders above `out` are made; `out` itself is left as it is. Raises `UsageError` for a name that does not
-    end in .safetensors, another file or a folder in its place, or, unless the run is to `resume`, a checkpoint that is
-    there already, and `DfengineError` where it cannot be written.
+    end in .safetensors, another file or a folder in its place, a run folder that no run wrote and that is not empty,
+    or, unless the run is to `resume`, a checkpoint that is there already, and `DfengineError` where it cannot be
+    written.
     """
     check_suffix(out, SUFFIX)
     for source in sources:
@@ -33,6 +35,8 @@ def check_outputs(out: Path, *sources: Path, resume: bool = False) -> None:
     folder = run_folder_of(out)
     if folder.exists():
         make_folder(folder)
+        if any(folder.iterdir()) and not any((folder / name).exists() for name in (OUTPUT_MARKER, STATE_FILE)):
+            raise UsageError(f"{folder}: holds files not written by dfengine; choose another --out")
 
 
 @contextmanager
@@ -41,9 +45,8 @@ def held(folder: Path, world: World) -> Iterator[None]:
     with ExitStack() as stack:
         refusal = ""
         if world.is_main:
-            busy = f"{folder}: another run is writing into it; wait for its end, or choose another --out"
             try:
-                stack.enter_context(locked(folder, busy))
+                stack.enter_context(locked(folder, f"{folder}: {BUSY}"))
             except DfengineError as error:
                 refusal = str(error)
         if refusal := world.from_main(refusal):

@@ -44,11 +44,17 @@ def short(monkeypatch):
     monkeypatch.setattr(demo, "BASELINE_IMAGES", 2)
 
 
-def test_the_images_of_somebody_else_are_not_written_over(short, tmp_path, capsys):
+@pytest.mark.parametrize("linked", [False, True])
+def test_the_images_of_somebody_else_are_not_written_over(linked, short, tmp_path, capsys):
     """Not even beside results of `detect`; those of an earlier demo are, and of one that was interrupted."""
-    photo = tmp_path / "images" / "test" / "good" / "000.png"
+    test = tmp_path / ("elsewhere" if linked else "images/test")
+    photo = test / "good" / "000.png"
     photo.parent.mkdir(parents=True)
     photo.write_bytes(b"mine")
+    if linked:
+        (tmp_path / "images").mkdir()
+        (tmp_path / "images" / "again").symlink_to(tmp_path / "images")
+        (tmp_path / "images" / "test").symlink_to(test)
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / ".dfengine-output").write_text("results.csv\n")
     assert main(["demo", "--out", str(tmp_path)]) == 2
@@ -75,6 +81,22 @@ def test_an_earlier_demo_is_replaced(short, tmp_path, capsys, monkeypatch):
     (tmp_path / "demo" / "results" / ".dfengine-output").write_text("")  # as earlier versions left it
     assert main(arguments) == 0
     assert json.loads((tmp_path / "demo" / "results" / "demo.json").read_text())["seed"] != 1
+
+
+def test_two_demos_into_one_folder_are_kept_apart(short, tmp_path, capsys, monkeypatch):
+    arguments, second, honest = ["demo", "--out", str(tmp_path / "demo")], [], demo.write_fasteners
+
+    def rendered(images, *options):
+        honest(images, *options)
+        before = {file: file.read_bytes() for file in images.rglob("*.png")}
+        second.append(main([*arguments, "--seed", "1"]))
+        assert {file: file.read_bytes() for file in images.rglob("*.png")} == before
+
+    monkeypatch.setattr(demo, "write_fasteners", rendered)
+    assert main(arguments) == 0 and second == [1]
+    busy = f"dfengine: {tmp_path / 'demo'}: another run is writing into it; wait for its end, or choose another --out"
+    assert busy in capsys.readouterr().err.splitlines()
+    assert sorted(file.name for file in (tmp_path / "demo").iterdir()) == ["images", "results"]
 
 
 def test_a_missing_checkpoint_is_one_line(tmp_path, monkeypatch, capsys):

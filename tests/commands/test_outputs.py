@@ -68,6 +68,18 @@ def test_a_file_that_is_something_else(name, refused, tmp_path):
     assert photo.read_bytes() == b"mine"
 
 
+@pytest.mark.parametrize("name, theirs", [
+    ("tune", '{"tactics": ["pass early"]}'),
+    ("bench", '{"torch": "2.0", "rows": [{"batch": 1}]}'),
+    ("profile", '{"schemaVersion": 1, "traceEvents": [{"name": "process_name", "args": {"name": "python"}}]}'),
+])  # fmt: skip
+def test_a_json_file_of_another_program(name, theirs, refused, tmp_path):
+    out = tmp_path / "out.json"
+    out.write_text(theirs)
+    assert refused(JSON[name], out, 2) == "is there already and does not show that this command wrote it; choose another name"
+    assert out.read_text() == theirs
+
+
 @pytest.mark.parametrize("name", [*CHECKPOINTS, "roofline"])
 def test_a_name_of_another_kind_of_file(name, refused, tmp_path):
     for other in ("new.txt", "new", SUFFIXES[name], f"new{SUFFIXES[name].upper()}"):

@@ -14,6 +14,9 @@ from dfengine.commands.profile import profiler_lines
 
 def test_a_cpu_gets_a_trace_and_the_longest_ops(tiny, tmp_path, capsys):
     out = tmp_path / "traces" / "trace.json"
+    out.parent.mkdir()
+    process = '{"name": "process_name", "ph": "M", "pid": 0, "tid": 0, "args": {"name": "dfengine"}}'
+    out.write_text(f'{{"traceEvents": [{process}, {{"name": "thread_name"}}]}}')  # its like takes its place
     assert main(["profile", str(tiny), "--batch", "2", "--iterations", "2", "--out", str(out)]) == 0
     trace = json.loads(out.read_text())
     events = [event for event in trace["traceEvents"] if event["ph"] == "X" and event["cat"] != "run"]

@@ -17,6 +17,7 @@ from PIL import Image
 import dfengine
 from dfengine.checkpoint import load_checkpoint, save_checkpoint, shipped_checkpoint
 from dfengine.cli import main
+from dfengine.commands import scoring
 from dfengine.commands.scoring import Scoring
 from dfengine.data.fasteners import write_fasteners
 from dfengine.data.folders import open_dataset
@@ -134,6 +135,20 @@ def test_an_interrupted_run_keeps_what_was_scored(number, word, checkpoint, data
     assert signal.getsignal(number) is before
     monkeypatch.undo()
     assert main(arguments) == 3 and len(rows_of(out / "results.csv")) == 11
+
+
+def test_an_interrupt_while_the_results_are_written_loses_none(checkpoint, data, tmp_path, monkeypatch, capsys):
+    out, honest = tmp_path / "out", scoring.write_rows
+
+    def interrupted(*arguments):
+        monkeypatch.undo()
+        os.kill(os.getpid(), signal.SIGINT)
+        honest(*arguments)
+
+    monkeypatch.setattr(scoring, "write_rows", interrupted)
+    assert main(["detect", str(checkpoint), str(data / "test"), "--out", str(out)]) == 130
+    assert len(rows_of(out / "results.csv")) == 10 and (out / "report.html").is_file()
+    assert "10 of 10 images scored; the results are in" in capsys.readouterr().err
 
 
 def test_an_uncalibrated_checkpoint_is_used_with_a_warning(checkpoint, data, tmp_path, capsys):

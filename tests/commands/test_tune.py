@@ -23,6 +23,7 @@ def _own_cache(monkeypatch, tmp_path):
 
 def test_what_is_measured_is_remembered_and_taken(tiny, tmp_path, capsys):
     out = tmp_path / "here.json"
+    out.write_text('{"format": 1, "environment": {}, "tactics": {}}')  # its like takes its place
     exact = ["--precision", "float32"]
     assert main(["tune", str(tiny), *exact, "--batch", "1", "--batch", "3", "--out", str(out)]) == 0
     text = capsys.readouterr().out

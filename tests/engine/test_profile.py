@@ -17,7 +17,7 @@ def executor() -> Executor:
 
 def test_a_trace_has_an_event_for_each_op_and_run():
     bound = executor()
-    trace = json.loads(json.dumps(timeline(bound, 3).chrome_trace(batch=2)))
+    trace = json.loads(timeline(bound, 3).chrome_trace(batch=2))
     assert trace["otherData"] == {"batch": 2} and trace["displayTimeUnit"] == "ms"
     whole = [event for event in trace["traceEvents"] if event["ph"] == "X"]
     events, runs = ([e for e in whole if (e["cat"] == "run") == wanted] for wanted in (False, True))

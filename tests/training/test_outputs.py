@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from dfengine.checkpoint import Checkpoint, save_checkpoint
 from dfengine.errors import DfengineError, UsageError
-from dfengine.training import TrainingInterrupted, train
-from dfengine.training.outputs import check_outputs, run_folder_of
+from dfengine.files import OUTPUT_MARKER
+from dfengine.training import TrainingInterrupted, loop, train
+from dfengine.training.outputs import check_outputs, held, run_folder_of
+from dfengine.training.state import STATE_FILE
 from tests.helpers import tiny_config, tiny_model
 from tests.training.test_train import CONFIG
 
@@ -66,6 +69,41 @@ def test_panels_cannot_come_among_the_images(tmp_path, normals, monkeypatch):
     with pytest.raises(UsageError, match="lies inside"):
         check_outputs(Path("net.safetensors"), normals)
     check_outputs(normals.with_name(normals.name + "-net.safetensors"), normals)
+
+
+def test_a_folder_of_somebody_elses_is_refused_and_left(tmp_path, normals):
+    out, folder = tmp_path / "net.safetensors", tmp_path / "net.run"
+    for name in ("panels/mine.txt", "tensorboard/events.mine", "log.csv"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("mine")
+    before = sorted(folder.rglob("*"))
+    for resume in (False, True):
+        with pytest.raises(UsageError, match=r"net\.run: holds files not written by dfengine; choose another --out"):
+            train(CONFIG, tiny_config(), normals, out, resume=resume)
+    assert sorted(folder.rglob("*")) == before and (folder / "log.csv").read_text() == "mine"
+    for ours in (OUTPUT_MARKER, STATE_FILE):  # a full disk may have had no room for the marker
+        (folder / ours).touch()
+        check_outputs(out)
+        (folder / ours).unlink()
+
+
+def test_what_another_run_left_meanwhile_is_refused(tmp_path, normals, monkeypatch):
+    """One that ended between the first look and the lock."""
+    out, model, panel = tmp_path / "net.safetensors", tiny_model(), tmp_path / "net.run" / "panels" / "step-1.png"
+
+    @contextmanager
+    def after_another(folder, world):
+        save_checkpoint(out, Checkpoint(model.config, model.state_dict()))
+        panel.parent.mkdir(parents=True)
+        for file in (panel, folder / OUTPUT_MARKER):
+            file.touch()
+        with held(folder, world):
+            yield
+
+    monkeypatch.setattr(loop, "held", after_another)
+    with pytest.raises(UsageError, match=r"net\.safetensors: is there already"):
+        train(CONFIG, tiny_config(), normals, out)
+    assert panel.exists()
 
 
 def test_a_second_run_into_the_same_folder_is_refused(tmp_path, normals):

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -158,6 +159,38 @@ def test_several_ctrl_c_at_once_are_one(normals, tmp_path):
     with pytest.raises(TrainingInterrupted, match=r"stopped at step 2 .*--resume goes on") as stopped:
         train(CONFIG, tiny_config(), normals, tmp_path / "net.safetensors", stop=impatient)
     assert stopped.value.exit_code == 130 and state_of(tmp_path / "net.safetensors")[0].step == 2
+
+
+def test_a_signal_that_is_ignored_stays_ignored(normals, tmp_path):
+    """As in a script's background job."""
+
+    def interrupt(step):
+        os.kill(os.getpid(), signal.SIGINT)
+        return False
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        train(CONFIG.replace(steps=4), tiny_config(), normals, tmp_path / "net.safetensors", stop=interrupt)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert state_of(tmp_path / "net.safetensors")[0].step == 4
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_signal_after_the_checkpoint_is_written_stops_no_training(normals, tmp_path, monkeypatch, times):
+    """The first finds nothing to stop; the second ends what is left to do, and nothing is said to go on from."""
+    out, honest = tmp_path / "net.safetensors", trainer_module.Trainer.close
+
+    def interrupted(self):
+        for _ in range(times * self.state.finished):
+            os.kill(os.getpid(), signal.SIGINT)
+        honest(self)
+
+    monkeypatch.setattr(trainer_module.Trainer, "close", interrupted)
+    monkeypatch.setattr(signals, "BURST", 0.0)
+    with nullcontext() if times == 1 else pytest.raises(KeyboardInterrupt):
+        train(CONFIG.replace(steps=4), tiny_config(), normals, out)
+    assert load_checkpoint(out).training["steps"] == 4 and state_of(out)[0].finished
 
 
 @pytest.mark.parametrize("saved", [False, True])
