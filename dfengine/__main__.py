@@ -29,7 +29,9 @@ def command() -> NoReturn:
     signals.own_process()
     try:
         status = main()
-    except BaseException:
+    except KeyboardInterrupt:  # between two places that answer it
+        status = signals.say_ended(130)
+    except Exception:
         sys.excepthook(*sys.exc_info())
         status = 1
     signals.leave(status)

@@ -164,8 +164,9 @@ class Detector:
             where other kernels were tuned for another size). original_size: give `anomaly_map` and
         `pred_mask` at the size of each input instead of model size.
 
-        An image that cannot be read does not stop the others: it is in `Detection.errors` and in none of the arrays.
-        Raises `ImageError` when no image at all could be scored, `UsageError` or `DataError` when `batch` holds none.
+        An image that cannot be read does not stop the others: it is in `Detection.errors` and in none of the arrays,
+        and of an iterator the first is warned of. Raises `ImageError` when no image at all could be scored,
+        `UsageError` or `DataError` when `batch` holds none.
         """
         parts = list(self.stream(batch, batch_size, original_size))
         if not parts:
@@ -200,6 +201,8 @@ class Detector:
         batch_size = whole_number("batch_size", batch_size, 1)
         prefetch = whole_number("prefetch", prefetch, 1)
         workers = None if workers is None else whole_number("workers", workers)
+        if isinstance(source, Detection):
+            raise ArgumentTypeError("batch: is a Detection, what was found in images; give the images")
         endless = is_stream(source)
         images = _draw(iter(source)) if endless else collect_inputs(source)
         if workers is None:

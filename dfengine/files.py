@@ -198,7 +198,7 @@ def check_own_writable(path: str | os.PathLike, is_own: Callable[[bytes], bool])
 
 
 def check_json_writable(path: str | os.PathLike, *keys: str) -> None:
-    """`check_own_writable` of a JSON object with these keys, as nobody else gives them."""
+    """`check_own_writable` of a JSON object with all these keys."""
 
     def is_own(content: bytes) -> bool:
         try:
@@ -229,6 +229,20 @@ def make_folder(path: str | os.PathLike) -> None:
             pass
     except OSError as error:
         raise _refusal(folder, error) from error
+
+
+def check_folder(path: str | os.PathLike) -> None:
+    """Raises as `make_folder` does, where it would for `path`; the folder is not made."""
+    folder = Path(path)
+    for there in (folder, *folder.parents):
+        try:
+            os.stat(there)
+        except OSError as error:
+            missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+            if not missing or os.path.islink(there):
+                raise _refusal(there, error) from error
+        else:
+            return make_folder(there)
 
 
 def _lock(file: Path, shown: Path, busy: str | None) -> int:

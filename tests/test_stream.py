@@ -20,7 +20,7 @@ from dfengine.data.inputs import InputImage, collect_inputs
 from dfengine.data.prefetch import Prefetch
 from dfengine.detection import Detection
 from dfengine.detector import Detector
-from dfengine.errors import DataError, UsageError
+from dfengine.errors import ArgumentTypeError, DataError, UsageError
 from dfengine.evaluation.calibration import Calibration
 from tests.helpers import tiny_model
 
@@ -79,6 +79,9 @@ def test_stream_gives_in_order_what_detect_gives(detector, images, tmp_path, wor
         assert [len(part.errors) for part in parts] == [1, 0, 0]
         same(Detection.concatenate(parts), whole)
     same(Detection.concatenate(list(detector.stream(opened, workers=workers))), detector.detect(opened))
+    for take in (detector.detect, lambda source: list(detector.stream(source))):
+        with pytest.raises(ArgumentTypeError, match="batch: is a Detection, .* give the images"):
+            take(whole)
     mixed = [images[0], np.full((16, 16), np.nan), files[2], images[1]]
     for source in (mixed, iter(mixed)):
         (part,) = detector.stream(source, workers=workers)

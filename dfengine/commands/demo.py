@@ -37,7 +37,7 @@ def run_demo(out: Path, seed: int, device: str) -> int:
     `DfengineError` where another demo is writing them.
     """
     make_folder(out)
-    with locked(out / "images", f"{out}: {BUSY}"):
+    with locked(out / DEMO, f"{out}: {BUSY}"):
         return _demo(out, seed, device)
 
 

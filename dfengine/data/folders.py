@@ -125,12 +125,20 @@ def _whole(part: Path) -> Path | None:
         root = inner.parent
         try:
             # In no other folder of this name, which may be anybody's, are files looked for.
-            in_set = inner.name in PARTS and ((root / "test").is_dir() or _detect_layout(root) in ("visa", "dagm"))
-            if in_set and open_dataset(root).test:
+            if _is_part(inner.name, root) and open_dataset(root).test:
                 return root
         except (DataError, OSError):
             continue
     return None
+
+
+def _is_part(name: str, root: Path) -> bool:
+    """Whether the folder `name` of `root` is one of a data set with test images, by its name and what is beside it."""
+    if name == "Data":
+        return _detect_layout(root) == "visa"
+    if name in ("Train", "Test"):
+        return _detect_layout(root) == "dagm"
+    return name in PARTS and (root / "test").is_dir() and _is_test(root / "test")
 
 
 def _listed(names: Sequence[str]) -> str:

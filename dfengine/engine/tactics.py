@@ -32,7 +32,7 @@ from dfengine import native
 from dfengine.devices import hardware_name
 from dfengine.engine.program import Constant, Op, Value
 from dfengine.errors import DfengineError, UsageError
-from dfengine.files import atomic_write, locked, make_folder, os_reason
+from dfengine.files import atomic_write, check_folder, locked, os_reason
 from dfengine.kernels import OPS, triton_import
 from dfengine.kernels.conv_weight import ConvWeight
 
@@ -156,13 +156,11 @@ def check_cache() -> None:
     """Raises `DfengineError` where nothing can be kept in `cache_folder`, which is left as it is: a `UsageError` where
     DFENGINE_CACHE names what is no folder or can be none."""
     folder = cache_folder()
-    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     try:
-        make_folder(there)
+        check_folder(folder)
     except DfengineError as error:
         kind = type(error) if os.environ.get(CACHE) else DfengineError
-        said = str(error).removeprefix(f"{there}: ") if there == _path_of(CACHE) else error
-        raise kind(f"{_cache_variable()}{said}") from None
+        raise kind(f"{_cache_variable()}{str(error).removeprefix(f'{_path_of(CACHE)}: ')}") from None
 
 
 @contextmanager
@@ -218,7 +216,7 @@ class Tactics:
         self.environment = environment(torch.device(device))
         name = file_name(self.environment["device"])
         self.path = cache_folder() / name
-        if os.environ.get(CACHE) and not self.path.parent.is_dir():
+        if os.environ.get(CACHE) and not os.path.isdir(self.path.parent):
             warn_of_cache()
         self.unsaved = 0
         """Records since the last `save`."""

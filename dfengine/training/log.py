@@ -45,8 +45,7 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         purge = None if self._resume_step is None else self._resume_step + 1
-        self._guard(lambda: atomic_write(self.folder / OUTPUT_MARKER, ""))
-        self._guard(lambda: self._open_writer(SummaryWriter, purge))
+        self._guard(lambda: self._open(SummaryWriter, purge))
         if self.console.is_terminal:
             columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>5.1f}%")
             self._bar = Progress(*columns, TextColumn("{task.fields[losses]}"), console=self.console)
@@ -54,7 +53,8 @@ class RunLog:
             self._task = self._bar.add_task("training", total=1.0, losses="")
         return self
 
-    def _open_writer(self, writer, purge: int | None) -> None:
+    def _open(self, writer, purge: int | None) -> None:
+        atomic_write(self.folder / OUTPUT_MARKER, "")  # first: without it the next run would not know the folder
         self._writer = writer(str(self.folder / "tensorboard"), purge_step=purge)
 
     def __exit__(self, *_) -> None:

@@ -35,7 +35,9 @@ def check_outputs(out: Path, *sources: Path, resume: bool = False) -> None:
     folder = run_folder_of(out)
     if folder.exists():
         make_folder(folder)
-        if any(folder.iterdir()) and not any((folder / name).exists() for name in (OUTPUT_MARKER, STATE_FILE)):
+        marker = folder / OUTPUT_MARKER
+        run = marker.is_file() and not marker.stat().st_size  # that of results lists them
+        if any(folder.iterdir()) and not run and not (folder / STATE_FILE).exists():
             raise UsageError(f"{folder}: holds files not written by dfengine; choose another --out")
 
 

@@ -247,3 +247,18 @@ def test_usable_asks_the_implementation():
     conv = next(o for o in made.ops if o.name == "down.0")
     assert not usable(conv, Tactic("cuda"), executor.arguments(conv), "cpu")
     assert usable(conv, Tactic("cpu"), executor.arguments(conv), "cpu") == native.available()
+
+
+@pytest.mark.parametrize("name, reason", [
+    ("n" * 300, "the file name is too long"),
+    ("dangling", "no file can be made there"),
+    ("circle", "symbolic links that lead in a circle"),
+])  # fmt: skip
+def test_a_cache_that_can_be_no_folder_is_wrong_usage_and_no_trouble_to_look_up(name, reason, tmp_path, monkeypatch):
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    monkeypatch.setenv("DFENGINE_CACHE", str(tmp_path / name))
+    with pytest.raises(UsageError, match=f"cannot be written: {reason}$"):
+        tactics_module.check_cache()
+    assert len(Tactics("cpu")) == 0
+    assert not (tmp_path / "gone").exists()

@@ -26,7 +26,7 @@ SHAPES = [
     ((1, 9, 5), 2, 128),
     ((3, 3, 11), 1, 1),
     ((1, 2, 3), 1, 256),
-    ((1, 3, 14), 2, 264),  # past 256 channels, by a part of a block
+    ((1, 20, 17), 2, 264),  # past 256 channels, by a part of a block, and past 256 keys
     ((1, 5, 7), 1, 1024),
 ]
 

@@ -81,6 +81,10 @@ def test_a_folder_of_somebody_elses_is_refused_and_left(tmp_path, normals):
         with pytest.raises(UsageError, match=r"net\.run: holds files not written by dfengine; choose another --out"):
             train(CONFIG, tiny_config(), normals, out, resume=resume)
     assert sorted(folder.rglob("*")) == before and (folder / "log.csv").read_text() == "mine"
+    (folder / OUTPUT_MARKER).write_text("results.csv\n")  # of results
+    with pytest.raises(UsageError, match=r"net\.run: holds files not written by dfengine"):
+        check_outputs(out)
+    (folder / OUTPUT_MARKER).unlink()
     for ours in (OUTPUT_MARKER, STATE_FILE):  # a full disk may have had no room for the marker
         (folder / ours).touch()
         check_outputs(out)
