@@ -76,7 +76,8 @@ def test_a_file_that_is_something_else(name, refused, tmp_path):
 def test_a_json_file_of_another_program(name, theirs, refused, tmp_path):
     out = tmp_path / "out.json"
     out.write_text(theirs)
-    assert refused(JSON[name], out, 2) == "is there already and does not show that this command wrote it; choose another name"
+    said = "is there already and does not show that this command wrote it; choose another name"
+    assert refused(JSON[name], out, 2) == said
     assert out.read_text() == theirs
 
 
