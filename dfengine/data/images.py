@@ -5,6 +5,8 @@ An *array image* is (H, W, 3) RGB, dtype uint8, uint16 or float32 in [0, 1]. A *
 Conventions:
 - 8-bit files stay uint8, deeper integers become uint16, float files (TIFF) must be finite and in [0, 1].
 - Gray is repeated to three channels; 1-bit reads as 0 and 255; of several frames or pages the first is read.
+- White is 255 or 65535: nothing is stretched, and of 12 bits kept in 16 as they are, which would be dark, there is a
+  warning.
 - Alpha is composited over black: what was transparent is black, so colours hidden under it are never shown.
 - The orientation in EXIF is applied, so the array is what an image viewer shows.
 - Decoding finds any missing byte: a truncated file is refused, never filled up.
@@ -22,7 +24,16 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dfengine.data.decode import FORMATS, MAX_PIXELS, MIN_SIDE, STRIP_VALUES, check_dtype, check_range, decode_file
+from dfengine.data.decode import (
+    FORMATS,
+    MAX_PIXELS,
+    MIN_SIDE,
+    STRIP_VALUES,
+    check_dtype,
+    check_range,
+    decode_file,
+    say_if_few_bits,
+)
 from dfengine.errors import DataError, ImageError
 from dfengine.files import OUTPUT_MARKER, os_reason
 from dfengine.wording import counted
@@ -40,8 +51,14 @@ UNREADABLE_SUFFIXES = frozenset((".heic", ".heif", ".avif", ".jp2", ".ppm", ".pg
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
-    """The array image in a file, at its native depth and size. Raises ImageError(name as given, reason)."""
-    return decode_file(path)
+    """The array image in a file, at its native depth and size, with a warning where 16 bits hold 12 or fewer.
+
+    Raises ImageError(name as given, reason).
+    """
+    array = decode_file(path)
+    if array.dtype == np.uint16:
+        say_if_few_bits(int(array.max()), os.fspath(path))
+    return array
 
 
 def read_mask(path: str | os.PathLike, shape: tuple[int, int] | None = None) -> np.ndarray:

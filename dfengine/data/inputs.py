@@ -12,7 +12,8 @@
                                         dict or set, no bytes, range or `array.array`, and no open file
 
 C is 1 (gray), 3 (RGB) or 4 (RGBA, composited over black). Pixels are uint8, uint16, bool (0 and 1) or float in
-[0, 1]. What is not listed is refused rather than guessed: a NumPy array (3, H, W), for one.
+[0, 1]; where uint16 holds 12 bits or fewer there is a warning. What is not listed is refused rather than guessed: a
+NumPy array (3, H, W), for one.
 
 A problem of the batch itself (nothing in it, a rank that means nothing) raises at once, and so does an item of a list
 whose type means nothing. Another problem of one item, and every problem of pixels (not finite, out of range, unreadable
@@ -33,7 +34,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dfengine.data.decode import check_dtype, check_range, check_size, over_black, pil_to_array
+from dfengine.data.decode import check_dtype, check_range, check_size, over_black, pil_to_array, say_if_few_bits
 from dfengine.data.images import list_images, read_image, resize_unit, resize_weights
 from dfengine.errors import ArgumentTypeError, DataError, ImageError, UsageError
 
@@ -100,6 +101,8 @@ class InputImage:
             array = self.array
         else:
             array = _to_array_image(self.array, self.name)
+        if self.path is None and array.dtype == np.uint16:
+            say_if_few_bits(int(array.max()), self.name)
         self._size = tuple(array.shape[:2])
         return array
 
@@ -261,7 +264,10 @@ def _resize_tensor(image: torch.Tensor, size: int, name: str) -> torch.Tensor:
         unit = image.to(torch.float32).clamp(0, 1)
     else:
         white = {torch.uint8: 255, torch.uint16: 65535, torch.bool: 1}[image.dtype]
-        unit = image.to(torch.float32) / white
+        values = image.to(torch.float32)
+        if image.dtype == torch.uint16:
+            say_if_few_bits(int(values[..., :3].max()), name)
+        unit = values / white
     if unit.shape[2] == 4:
         unit = unit[..., :3] * unit[..., 3:]
     unit = unit.expand(-1, -1, 3) if unit.shape[2] == 1 else unit
