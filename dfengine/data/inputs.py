@@ -179,7 +179,10 @@ def _expand(item: Any, name: str) -> list[InputImage]:
     kind = type(item).__name__
     if _is_file(item):
         raise ArgumentTypeError(f"{name}: is an open file ({kind}); give its path, or the image as an array")
-    raise ArgumentTypeError(f"{name}: is of type {kind}; expected {_BATCH if name == 'batch' else _ITEM}")
+    # What a DataLoader of images with labels gives.
+    labelled = isinstance(item, (list, tuple)) and item and isinstance(item[0], (torch.Tensor, np.ndarray, Image.Image))
+    hint = "; give the images alone, as in `(images for images, labels in loader)`" if labelled else ""
+    raise ArgumentTypeError(f"{name}: is of type {kind}; expected {_BATCH if name == 'batch' else _ITEM}{hint}")
 
 
 def _place(name: str) -> str:
