@@ -150,13 +150,20 @@ def load_uint8(path: str | os.PathLike, size: int) -> np.ndarray:
     return np.rint(load_unit(path, size) * 255).astype(np.uint8)
 
 
-def list_images(folder: str | os.PathLike, recursive: bool = True, others: bool = False) -> list[Path]:
+def list_images(
+    folder: str | os.PathLike,
+    recursive: bool = True,
+    others: bool = False,
+    unreadable: dict[Path, str] | None = None,
+) -> list[Path]:
     """The image files of a folder (by suffix), in natural order: frame2 before frame10.
 
     Hidden names and subfolders that dfengine wrote are passed over, and so are those of ground-truth masks, with a
     warning; linked folders are followed once. Whether a file is readable shows when it is read.
     others: warn of files that are passed over too, for a suffix may be mistyped; not of what systems leave in folders.
-    Raises DataError when the folder is missing, unreadable, one that dfengine wrote, or holds no image.
+    unreadable: takes the folders below that cannot be read, with the reason; the others are listed.
+    Raises DataError when the folder is missing, unreadable, one that dfengine wrote, or holds no image, and, without
+    `unreadable`, when a folder below it cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -166,7 +173,10 @@ def list_images(folder: str | os.PathLike, recursive: bool = True, others: bool 
         raise DataError(f"{folder}: holds what dfengine wrote ({what}), no images to read; give another folder")
 
     def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename}: {os_reason(error)}") from error
+        place = Path(error.filename or folder)
+        if unreadable is None or place == folder:
+            raise DataError(f"{place}: {os_reason(error)}") from error
+        unreadable[place] = os_reason(error)
 
     images, masks, odd = [], [], []
     for parent, folders, files in walk(folder, refuse):
@@ -177,7 +187,7 @@ def list_images(folder: str | os.PathLike, recursive: bool = True, others: bool 
             listed = not name.startswith(".") and _has_suffix(name)
             (images if listed else odd).append(Path(parent, name))
     odd = sorted((path for path in odd if not _is_litter(path.name)), key=natural_key)
-    if not images:
+    if not images and not unreadable:
         held = f"; it holds {_some(path.name for path in odd)}" if odd else ""
         raise DataError(f"{folder}: no image in this folder ({FORMATS}){held}")
     if masks:
@@ -238,7 +248,7 @@ def _holds_masks(folder: Path) -> bool:
     """Whether a folder is where MVTec AD, VisA or DAGM 2007 keep their masks: beside or below images."""
     if folder.name == "Masks":
         return (folder.parent / "Images").is_dir()
-    return folder.name == "ground_truth" or (folder.name == "Label" and (folder / "Labels.txt").is_file())
+    return folder.name == "ground_truth" or (folder.name == "Label" and os.path.isfile(folder / "Labels.txt"))
 
 
 def natural_key(path: str | os.PathLike) -> tuple:

@@ -1,7 +1,7 @@
 """The argument of `Detector.detect`: anything that holds images becomes a list of `InputImage`.
 
     path of a file                      one image, read when it is loaded
-    path of a folder                    all its images, subfolders included
+    path of a folder                    all its images, subfolders included; one that cannot be read is refused by name
     PIL image                           its current frame, EXIF orientation applied
     NumPy array                         (H, W) | (H, W, C) | (B, H, W, C), channels last
     torch tensor                        (H, W) | (C, H, W) | (B, C, H, W), channels first, any device
@@ -35,7 +35,7 @@ import torch
 from PIL import Image
 
 from dfengine.data.decode import check_dtype, check_range, check_size, over_black, pil_to_array, say_if_few_bits
-from dfengine.data.images import list_images, read_image, resize_unit, resize_weights
+from dfengine.data.images import list_images, natural_key, read_image, resize_unit, resize_weights
 from dfengine.errors import ArgumentTypeError, DataError, ImageError, UsageError
 
 _ITEM = "a path, a PIL image, a NumPy array or a torch tensor"
@@ -161,7 +161,10 @@ def _expand(item: Any, name: str) -> list[InputImage]:
         if not given:
             raise ImageError(name, "an empty text is no path")
         if os.path.isdir(given):
-            return [InputImage(str(path), path=path) for path in list_images(given, others=True)]
+            unreadable = {}
+            images = [InputImage(str(path), path=path) for path in list_images(given, True, True, unreadable)]
+            refused = (InputImage(str(path), error=ImageError(str(path), why)) for path, why in unreadable.items())
+            return sorted([*images, *refused], key=lambda image: natural_key(image.name))
         # Not through Path, which would tidy the name: "./a.png" is shown as it was given.
         return [InputImage(given, path=given)]
     if isinstance(item, Image.Image):
