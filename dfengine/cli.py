@@ -166,7 +166,8 @@ def calibrate(
 @app.command()
 def detect(
     checkpoint: CheckpointArgument,
-    inputs: Annotated[list[Path], typer.Argument(help="Images or folders of images.")],
+    # Whether one can be read shows when it is read, as of a file in a folder.
+    inputs: Annotated[list[Path], typer.Argument(readable=False, help="Images or folders of images.")],
     out: Annotated[Path, typer.Option(help="Folder for results.csv, results.jsonl, heatmaps/ and report.html.")],
     batch_size: BatchOption = 16,
     threshold: Annotated[float | None, typer.Option(help="Alarm threshold, 0 to 1, not the calibrated one.")] = None,

@@ -37,6 +37,7 @@ from dfengine.files import os_reason
 
 MIN_SIDE = 8
 MAX_PIXELS = 100_000_000
+MOST_DIM = 3
 FORMATS = "PNG, JPEG, TIFF, BMP, WebP, GIF"
 
 # Decoders by the first bytes, called directly: Image.open would warn about or refuse large images by its own
@@ -175,6 +176,28 @@ def _decode(file: BinaryIO, decoder: type[Image.Image], name: str) -> np.ndarray
 def _say_first_of_several(name: str) -> None:
     """Once a process: a file may be read several times."""
     logging.getLogger("dfengine").warning("%s: holds several frames or pages; the first is read", name)
+
+
+_dim: set[str] = set()
+_dim_lock = threading.Lock()
+
+
+def say_if_few_bits(largest: int, name: str) -> None:
+    """Warns of a 16-bit image whose largest value is that of 12 bits or less: from a camera of 12 bits, perhaps, or of
+    8, but a dark picture looks the same. A process names the first `MOST_DIM`: a camera gives all its pictures alike.
+    """
+    if not 0 < largest < 1 << 12:
+        return
+    with _dim_lock:
+        if name in _dim or len(_dim) == MOST_DIM:
+            return
+        _dim.add(name)
+        last = "; no other such image will be named" if len(_dim) == MOST_DIM else ""
+    bits = max(8, largest.bit_length())
+    logging.getLogger("dfengine").warning(
+        "%s: a 16-bit image that uses only values up to %d of 65535; unless it is dark, it holds %d bits: multiply its "
+        "values by %d%s", name, largest, bits, 1 << (16 - bits), last,
+    )
 
 
 # Decoders. Each returns (H, W) or (H, W, C) with C of 1 to 4: gray, gray + alpha, RGB, RGB + alpha.

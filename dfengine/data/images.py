@@ -5,6 +5,8 @@ An *array image* is (H, W, 3) RGB, dtype uint8, uint16 or float32 in [0, 1]. A *
 Conventions:
 - 8-bit files stay uint8, deeper integers become uint16, float files (TIFF) must be finite and in [0, 1].
 - Gray is repeated to three channels; 1-bit reads as 0 and 255; of several frames or pages the first is read.
+- White is 255 or 65535: nothing is stretched, and of 12 bits kept in 16 as they are, which would be dark, there is a
+  warning.
 - Alpha is composited over black: what was transparent is black, so colours hidden under it are never shown.
 - The orientation in EXIF is applied, so the array is what an image viewer shows.
 - Decoding finds any missing byte: a truncated file is refused, never filled up.
@@ -22,7 +24,16 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dfengine.data.decode import FORMATS, MAX_PIXELS, MIN_SIDE, STRIP_VALUES, check_dtype, check_range, decode_file
+from dfengine.data.decode import (
+    FORMATS,
+    MAX_PIXELS,
+    MIN_SIDE,
+    STRIP_VALUES,
+    check_dtype,
+    check_range,
+    decode_file,
+    say_if_few_bits,
+)
 from dfengine.errors import DataError, ImageError
 from dfengine.files import OUTPUT_MARKER, os_reason
 from dfengine.wording import counted
@@ -40,8 +51,14 @@ UNREADABLE_SUFFIXES = frozenset((".heic", ".heif", ".avif", ".jp2", ".ppm", ".pg
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
-    """The array image in a file, at its native depth and size. Raises ImageError(name as given, reason)."""
-    return decode_file(path)
+    """The array image in a file, at its native depth and size, with a warning where 16 bits hold 12 or fewer.
+
+    Raises ImageError(name as given, reason).
+    """
+    array = decode_file(path)
+    if array.dtype == np.uint16:
+        say_if_few_bits(int(array.max()), os.fspath(path))
+    return array
 
 
 def read_mask(path: str | os.PathLike, shape: tuple[int, int] | None = None) -> np.ndarray:
@@ -133,13 +150,20 @@ def load_uint8(path: str | os.PathLike, size: int) -> np.ndarray:
     return np.rint(load_unit(path, size) * 255).astype(np.uint8)
 
 
-def list_images(folder: str | os.PathLike, recursive: bool = True, others: bool = False) -> list[Path]:
+def list_images(
+    folder: str | os.PathLike,
+    recursive: bool = True,
+    others: bool = False,
+    unreadable: dict[Path, str] | None = None,
+) -> list[Path]:
     """The image files of a folder (by suffix), in natural order: frame2 before frame10.
 
     Hidden names and subfolders that dfengine wrote are passed over, and so are those of ground-truth masks, with a
     warning; linked folders are followed once. Whether a file is readable shows when it is read.
     others: warn of files that are passed over too, for a suffix may be mistyped; not of what systems leave in folders.
-    Raises DataError when the folder is missing, unreadable, one that dfengine wrote, or holds no image.
+    unreadable: takes the folders below that cannot be read, with the reason; the others are listed.
+    Raises DataError when the folder is missing, unreadable, one that dfengine wrote, or holds no image, and, without
+    `unreadable`, when a folder below it cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -149,7 +173,10 @@ def list_images(folder: str | os.PathLike, recursive: bool = True, others: bool 
         raise DataError(f"{folder}: holds what dfengine wrote ({what}), no images to read; give another folder")
 
     def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename}: {os_reason(error)}") from error
+        place = Path(error.filename or folder)
+        if unreadable is None or place == folder:
+            raise DataError(f"{place}: {os_reason(error)}") from error
+        unreadable[place] = os_reason(error)
 
     images, masks, odd = [], [], []
     for parent, folders, files in walk(folder, refuse):
@@ -160,7 +187,7 @@ def list_images(folder: str | os.PathLike, recursive: bool = True, others: bool 
             listed = not name.startswith(".") and _has_suffix(name)
             (images if listed else odd).append(Path(parent, name))
     odd = sorted((path for path in odd if not _is_litter(path.name)), key=natural_key)
-    if not images:
+    if not images and not unreadable:
         held = f"; it holds {_some(path.name for path in odd)}" if odd else ""
         raise DataError(f"{folder}: no image in this folder ({FORMATS}){held}")
     if masks:
@@ -221,7 +248,7 @@ def _holds_masks(folder: Path) -> bool:
     """Whether a folder is where MVTec AD, VisA or DAGM 2007 keep their masks: beside or below images."""
     if folder.name == "Masks":
         return (folder.parent / "Images").is_dir()
-    return folder.name == "ground_truth" or (folder.name == "Label" and (folder / "Labels.txt").is_file())
+    return folder.name == "ground_truth" or (folder.name == "Label" and os.path.isfile(folder / "Labels.txt"))
 
 
 def natural_key(path: str | os.PathLike) -> tuple:

@@ -1,7 +1,7 @@
 """The argument of `Detector.detect`: anything that holds images becomes a list of `InputImage`.
 
     path of a file                      one image, read when it is loaded
-    path of a folder                    all its images, subfolders included
+    path of a folder                    all its images, subfolders included; one that cannot be read is refused by name
     PIL image                           its current frame, EXIF orientation applied
     NumPy array                         (H, W) | (H, W, C) | (B, H, W, C), channels last
     torch tensor                        (H, W) | (C, H, W) | (B, C, H, W), channels first, any device
@@ -12,7 +12,8 @@
                                         dict or set, no bytes, range or `array.array`, and no open file
 
 C is 1 (gray), 3 (RGB) or 4 (RGBA, composited over black). Pixels are uint8, uint16, bool (0 and 1) or float in
-[0, 1]. What is not listed is refused rather than guessed: a NumPy array (3, H, W), for one.
+[0, 1]; where uint16 holds 12 bits or fewer there is a warning. What is not listed is refused rather than guessed: a
+NumPy array (3, H, W), for one.
 
 A problem of the batch itself (nothing in it, a rank that means nothing) raises at once, and so does an item of a list
 whose type means nothing. Another problem of one item, and every problem of pixels (not finite, out of range, unreadable
@@ -33,8 +34,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dfengine.data.decode import check_dtype, check_range, check_size, over_black, pil_to_array
-from dfengine.data.images import list_images, read_image, resize_unit, resize_weights
+from dfengine.data.decode import check_dtype, check_range, check_size, over_black, pil_to_array, say_if_few_bits
+from dfengine.data.images import list_images, natural_key, read_image, resize_unit, resize_weights
 from dfengine.errors import ArgumentTypeError, DataError, ImageError, UsageError
 
 _ITEM = "a path, a PIL image, a NumPy array or a torch tensor"
@@ -100,6 +101,8 @@ class InputImage:
             array = self.array
         else:
             array = _to_array_image(self.array, self.name)
+        if self.path is None and array.dtype == np.uint16:
+            say_if_few_bits(int(array.max()), self.name)
         self._size = tuple(array.shape[:2])
         return array
 
@@ -158,7 +161,10 @@ def _expand(item: Any, name: str) -> list[InputImage]:
         if not given:
             raise ImageError(name, "an empty text is no path")
         if os.path.isdir(given):
-            return [InputImage(str(path), path=path) for path in list_images(given, others=True)]
+            unreadable = {}
+            images = [InputImage(str(path), path=path) for path in list_images(given, True, True, unreadable)]
+            refused = (InputImage(str(path), error=ImageError(str(path), why)) for path, why in unreadable.items())
+            return sorted([*images, *refused], key=lambda image: natural_key(image.name))
         # Not through Path, which would tidy the name: "./a.png" is shown as it was given.
         return [InputImage(given, path=given)]
     if isinstance(item, Image.Image):
@@ -176,7 +182,10 @@ def _expand(item: Any, name: str) -> list[InputImage]:
     kind = type(item).__name__
     if _is_file(item):
         raise ArgumentTypeError(f"{name}: is an open file ({kind}); give its path, or the image as an array")
-    raise ArgumentTypeError(f"{name}: is of type {kind}; expected {_BATCH if name == 'batch' else _ITEM}")
+    # What a DataLoader of images with labels gives.
+    labelled = isinstance(item, (list, tuple)) and item and isinstance(item[0], (torch.Tensor, np.ndarray, Image.Image))
+    hint = "; give the images alone, as in `(images for images, labels in loader)`" if labelled else ""
+    raise ArgumentTypeError(f"{name}: is of type {kind}; expected {_BATCH if name == 'batch' else _ITEM}{hint}")
 
 
 def _place(name: str) -> str:
@@ -261,7 +270,10 @@ def _resize_tensor(image: torch.Tensor, size: int, name: str) -> torch.Tensor:
         unit = image.to(torch.float32).clamp(0, 1)
     else:
         white = {torch.uint8: 255, torch.uint16: 65535, torch.bool: 1}[image.dtype]
-        unit = image.to(torch.float32) / white
+        values = image.to(torch.float32)
+        if image.dtype == torch.uint16:
+            say_if_few_bits(int(values[..., :3].max()), name)
+        unit = values / white
     if unit.shape[2] == 4:
         unit = unit[..., :3] * unit[..., 3:]
     unit = unit.expand(-1, -1, 3) if unit.shape[2] == 1 else unit

@@ -6,6 +6,7 @@ import csv
 import io
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
@@ -15,10 +16,23 @@ from dfengine.errors import DfengineError
 from dfengine.files import OUTPUT_MARKER, atomic_path, atomic_write
 from dfengine.wording import counted
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 COLUMNS = (
     "step stage progress seconds images noise_loss mask_loss grad_norm rate segmentation_rate "
     "val_noise_loss val_image_auroc val_pixel_auroc val_pixel_ap val_score"
 ).split()
+LOSSES = {
+    "noise_loss": "denoising, training photos",
+    "val_noise_loss": "denoising, held-out photos",
+    "mask_loss": "marking defects, training photos",
+}
+METRICS = {
+    "val_image_auroc": "photos told apart (AUROC)",
+    "val_pixel_auroc": "pixels told apart (AUROC)",
+    "val_pixel_ap": "pixels, average precision",
+}
 LINE_SECONDS = 15.0  # between progress lines where there is no terminal
 
 
@@ -149,25 +163,31 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 def plot_losses(path: Path, rows: list[dict[str, float]]) -> None:
     """Losses and validation metrics over steps, as a PNG."""
+    figure = loss_figure(rows)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
+
+
+def loss_figure(rows: list[dict[str, float]]) -> Figure:
+    """`plot_losses` as a matplotlib figure."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasAgg(figure)
     losses, metrics = figure.subplots(2, 1, sharex=True)
-    for key in ("noise_loss", "mask_loss", "val_noise_loss"):
+    for key, label in LOSSES.items():
         steps, values = _series(rows, key)
-        losses.plot(steps, values, label=key, marker="o" if key.startswith("val") else None, linewidth=1)
+        losses.plot(steps, values, label=label, marker="o" if key.startswith("val") else None, linewidth=1)
     losses.set_yscale("log")
-    losses.set_ylabel("loss")
-    losses.legend()
-    for key in ("val_image_auroc", "val_pixel_auroc", "val_pixel_ap"):
-        metrics.plot(*_series(rows, key), label=key, marker="o", linewidth=1)
-    metrics.set_xlabel("step")
-    metrics.set_ylabel("synthetic anomalies of held-out normals")
-    metrics.legend()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=100, format="png")
+    losses.set_ylabel("loss (lower is better)")
+    for key, label in METRICS.items():
+        metrics.plot(*_series(rows, key), label=label, marker="o", linewidth=1)
+    metrics.set_xlabel("training step")
+    metrics.set_ylabel("held-out photos with\nsynthetic defects (1 is best)")
+    for axes in (losses, metrics):
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
+    return figure
 
 
 def save_png(path: Path, image: np.ndarray) -> None:

@@ -7,6 +7,7 @@ import math
 import cv2
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 from dfengine.data.streams import Stream
 from dfengine.data.training_set import ValidationSet
@@ -35,15 +36,16 @@ def validate(runner: ModuleRunner, data: ValidationSet, stage: int, seed: int) -
     metrics = {"val_noise_loss": _noise_loss(runner, data.images[~anomalous], seed)}
     shown = np.concatenate([np.flatnonzero(~anomalous)[:PANEL_NORMALS], np.flatnonzero(anomalous)[:PANEL_ANOMALIES]])
     if stage == 1 or not anomalous.any():
-        maps, reconstructions, _ = run(runner, data.images[shown])
-        return metrics, panel(data.images[shown], reconstructions)
+        _, reconstructions, _ = run(runner, data.images[shown])
+        return metrics, panel(data.images[shown], reconstructions, data.labels[shown])
     maps, reconstructions, scores = run(runner, data.images)
     truth, values = data.masks.ravel(), maps.ravel()
     metrics["val_image_auroc"] = float(auroc(anomalous, scores.astype(np.float64)))
     metrics["val_pixel_auroc"] = float(auroc(truth, values))
     metrics["val_pixel_ap"] = average_precision(truth, values)
     metrics["val_score"] = 0.5 * (metrics["val_image_auroc"] + metrics["val_pixel_ap"])
-    return metrics, panel(data.images[shown], reconstructions[shown], maps[shown], data.masks[shown])
+    seen = data.images[shown], reconstructions[shown], data.labels[shown]
+    return metrics, panel(*seen, scores[shown], maps[shown], data.masks[shown])
 
 
 def tolerance(best: float, normals: int) -> float:
@@ -89,17 +91,26 @@ def run(runner: ModuleRunner, images: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def panel(
     images: np.ndarray,
     reconstructions: np.ndarray,
+    labels: np.ndarray,
+    scores: np.ndarray | None = None,
     maps: np.ndarray | None = None,
     masks: np.ndarray | None = None,
 ) -> np.ndarray:
-    """A grid, uint8 (rows, columns, 3), one row for each image.
+    """A grid with captions, uint8 (H, W, 3), one row of it for each image.
 
-    Columns: input uint8 (S, S, 3), reconstruction x0_hat in [0, 1], its absolute error (x 2), and, where given, the
-    anomaly map over the image with the true mask outlined, and the mask. The runner's noise is the same each time, so
-    panels of one run can be compared.
+    Columns: input uint8 (S, S, 3), reconstruction x0_hat in [0, 1], its absolute error (x 2), and, where `scores`,
+    `maps` and `masks` are given, the anomaly map over the image with the true mask outlined, and the mask. Rows are
+    called by their label (0 or 1) and score. The runner's noise is the same each time, so panels of one run can be
+    compared.
     """
     size = images.shape[1]
     side = max(1, round(128 / size)) * size
+    heads = ["photo", "reconstruction", "difference\n(times 2)"]
+    if maps is not None:
+        heads += ["anomaly map,\ndefect outlined", "the defect\nput in"]
+    names = ["synthetic\ndefect" if label else "sound" for label in labels]
+    if scores is not None:
+        names = [f"{name}\nscore {score:.3f}" for name, score in zip(names, scores, strict=True)]
     grid = []
     for row, (image, reconstruction) in enumerate(zip(images, reconstructions, strict=True)):
         error = np.abs(image / 255.0 - reconstruction).mean(axis=-1, keepdims=True).repeat(3, axis=-1)
@@ -108,7 +119,24 @@ def panel(
             tiles.append(heatmap_overlay(tiles[0], maps[row], mask=masks[row]))
             tiles.append(_tile(masks[row][..., None].repeat(3, axis=-1).astype(np.uint8) * 255, side))
         grid.append(np.concatenate([cv2.copyMakeBorder(t, 0, GAP, 0, GAP, 0, value=(128,) * 3) for t in tiles], axis=1))
-    return np.concatenate(grid)
+    return _captioned(np.concatenate(grid), heads, names, side + GAP)
+
+
+def _captioned(grid: np.ndarray, heads: list[str], names: list[str], step: int) -> np.ndarray:
+    """The grid of tiles, each `step` pixels further, below `heads` and right of `names`."""
+    font = ImageFont.load_default(min(16, max(11, step // 10)))
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    left = max(measure.multiline_textbbox((0, 0), text, font)[2] for text in names)
+    top = max(measure.multiline_textbbox((0, 0), text, font)[3] for text in heads)
+    left, top = math.ceil(left) + 4 * GAP, math.ceil(top) + 4 * GAP
+    canvas = Image.new("RGB", (left + grid.shape[1], top + grid.shape[0]), "white")
+    canvas.paste(Image.fromarray(grid), (left, top))
+    draw = ImageDraw.Draw(canvas)
+    for column, text in enumerate(heads):
+        draw.multiline_text((left + column * step + GAP, GAP), text, "black", font)
+    for row, text in enumerate(names):
+        draw.multiline_text((GAP, top + row * step + GAP), text, "black", font)
+    return np.array(canvas)
 
 
 def _tile(image: np.ndarray, side: int) -> np.ndarray:

@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -21,6 +22,8 @@ from dfengine.commands import scoring
 from dfengine.commands.scoring import Scoring
 from dfengine.data.fasteners import write_fasteners
 from dfengine.data.folders import open_dataset
+from dfengine.data.images import list_images
+from dfengine.errors import DataError
 from dfengine.evaluation.metrics import auroc
 from dfengine.evaluation.robustness import MAX_JPEG_SIDE, PERTURBATIONS, measure_robustness
 
@@ -62,6 +65,33 @@ def test_a_full_disk_loses_nothing_that_can_be_written(checkpoint, data, tmp_pat
     assert len(rows) == 10 and all(row["pred_score"] and not row["heatmap"] for row in rows)
     assert (out / "report.html").is_file()
     assert not list(out.rglob(".tmp-*"))
+
+
+def test_a_folder_that_cannot_be_read_is_refused_and_the_rest_scored(checkpoint, data, tmp_path, capsys, monkeypatch):
+    photos, locked, scandir, access = tmp_path / "photos", tmp_path / "photos" / "locked", os.scandir, os.access
+    shutil.copytree(data / "test" / "good", photos)
+    locked.mkdir()
+
+    def refuse(path):
+        if Path(path) == locked:
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(os, "access", lambda path, *mode, **how: Path(path) != locked and access(path, *mode, **how))
+    sound = min(photos.glob("*.*"))
+    scored = len(list(photos.glob("*.*")))
+    for inputs, status, rows in (([photos], 3, scored + 1), ([sound, locked], 3, 2), ([locked], 1, None)):
+        out = tmp_path / f"out{len(inputs)}{status}"
+        assert main(["detect", str(checkpoint), *map(str, inputs), "--out", str(out)]) == status
+        assert f"{locked}: permission denied\n" in capsys.readouterr().err
+        if rows is not None:
+            table = rows_of(out / "results.csv")
+            assert len(table) == rows
+            refused = [(row["name"], row["error"]) for row in table if row["error"]]
+            assert refused == [(str(locked), "permission denied")]
+    with pytest.raises(DataError, match="locked: permission denied"):
+        list_images(photos)  # as training does
 
 
 @pytest.mark.parametrize("theirs", ["metrics.json", "heatmaps/00000_mine.png"])

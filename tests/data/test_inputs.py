@@ -300,6 +300,8 @@ def test_a_bad_item_carries_its_reason():
     (range(3), "batch: is of type range"), (PlainArray("f", (0, 1)), "batch: is of type array"),
     (3, "is of type int; expected .* a NumPy array or a torch tensor, or a list or another iterable of these$"),
     ([["a.png"]], "is of type list; expected a path, a PIL image, a NumPy array or a torch tensor$"),
+    ([[np.zeros((8, 8)), 1]], r"is of type list; .* tensor; give the images alone, as in `\(images for"),
+    ([(torch.zeros(2, 3, 8, 8), torch.zeros(2))], r"batch\[0\]: is of type tuple; .* tensor; give the images alone"),
 ])
 def test_what_holds_no_images(batch, message):
     with pytest.raises(UsageError, match=message):

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from dfengine.training.validation import verdict
+from dfengine.training.validation import GAP, panel, verdict
 
 
 @pytest.mark.parametrize(
@@ -24,3 +25,25 @@ def test_the_verdict_says_where_it_is_optimistic_or_missing():
     assert verdict({"val_noise_loss": 0.1}) == [
         "no verdict on quality: these weights were never tried on synthetic defects"
     ]
+
+
+@pytest.mark.parametrize("size, side", [(32, 128), (86, 86), (256, 256)])
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_panel_is_captioned_beside_its_tiles(size, side, joint):
+    images = np.random.default_rng(0).integers(0, 255, (4, size, size, 3), np.uint8)
+    maps = np.zeros((4, size, size), np.float32)
+    found = [np.array([0.1, 0.1, 0.1, 0.9]), maps, maps > 0] if joint else []
+    grid = panel(images, images / 255, np.array([0, 0, 1, 1]), *found)
+    step, columns = side + GAP, 5 if joint else 3
+    left, top = grid.shape[1] - columns * step, grid.shape[0] - 4 * step
+    for row, image in enumerate(images):
+        tile = grid[top + row * step :, left:][:side, :side]
+        np.testing.assert_array_equal(tile, image.repeat(side // size, 0).repeat(side // size, 1))
+    heads = [grid[:top, left + column * step :][:, :step] for column in range(columns)]
+    assert all((head < 128).any() for head in heads)
+    assert all((head[:, -GAP:] == 255).all() for head in heads), "no caption runs into the next"
+    sound, again, defect, other = (grid[top + row * step :][:step, :left] for row in range(4))
+    assert (sound < 128).any() and (sound[:, -GAP:] == 255).all() and (defect[:, -GAP:] == 255).all()
+    np.testing.assert_array_equal(sound, again)
+    assert (sound != defect).any()
+    assert (defect != other).any() == joint, "the scores"
