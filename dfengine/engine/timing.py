@@ -92,6 +92,15 @@ def interleaved(
     return times
 
 
+def statistics_of(times: list[float], batch: int) -> dict[str, float]:
+    """Of calls with `batch` images each: images/s by the median; median and, of at least a hundred calls, p99 in ms."""
+    ordered, median = sorted(times), statistics.median(times)
+    found = {"images_per_second": batch / median, "ms": median * 1e3}
+    if len(ordered) >= 100:  # of fewer it would be the largest
+        found["ms_p99"] = ordered[-(-99 * len(ordered) // 100) - 1] * 1e3
+    return found
+
+
 def copy_function(moved: int, count: int, device: str | torch.device) -> Callable[..., None]:
     """A copy that reads moved / 2 bytes and writes as many, on `count` pairs of buffers in turn."""
     pairs = [tuple(torch.zeros(moved // 2, dtype=torch.uint8, device=device) for _ in range(2)) for _ in range(count)]
