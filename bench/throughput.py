@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -39,7 +38,7 @@ from dfengine.engine.lower import Lowering  # noqa: E402
 from dfengine.engine.modules import PRECISIONS  # noqa: E402
 from dfengine.engine.quantize import Ranges, measured_ranges  # noqa: E402
 from dfengine.engine.runner import ProgramRunner  # noqa: E402
-from dfengine.engine.timing import matmul_rate, type_name  # noqa: E402
+from dfengine.engine.timing import matmul_rate, statistics_of, type_name  # noqa: E402
 from dfengine.models import PRESETS, Model, build_model, cost, preset  # noqa: E402
 from tests.helpers import redraw  # noqa: E402
 
@@ -139,15 +138,6 @@ def timed(functions: dict[str, Function], sets: list[Tensor], seconds: float) ->
             times[label].append(time.perf_counter() - start)
         turn += 1
     return times
-
-
-def statistics_of(times: list[float], batch: int) -> dict[str, float]:
-    """Median and, of at least a hundred calls, p99."""
-    ordered, median = sorted(times), statistics.median(times)
-    found = {"ms": median * 1e3, "images_per_second": batch / median}
-    if len(ordered) >= 100:  # of fewer it would be the largest
-        found["ms_p99"] = ordered[-(-99 * len(ordered) // 100) - 1] * 1e3
-    return found
 
 
 def bench(case: str, name: str, size: int | None, batch: int, precision: str, arguments: argparse.Namespace) -> dict:

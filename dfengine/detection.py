@@ -209,19 +209,22 @@ class Detection:
             parts.append(f"{len(self.errors)} refused")
         return f"Detection({', '.join(parts)}, seed {self.seed})"
 
-    def rows(self, heatmaps: Sequence[str | Path | None] | None = None) -> list[dict]:
-        """One dict of `ROW_FIELDS` (plain JSON values) per scored image, then one per refused image.
+    def rows(self, heatmaps: Sequence[str | Path | None] | None = None, first: int = 0) -> list[dict]:
+        """One dict of `ROW_FIELDS` (plain JSON values) per image, scored or refused, in input order.
 
-        `heatmaps`: the file of each image (None where it has none), for the column of that name.
+        heatmaps: the file of each scored image (None where it has none), for the column of that name. first: the place
+        in the input of the first image here, above 0 for the later parts of a `Detector.stream`.
         """
-        rows = []
+        rows: list[dict] = []
         for i, image in enumerate(self):
             row = dict.fromkeys(ROW_FIELDS)
             row.update((field, getattr(image, field)) for field in ROW_FIELDS[:6])
             heatmap = heatmaps[i] if heatmaps is not None else None
             row["heatmap"] = Path(heatmap).as_posix() if heatmap is not None else None
             rows.append(row)
-        return rows + [dict.fromkeys(ROW_FIELDS) | {"name": e.name, "error": e.reason} for e in self.errors]
+        for error in self.errors:  # by rising index, so the rows before it are all there
+            rows.insert(error.index - first, dict.fromkeys(ROW_FIELDS) | {"name": error.name, "error": error.reason})
+        return rows
 
     def save_heatmaps(self, folder: str | Path, first: int = 0) -> list[Path]:
         """Write each image's overlay as `<folder>/<number>_<name>.png`, numbered from `first`; returns the files.

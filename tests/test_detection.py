@@ -175,7 +175,10 @@ def test_save(tmp_path, original):
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert len(table) == len(lines) == 5
     assert tuple(table[0]) == ROW_FIELDS == tuple(lines[0])
-    for i, (row, line) in enumerate(zip(table[:4], lines[:4], strict=True)):
+    row, line = table.pop(2), lines.pop(2)
+    assert line == dict.fromkeys(ROW_FIELDS) | {"name": 'odd,"name".png', "error": "the file is truncated"}
+    assert row["name"] == 'odd,"name".png' and row["pred_score"] == ""
+    for i, (row, line) in enumerate(zip(table, lines, strict=True)):
         assert row["name"] == line["name"] == detection.names[i]
         assert float(row["pred_score"]) == line["pred_score"] == detection.pred_score[i]
         assert line["pred_score_calibrated"] == detection.pred_score_calibrated[i]
@@ -184,10 +187,17 @@ def test_save(tmp_path, original):
         with Image.open(out / line["heatmap"]) as picture:
             np.testing.assert_array_equal(np.asarray(picture), detection[i].heatmap())
             assert picture.size == detection.anomaly_map[i].shape[::-1]
-    assert lines[4] == dict.fromkeys(ROW_FIELDS) | {"name": 'odd,"name".png', "error": "the file is truncated"}
-    assert table[4]["name"] == 'odd,"name".png' and table[4]["pred_score"] == ""
     assert sorted(p.name for p in out.iterdir()) == [".dfengine-output", "heatmaps", "results.csv", "results.jsonl"]
     assert len(list((out / "heatmaps").iterdir())) == 4
+
+
+def test_rows_are_in_input_order():
+    errors = [Refused(10, "x", "r"), Refused(11, "y", "r"), Refused(15, "z", "r")]
+    rows = make(errors=errors).rows(["0", None, "2", None], first=10)
+    a, b, c, d = make().names
+    assert [row["name"] for row in rows] == ["x", "y", a, b, c, "z", d]
+    assert [row["heatmap"] for row in rows] == [None, None, "0", None, "2", None, None]
+    assert [row["error"] is None for row in rows] == [False, False, True, True, True, False, True]
 
 
 def test_save_uncalibrated_and_empty(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from dfengine.detector import Detector
 from dfengine.devices import hardware_name
 from dfengine.engine.measure import trial_images
 from dfengine.engine.modules import PRECISIONS, ModuleRunner
-from dfengine.engine.timing import interleaved, type_name
+from dfengine.engine.timing import interleaved, statistics_of, type_name
 from dfengine.errors import DfengineError
 from dfengine.files import atomic_write, check_json_writable
 from dfengine.kernels.quantization import FORMATS
@@ -31,6 +30,7 @@ def run_bench(
     checkpoint: Path, batch: list[int], device: str, precision: str, seconds: float, out: Path | None
 ) -> None:
     """Prints images/s and latencies of detection, images in memory to results, by batch size; writes them to `out`.
+    The 99th percentile is that of a hundred calls at least.
 
     seconds: for each batch size, as far as `LEAST_CALLS` are done by then. Warns where other work was running.
     """
@@ -58,7 +58,8 @@ def run_bench(
     say(f"{checkpoint}: {detector.config.preset}, {facts['image_size']} pixels, {where}")
     lines = [["runs", "precision", "batch", "images/s", "ms", "p99 ms", "calls"]]
     for row in rows:
-        numbers = f"{row['images_per_second']:.1f}", f"{row['ms']:.2f}", f"{row['ms_p99']:.2f}", str(row["calls"])
+        p99 = f"{row['ms_p99']:.2f}" if "ms_p99" in row else "-"
+        numbers = f"{row['images_per_second']:.1f}", f"{row['ms']:.2f}", p99, str(row["calls"])
         lines.append([row["runs"], row["precision"], str(row["batch"]), *numbers])
     say("\n".join(aligned(lines, left=(0, 1))))
     if out is not None:
@@ -90,13 +91,5 @@ def _rows(detector: Detector, modules: ModuleRunner, batch: int, seconds: float)
 
 
 def _row(name: str, values: list[float], batch: int, precision: str) -> dict:
-    ordered, median = sorted(values), statistics.median(values)
-    return {
-        "runs": name,
-        "precision": precision,
-        "batch": batch,
-        "images_per_second": batch / median,
-        "ms": median * 1e3,
-        "ms_p99": ordered[-(-99 * len(ordered) // 100) - 1] * 1e3,
-        "calls": len(values),
-    }
+    facts = {"runs": name, "precision": precision, "batch": batch}
+    return facts | statistics_of(values, batch) | {"calls": len(values)}

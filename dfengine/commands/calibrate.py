@@ -46,7 +46,7 @@ def run_calibrate(
 ) -> int:
     """Calibrates and writes the checkpoint (in place without `out`); returns the exit status.
 
-    `half` alone leaves the threshold as it is, and says so.
+    `half` alone leaves the threshold as it is, and says so, and where the weights were in half precision already.
     """
     _check_options(data, false_alarm_rate, alarms_per_km, fasteners_per_km, threshold, top_k, half)
     fasteners_per_km = FASTENERS_PER_KM if fasteners_per_km is None else fasteners_per_km
@@ -57,6 +57,7 @@ def run_calibrate(
     check_output(target, in_place)
     trial = loaded.trial.images if half and loaded.trial else None  # the images whose maps have to be made again
     loaded = _as_wanted(loaded, half, top_k)
+    already = loaded is seen
     status = 0
     if threshold is not None:
         calibration = Calibration.by_hand(threshold)
@@ -99,7 +100,8 @@ def run_calibrate(
         warn(f"{target}: without what `dfengine verify --record` noted of the scores before; run it again")
     if keep:
         kept = "no threshold is" if calibration is None else f"threshold {calibration.threshold:.6g}, as it was,"
-        say(f"weights in half precision and {kept} written to {target}")
+        weights = f"weights in half precision{', as they were already,' if already else ''}"
+        say(f"{weights} and {kept} written to {target}")
         return status
     say(calibration.message)
     if alarms_per_km is not None:

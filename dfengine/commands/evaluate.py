@@ -113,7 +113,7 @@ def _evaluate(
                 shape = max(1, round(height * scale)), max(1, round(width * scale))
                 masks[image.name] = _mask(samples[image.name], (height, width), shape, scoring)
                 maps.append(resize_map(image.anomaly_map, shape))
-            rows.extend(detection.rows())
+            rows.extend(detection.rows(first=len(rows)))
             names.extend(detection.names)
             scores.extend(detection.pred_score.tolist())
             yield from report_items(detection, truth)

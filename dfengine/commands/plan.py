@@ -8,17 +8,22 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dfengine.commands.programs import Bound, bound_program
-from dfengine.commands.scoring import say
-from dfengine.engine.measure import Plan, Row, measure, unmeasured
+from dfengine.commands.scoring import say, warn
+from dfengine.engine.measure import MOST_MEASURED, Plan, Row, measure, unmeasured
 from dfengine.engine.timing import type_name
 from dfengine.wording import counted
 
+NO_CEILINGS = f"ops ran far above the ceilings of this device, measured {MOST_MEASURED} times beside other work"
+"""Of a measured plan without ceilings."""
+
 
 def run_plan(checkpoint: Path, batch: int, device: str, precision: str, measured: bool, as_json: bool) -> None:
-    """Prints the plan. Raises `DfengineError` where the detector runs no program."""
+    """Prints the plan, and warns of `NO_CEILINGS`. Raises `DfengineError` where the detector runs no program."""
     with bound_program(checkpoint, batch, device, precision, timed=measured) as bound:
         plan = measure(bound.executor) if measured else unmeasured(bound.executor)
         facts = plan_facts(bound, plan)
+    if plan.run_seconds is not None and plan.ceilings is None:
+        warn(f"{NO_CEILINGS}, so no percentages are given; measure again when the machine is idle")
     say(json.dumps(facts, indent=2) if as_json else "\n".join(plan_lines(bound, plan)))
 
 
@@ -33,15 +38,16 @@ def plan_facts(bound: Bound, plan: Plan) -> dict:
         "arena_lower_bound": arena.lower_bound,
     }
     facts = bound.facts()
-    if plan.ceilings is not None:
+    if plan.run_seconds is not None:
         totals |= {
             "us": plan.run_seconds * 1e6,
             "ops_us": plan.op_seconds * 1e6,
             "images_per_second": program.batch / plan.run_seconds,
             "gflops": program.flops / plan.run_seconds / 1e9,
-            "percent_of_roofline": plan.percent,
             "rounds": plan.rounds,
         }
+    if plan.ceilings is not None:
+        totals["percent_of_roofline"] = plan.percent
         copies = {str(size): rate / 1e9 for size, rate in plan.ceilings.copies.items()}
         products = {type_name(dtype): rate / 1e9 for dtype, rate in plan.ceilings.products.items()}
         facts["ceilings"] = {"matmul_gflops_by_type": products, "copy_gbps_by_bytes": copies}
@@ -57,15 +63,17 @@ def plan_lines(bound: Bound, plan: Plan) -> Iterator[str]:
         f"{len(plan.rows)} ops, {program.flops / 1e9:.2f} GFLOP, {program.moved / 1e6:.1f} MB moved, "
         f"{arena.nbytes / 1e6:.2f} MB of activations (at least {arena.lower_bound / 1e6:.2f})"
     )
-    if plan.ceilings is None:
+    if plan.run_seconds is None:
         return
     yield from kernel_table(plan.rows)
+    share = "" if plan.ceilings is None else f", {plan.percent:.1f}% of the roofline"
     yield (
         f"a run takes {plan.run_seconds * 1e3:.2f} ms ({program.batch / plan.run_seconds:.1f} images/s, "
-        f"{program.flops / plan.run_seconds / 1e9:.1f} GFLOP/s), {plan.percent:.1f}% of the roofline; its ops "
+        f"{program.flops / plan.run_seconds / 1e9:.1f} GFLOP/s){share}; its ops "
         f"{plan.op_seconds * 1e3:.2f} ms; medians of {counted(plan.rounds, 'run')}"
     )
-    yield ceiling_line(plan)
+    if plan.ceilings is not None:
+        yield ceiling_line(plan)
 
 
 def ceiling_line(plan: Plan) -> str:
@@ -77,38 +85,38 @@ def ceiling_line(plan: Plan) -> str:
 
 
 def op_table(rows: list[Row]) -> Iterator[str]:
-    """A line for each op, with its time where it was measured."""
+    """A line for each op, with its time where it was measured, and its share of the roofline where that is known."""
     head = ["#", "op", "kernel", "shape", "MFLOP", "kB", "by"]
-    measured = rows[0].seconds is not None
-    yield from aligned(
-        [head + (["us", "GFLOP/s", "GB/s", "% of roofline", "limit"] if measured else [])]
-        + [_cells(row, measured) for row in rows],
-        left=(1, 2, 3, 6, 11),
-    )
+    head += ["us", "GFLOP/s", "GB/s"] if rows[0].seconds is not None else []
+    head += ["% of roofline", "limit"] if rows[0].bound is not None else []
+    yield from aligned([head, *map(_cells, rows)], left=(1, 2, 3, 6, 11))
 
 
-def _cells(row: Row, measured: bool) -> list[str]:
+def _cells(row: Row) -> list[str]:
     op, shape = row.op, "x".join(map(str, row.shape))
     flops = f"{row.flops / 1e6:.2f}" if op.flops else ""
     name = op.name if row.repeat == 1 else f"{op.name} x {row.repeat}"
     cells = [str(row.index), name, op.kernel, shape, flops, f"{row.moved / 1e3:.1f}", row.backend]
-    if measured:
+    if row.seconds is not None:
         rate = f"{row.flops / row.seconds / 1e9:.1f}" if op.flops else ""
-        cells += [f"{row.seconds * 1e6:.1f}", rate, f"{row.moved / row.seconds / 1e9:.2f}", f"{row.percent:.1f}"]
-        cells += [row.limit]
+        cells += [f"{row.seconds * 1e6:.1f}", rate, f"{row.moved / row.seconds / 1e9:.2f}"]
+    if row.bound is not None:
+        cells += [f"{row.percent:.1f}", row.limit]
     return cells
 
 
 def kernel_table(rows: list[Row]) -> Iterator[str]:
-    """A line for each kernel and implementation: its ops together, the longest first."""
+    """A line for each kernel and implementation: its measured ops together, the longest first."""
     kinds: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
         kinds[row.op.kernel, row.backend].append(row)
-    total = sum(row.seconds for row in rows)
-    lines = [["kernel", "by", "ops", "us", "% of time", "% of roofline"]]
+    total, bounded = sum(row.seconds for row in rows), rows[0].bound is not None
+    lines = [["kernel", "by", "ops", "us", "% of time"] + (["% of roofline"] if bounded else [])]
     for (kernel, backend), group in sorted(kinds.items(), key=lambda item: -sum(row.seconds for row in item[1])):
-        seconds, bound = sum(row.seconds for row in group), sum(row.bound for row in group)
-        shares = f"{100 * seconds / total:.1f}", f"{100 * bound / seconds:.1f}"
+        seconds = sum(row.seconds for row in group)
+        shares = [f"{100 * seconds / total:.1f}"]
+        if bounded:
+            shares.append(f"{100 * sum(row.bound for row in group) / seconds:.1f}")
         lines.append([kernel, backend, str(len(group)), f"{seconds * 1e6:.1f}", *shares])
     yield from aligned(lines, left=(0, 1))
 

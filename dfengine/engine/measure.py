@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,10 @@ LEAST_ROUNDS = 5
 MOST_ROUNDS = 1000
 ROTATED_INPUTS = 3
 """Batches of images that take turns."""
+MOST_PERCENT = 150.0
+"""Of the roofline: an op above it shows that the ceilings are too low, as other work makes them."""
+MOST_MEASURED = 3
+"""How often the ceilings are measured until no op is above `MOST_PERCENT`."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Row:
 
     repeat: how often it runs in a run of the program, all of which counts in `flops`, `moved` and the times. seconds:
     median of the op in whole runs of the program, so with its inputs where the ops before left them.
-    bound: seconds below which the device cannot go, by `Ceilings.bound`.
+    bound: seconds below which the device cannot go, by `Ceilings.bound`; None without ceilings.
     """
 
     index: int
@@ -56,7 +60,7 @@ class Row:
     @property
     def percent(self) -> float | None:
         """Of the roofline: above 100 where a matrix product or a copy of torch is slower than it could be."""
-        return None if self.seconds is None else 100 * self.bound / self.seconds
+        return None if self.bound is None else 100 * self.bound / self.seconds
 
     def facts(self) -> dict:
         """As JSON values; times in microseconds, rates in GFLOP/s and GB/s."""
@@ -75,16 +79,16 @@ class Row:
                 "us": self.seconds * 1e6,
                 "gflops": self.flops / self.seconds / 1e9,
                 "gbps": self.moved / self.seconds / 1e9,
-                "bound_us": self.bound * 1e6,
-                "limit": self.limit,
-                "percent_of_roofline": self.percent,
             }
+        if self.bound is not None:
+            facts |= {"bound_us": self.bound * 1e6, "limit": self.limit, "percent_of_roofline": self.percent}
         return facts
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The ops of a bound program. run_seconds: median of whole runs without a clock between the ops."""
+    """The ops of a bound program. run_seconds: median of whole runs without a clock between the ops; None where nothing
+    was measured. ceilings: None there too, and where ops ran above all that were measured, so that none can be true."""
 
     rows: list[Row]
     ceilings: Ceilings | None = None
@@ -96,9 +100,9 @@ class Plan:
         return sum(row.seconds for row in self.rows)
 
     @property
-    def percent(self) -> float:
-        """Of the roofline, the whole run."""
-        return 100 * sum(row.bound for row in self.rows) / self.run_seconds
+    def percent(self) -> float | None:
+        """Of the roofline, the whole run; None without ceilings."""
+        return None if self.ceilings is None else 100 * sum(row.bound for row in self.rows) / self.run_seconds
 
     def slowest(self) -> list[Row]:
         """The measured rows, the longest first."""
@@ -139,11 +143,16 @@ def unmeasured(executor: Executor) -> Plan:
 @torch.inference_mode()
 def measure(executor: Executor, seconds: float = 2.0, ceilings: Ceilings | None = None) -> Plan:
     """Time every op of the program: in turn whole runs with a clock between the ops, and runs without, for about
-    `seconds` in all and at least five of each, on rotating images after a warm-up. The ceilings are measured before,
-    unless given."""
+    `seconds` in all and at least five of each, on rotating images after a warm-up.
+
+    Ceilings that are given hold as they are. Else they are measured before, and again after while an op is above
+    `MOST_PERCENT`, up to `MOST_MEASURED` times in all, each at its highest. Where one is above it still, the plan has
+    none.
+    """
     program, device = executor.program, executor.device
     types = [multiplied_type(op, program.dtype) for op in program.ops]
-    ceilings = ceilings or Ceilings.measured(device, dict.fromkeys([program.dtype, *types]))
+    given, asked = ceilings is not None, list(dict.fromkeys([program.dtype, *types]))
+    ceilings = ceilings or Ceilings.measured(device, asked)
     sets = [trial_inputs(executor, seed) for seed in range(ROTATED_INPUTS)]
     split = cuda_round if device.type == "cuda" else cpu_round
     for inputs in sets[:2]:
@@ -160,13 +169,27 @@ def measure(executor: Executor, seconds: float = 2.0, ceilings: Ceilings | None 
         with timed(device) as taken:
             executor.launch()
         runs.append(taken[0])
-    rows, repeats = [], program.repeats()
-    for index, (op, values) in enumerate(zip(program.ops, zip(*ops, strict=True), strict=True)):
-        bound, repeat = ceilings.bound(op.flops, op.moved, types[index]), repeats[index]
-        limit = "matmul" if op.flops and bound == op.flops / ceilings.products[types[index]] else "bandwidth"
-        backend, median = executor.backends[op.name], statistics.median(values)
-        rows.append(Row(index, op, backend, repeat, median, bound * repeat, limit))
-    return Plan(rows, ceilings, statistics.median(runs), len(runs))
+    repeats = program.repeats()
+    rows = [
+        Row(index, op, executor.backends[op.name], repeats[index], statistics.median(values))
+        for index, (op, values) in enumerate(zip(program.ops, zip(*ops, strict=True), strict=True))
+    ]
+    run, times = statistics.median(runs), 1
+    while not given and max(row.percent for row in _bounded(rows, types, ceilings)) > MOST_PERCENT:
+        if times == MOST_MEASURED:
+            return Plan(rows, None, run, len(runs))
+        ceilings, times = ceilings.higher(Ceilings.measured(device, asked)), times + 1
+    return Plan(_bounded(rows, types, ceilings), ceilings, run, len(runs))
+
+
+def _bounded(rows: list[Row], types: list[torch.dtype], ceilings: Ceilings) -> list[Row]:
+    """The measured rows, which multiply in `types`, with their bounds under `ceilings`."""
+    bounded = []
+    for row, dtype in zip(rows, types, strict=True):
+        bound = ceilings.bound(row.op.flops, row.op.moved, dtype)
+        limit = "matmul" if row.op.flops and bound == row.op.flops / ceilings.products[dtype] else "bandwidth"
+        bounded.append(replace(row, bound=bound * row.repeat, limit=limit))
+    return bounded
 
 
 def multiplied_type(op: Op, dtype: torch.dtype) -> torch.dtype:

@@ -19,9 +19,9 @@ SOFTWARE = "dfengine roofline"
 def roofline_plot(plan: Plan, title: str) -> bytes:
     """Two panels, both with logarithmic axes. Left, the ops that multiply matrices: FLOP/s by FLOP for each byte that
     must move, under the ceilings of arithmetic and of bandwidth. Right, the others: bytes/s by bytes, under the
-    measured bandwidth. A point's area is the op's share of the time. Raises ValueError for a plan without times."""
+    measured bandwidth. A point's area is the op's share of the time. Raises ValueError for a plan without ceilings."""
     if plan.ceilings is None:
-        raise ValueError("the plan was not measured")
+        raise ValueError("the plan has no ceilings")
     figure = Figure(figsize=(13, 5.4), layout="constrained")
     products, traffic = figure.subplots(1, 2)
     figure.suptitle(f"{title}\n{plan.run_seconds * 1e3:.2f} ms a run, {plan.percent:.1f}% of the roofline", fontsize=10)

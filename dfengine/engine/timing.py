@@ -92,6 +92,15 @@ def interleaved(
     return times
 
 
+def statistics_of(times: list[float], batch: int) -> dict[str, float]:
+    """Of calls with `batch` images each: images/s by the median; median and, of at least a hundred calls, p99 in ms."""
+    ordered, median = sorted(times), statistics.median(times)
+    found = {"images_per_second": batch / median, "ms": median * 1e3}
+    if len(ordered) >= 100:  # of fewer it would be the largest
+        found["ms_p99"] = ordered[-(-99 * len(ordered) // 100) - 1] * 1e3
+    return found
+
+
 def copy_function(moved: int, count: int, device: str | torch.device) -> Callable[..., None]:
     """A copy that reads moved / 2 bytes and writes as many, on `count` pairs of buffers in turn."""
     pairs = [tuple(torch.zeros(moved // 2, dtype=torch.uint8, device=device) for _ in range(2)) for _ in range(count)]
@@ -108,8 +117,14 @@ def copy_function(moved: int, count: int, device: str | torch.device) -> Callabl
 
 @cache
 def matmul_rate(dtype: torch.dtype, device: str, clock: str = "elapsed", seconds: float = 0.5) -> float:
-    """FLOP/s of the product of two large square matrices on `device`, "cpu", "cuda" or "cuda:N"; measured once in a
-    process.
+    """FLOP/s of the product of two large square matrices on `device`, "cpu", "cuda" or "cuda:N", by the median time;
+    measured once in a process."""
+    flops, times = _product_times(dtype, device, clock, seconds)
+    return flops / statistics.median(times)
+
+
+def _product_times(dtype: torch.dtype, device: str, clock: str, seconds: float) -> tuple[int, list[float]]:
+    """The FLOPs of a large product, and the seconds that each call of it took.
 
     int8, on a CPU: of the engine's own convolution of a large layer, which reads and writes bfloat16; torch's product
     of int8 matrices is slower than that, and would be no ceiling.
@@ -121,8 +136,7 @@ def matmul_rate(dtype: torch.dtype, device: str, clock: str = "elapsed", seconds
         side = MATMUL[kind]
         sets = [tuple(torch.ones((side, side), dtype=dtype, device=device) for _ in range(3))]
         product, flops = lambda a, b, c: torch.mm(a, b, out=c), 2 * side**3
-    times = interleaved({"product": product}, sets, kind, seconds, clock)["product"]
-    return flops / statistics.median(times)
+    return flops, interleaved({"product": product}, sets, kind, seconds, clock)["product"]
 
 
 def _int8_product() -> tuple[Callable[[], None], list, int]:
@@ -140,8 +154,9 @@ def _int8_product() -> tuple[Callable[[], None], list, int]:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device reaches at best. products: FLOP/s of a large product (`matmul_rate`), by the type that is
-    multiplied.
+    """What a device reaches at best, so by the shortest times: beside other work most are far longer.
+
+    products: FLOP/s of the product that `matmul_rate` times, by the type that is multiplied.
 
     copies: bytes read and written -> bytes/s of a copy of that many, again and again on the same buffers: small ones
     stay in a cache, as the activations of a program do.
@@ -152,14 +167,23 @@ class Ceilings:
 
     @classmethod
     def measured(cls, device: torch.device, types: Iterable[torch.dtype], seconds: float = 0.1) -> Ceilings:
-        """Of `device`; about `seconds` for each copy, and for each product where five of it are done by then."""
+        """Of `device`; about `seconds` for each copy, and five times as long for each product, which varies more."""
         copies = {}
         for exponent in COPIES[device.type]:
             # Several copies in a graph, so that its launch does not count; on a CPU the sets only rotate.
             sets, copy = [()] * (16 if device.type == "cuda" else 1), copy_function(2**exponent, 1, device)
             times = interleaved({"copy": copy}, sets, device.type, seconds)["copy"]
-            copies[2**exponent] = 2**exponent / min(times)  # beside other work most are far slower
-        return cls({dtype: matmul_rate(dtype, str(device), seconds=seconds) for dtype in types}, copies)
+            copies[2**exponent] = 2**exponent / min(times)
+        products = {}
+        for dtype in types:
+            flops, times = _product_times(dtype, str(device), "elapsed", 5 * seconds)
+            products[dtype] = flops / min(times)
+        return cls(products, copies)
+
+    def higher(self, other: Ceilings) -> Ceilings:
+        """The higher of each ceiling. other: of the same types and sizes."""
+        products = {dtype: max(rate, other.products[dtype]) for dtype, rate in self.products.items()}
+        return Ceilings(products, {size: max(rate, other.copies[size]) for size, rate in self.copies.items()})
 
     def bandwidth(self, moved: int) -> float:
         """Bytes/s of a copy that moves `moved` bytes, between those measured; beyond them that of the nearest."""

@@ -134,6 +134,7 @@ def write_report(
         histogram=histogram,
         cards=cards,
         rows=others[:MAX_ROWS],
+        n_rows=len(others),
         max_rows=MAX_ROWS,
         n_left_out=max(0, len(others) - MAX_ROWS),
         metrics=metrics,

@@ -36,7 +36,7 @@ from dfengine.training.outputs import check_outputs, held, run_folder_of
 from dfengine.training.plan import Automatic, settle
 from dfengine.training.probe import agreed_precision
 from dfengine.training.record import training_record
-from dfengine.training.schedule import Budget, Clock, stage_of
+from dfengine.training.schedule import Budget, Clock, Pace, stage_of
 from dfengine.training.state import (
     NOTHING_YET,
     STATE_FILE,
@@ -215,7 +215,7 @@ class _Run:
     def _loop(self, log: RunLog | None, stop: Callable[[int], bool] | None) -> None:
         config, state = self.config, self.state
         asked, saved_at = False, 0.0
-        logged_step, logged_at = state.step, self.clock.elapsed
+        logged_step, logged_at, pace = state.step, self.clock.elapsed, Pace(self.budget.steps)
         before = self.budget.progress(state.step, state.elapsed)
         while True:
             if config.leg_minutes is not None and self.clock.this_process >= 60 * config.leg_minutes:
@@ -225,10 +225,10 @@ class _Run:
             due = int(progress * config.validations) > int(before * config.validations)
             if state.step > logged_step and (due or state.step % config.log_every == 0):
                 row = self._row(before) | {"progress": progress} | self.trainer.means()
-                pace = (state.elapsed - logged_at) / (state.step - logged_step)
+                step_seconds = pace.after(state.step - logged_step, state.elapsed - logged_at)
                 logged_step, logged_at = state.step, state.elapsed
                 if log:
-                    log.row(row, self.budget.seconds_left(state.step, state.elapsed, pace))
+                    log.row(row, self.budget.seconds_left(state.step, state.elapsed, step_seconds))
             if log and due and (progress >= 1 or self._affordable()):
                 self._validate(before, log)
             if log and (due or self.clock.this_process - saved_at >= 60 * config.save_minutes):

@@ -51,9 +51,26 @@ class Budget:
         return min(1.0, done)
 
     def seconds_left(self, step: int, elapsed: float, seconds_per_step: float) -> float:
+        """How long the rest takes; a budget of seconds does not ask for the pace."""
         if self.seconds is not None:
             return max(0.0, self.seconds - elapsed)
         return (self.steps - step) * seconds_per_step
+
+
+class Pace:
+    """Seconds of a step, with the validations between steps: a mean in which a step counts for less the longer it is
+    past, by a factor of e for a quarter of the budget. steps: the budget, None where it is one of seconds."""
+
+    def __init__(self, steps: int | None):
+        self._memory = max(1.0, (steps or 0) / 4)
+        self._steps = self._seconds = 0.0
+
+    def after(self, steps: int, seconds: float) -> float:
+        """The mean once another `steps` steps took `seconds`."""
+        kept = math.exp(-steps / self._memory)
+        self._steps = kept * self._steps + steps
+        self._seconds = kept * self._seconds + seconds
+        return self._seconds / self._steps
 
 
 def stage_of(config: TrainConfig, progress: float) -> int:

@@ -8,7 +8,7 @@ import torch
 
 from dfengine.checkpoint import Checkpoint, save_checkpoint
 from dfengine.cli import main
-from dfengine.commands import plan
+from dfengine.commands import bench, plan
 from dfengine.engine.measure import unmeasured
 from dfengine.engine.modules import ModuleRunner
 from dfengine.engine.quantize import measured_ranges
@@ -29,7 +29,20 @@ def test_every_batch_size_has_two_rows(tiny, tmp_path, capsys):
     assert [(row["runs"], row["batch"]) for row in rows] == [
         ("detect", 1), ("PyTorch modules", 1), ("detect", 3), ("PyTorch modules", 3)
     ]  # fmt: skip
-    assert all(row["images_per_second"] > 0 and row["ms"] <= row["ms_p99"] and row["calls"] == 2 for row in rows)
+    assert all(row["images_per_second"] > 0 and row["ms"] > 0 and row["calls"] == 2 for row in rows)
+    assert not any("ms_p99" in row for row in rows)
+    assert [line.split()[-2:] for line in text.splitlines()[2:]] == 4 * [["-", "2"]]
+
+
+def test_the_99th_percentile_is_given_of_a_hundred_calls(tiny, tmp_path, capsys, monkeypatch):
+    times = [0.25] * 99 + [4.0]
+    monkeypatch.setattr(bench, "interleaved", lambda functions, *_, **__: dict.fromkeys(functions, times))
+    out = tmp_path / "bench.json"
+    assert main(["bench", str(tiny), "--batch", "2", "--precision", "float32", "--out", str(out)]) == 0
+    assert [line.split()[-4:] for line in capsys.readouterr().out.splitlines()[2:]] == 2 * [
+        ["8.0", "250.00", "250.00", "100"]
+    ]
+    assert [row["ms_p99"] for row in json.loads(out.read_text())["rows"]] == [250.0, 250.0]
 
 
 def test_a_slow_rival_gets_a_warm_up_and_two_calls(tiny, monkeypatch, capsys):

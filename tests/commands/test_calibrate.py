@@ -73,8 +73,11 @@ def test_calibrate_and_convert_leave_another_checkpoint_alone(checkpoint, tmp_pa
 def test_half_precision_needs_no_images_and_leaves_the_threshold(checkpoint, tmp_path, capsys):
     before, other = load_checkpoint(checkpoint), tmp_path / "half.safetensors"
     assert main(["calibrate", str(checkpoint), "--half", "--out", str(other)]) == 0
-    assert f"threshold 0.5, as it was, written to {other}" in capsys.readouterr().out
-    assert main(["calibrate", str(checkpoint), "--half"]) == 0
+    said = "weights in half precision{} and threshold 0.5, as it was, written to {}\n"
+    assert capsys.readouterr().out == said.format("", other)
+    for already in ("", ", as they were already,"):
+        assert main(["calibrate", str(checkpoint), "--half"]) == 0
+        assert capsys.readouterr().out == said.format(already, checkpoint)
     for after in map(load_checkpoint, (checkpoint, other)):
         assert after.calibration == before.calibration and after.same_weights(before.half())
     save_checkpoint(checkpoint, before.with_calibration(None))

@@ -57,6 +57,20 @@ def test_without_times(tiny, capsys, monkeypatch):
     assert "us" not in facts["ops"][0] and "ceilings" not in facts and facts["totals"]["arena_bytes"] > 0
 
 
+def test_ceilings_that_cannot_be_true_give_no_percentages(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(plan_command, "measure", functools.partial(measure, seconds=0.0))
+    low = Ceilings({torch.float32: 1.0}, {2**18: 1.0})
+    monkeypatch.setattr(Ceilings, "measured", lambda *_: low)
+    for options in ([], ["--json"]):
+        assert main(["info", str(tiny), "--plan", "--precision", "float32", *options]) == 0
+        printed = capsys.readouterr()
+        assert "ops ran far above the ceilings of this device" in printed.err and "images" in printed.out
+        text = printed.out.replace(str(tiny), "")
+        assert not any(word in text for word in ("roofline", "ceilings", "limit", "bound_us"))
+    facts = json.loads(printed.out)
+    assert facts["totals"]["us"] > 0 and all(op["us"] > 0 for op in facts["ops"])
+
+
 @pytest.mark.parametrize(
     "arguments, reason",
     [

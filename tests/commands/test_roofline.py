@@ -33,3 +33,14 @@ def test_another_kind_of_file_is_refused_before_anything_runs(tiny, tmp_path, ca
     monkeypatch.setattr(roofline, "bound_program", None)
     assert main(["roofline", str(tiny), "--out", str(tmp_path / "roofline.svg")]) == 2
     assert "roofline.svg: must end in .png" in capsys.readouterr().err
+
+
+def test_no_picture_is_drawn_under_ceilings_that_cannot_be_true(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(roofline, "measure", functools.partial(measure, seconds=0.0))
+    low = Ceilings({torch.float32: 1.0}, {2**18: 1.0})
+    monkeypatch.setattr(Ceilings, "measured", lambda *_: low)
+    out = tmp_path / "roofline.png"
+    assert main(["roofline", str(tiny), "--out", str(out), "--precision", "float32"]) == 1
+    printed = capsys.readouterr()
+    assert "ops ran far above the ceilings" in printed.err and "no picture is drawn" in printed.err
+    assert not printed.out and not out.exists()

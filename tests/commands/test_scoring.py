@@ -49,6 +49,16 @@ def test_detect_writes_what_the_api_returns(checkpoint, data, tmp_path, capsys):
     assert f"{int(detection.pred_label.sum())} alarms" in capsys.readouterr().out
 
 
+def test_rows_of_all_batches_are_in_input_order(checkpoint, data, tmp_path):
+    good = sorted((data / "test" / "good").iterdir())
+    inputs = [str(path) for path in (good[0], "no1.png", good[1], "no2.png", "no3.png", good[2], "no4.png")]
+    out = tmp_path / "out"
+    assert main(["detect", str(checkpoint), *inputs, "--out", str(out), "--batch-size", "2"]) == 3
+    rows = rows_of(out / "results.csv")
+    assert [row["name"] for row in rows] == inputs
+    assert all(bool(row["error"]) == row["name"].startswith("no") == (not row["pred_score"]) for row in rows)
+
+
 def test_a_full_disk_loses_nothing_that_can_be_written(checkpoint, data, tmp_path, capsys, monkeypatch):
     out, replace = tmp_path / "out", os.replace
 

@@ -44,6 +44,7 @@ def test_what_is_multiplied_in_int8_is_held_to_the_rate_of_int8(monkeypatch):
     asked = []
     measured = lambda device, types: asked.extend(types) or CEILINGS  # noqa: E731
     monkeypatch.setattr(Ceilings, "measured", measured)
+    monkeypatch.setattr("dfengine.engine.measure.MOST_PERCENT", float("inf"))  # these ceilings are of no machine
     rates = {}
     for row in measure(executor, 0.0).rows:
         constant = row.op.arguments.get("weight")
@@ -52,6 +53,22 @@ def test_what_is_multiplied_in_int8_is_held_to_the_rate_of_int8(monkeypatch):
         assert row.bound == pytest.approx(max(arithmetic, traffic))
         rates.setdefault(in_bytes, []).append(row.op.name)
     assert asked == [torch.bfloat16, torch.int8] and len(rates[True]) == len(ranges) and rates[False]
+
+
+@pytest.mark.parametrize("turn", [2, 3, 4])
+def test_ceilings_that_ops_exceed_are_measured_again(turn, monkeypatch):
+    low = Ceilings({torch.float32: 1.0}, {2**18: 1.0, 2**28: 1.0})
+    high = Ceilings({torch.float32: 1e13}, {2**18: 1e13, 2**28: 0.5})
+    asked = []
+    monkeypatch.setattr(Ceilings, "measured", lambda *_: asked.append(1) or (high if len(asked) == turn else low))
+    plan = measure(bound(), 0.0)
+    assert len(asked) == min(turn, 3) and plan.rounds == 5 and all(row.seconds > 0 for row in plan.rows)
+    if turn == 4:  # too late
+        assert plan.ceilings is None and plan.percent is None and plan.run_seconds > 0
+        assert all(row.percent is None and row.limit is None for row in plan.rows)
+        assert "us" in plan.rows[0].facts() and "percent_of_roofline" not in plan.rows[0].facts()
+    else:
+        assert plan.ceilings == Ceilings(high.products, {2**18: 1e13, 2**28: 1.0})  # of each the highest
 
 
 def test_a_slow_op_is_found():

@@ -24,5 +24,5 @@ def test_a_measured_plan_becomes_a_png():
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
     colours = {tuple(p) for p in pixels[::7]}
     assert (255, 255, 255) in colours and len(colours) > 50  # points and lines, not a white page
-    with pytest.raises(ValueError, match="not measured"):
+    with pytest.raises(ValueError, match="no ceilings"):
         roofline_plot(unmeasured(executor), "tiny")

@@ -64,11 +64,7 @@ def test_ceilings_are_measured_on_this_device(monkeypatch):
     monkeypatch.setattr(timing, "COPIES", {"cpu": range(16, 19)})
     monkeypatch.setattr(timing, "INT8_LAYER", (16, 32))
     in_bytes = [torch.int8] if byte_products() else []
-    matmul_rate.cache_clear()
-    try:
-        found = Ceilings.measured(torch.device("cpu"), [torch.float32, *in_bytes], 0.0)
-    finally:
-        matmul_rate.cache_clear()  # of so small a product
+    found = Ceilings.measured(torch.device("cpu"), [torch.float32, *in_bytes], 0.0)
     assert list(found.copies) == [2**16, 2**17, 2**18]
     assert list(found.products) == [torch.float32, *in_bytes]
     assert all(1e7 < rate < 1e13 for rate in (*found.products.values(), *found.copies.values()))
@@ -79,3 +75,12 @@ def test_no_rate_of_int8_is_given_where_nothing_multiplies_it(monkeypatch):
     matmul_rate.cache_clear()
     with pytest.raises(CannotRunError, match="dfengine._native is not available"):
         matmul_rate(torch.int8, "cpu")
+
+
+def test_a_ceiling_is_of_the_shortest_time_measured_anew(monkeypatch):
+    monkeypatch.setattr(timing, "MATMUL", {"cpu": 96})
+    monkeypatch.setattr(timing, "COPIES", {"cpu": [16]})
+    for shortest in (0.25, 0.5):
+        monkeypatch.setattr(timing, "interleaved", lambda f, *_, s=shortest: dict.fromkeys(f, [4.0, s, 4.0]))
+        found = Ceilings.measured(torch.device("cpu"), [torch.float32])
+        assert found == Ceilings({torch.float32: 2 * 96**3 / shortest}, {2**16: 2**16 / shortest})

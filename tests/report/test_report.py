@@ -80,7 +80,7 @@ def test_cards_are_sorted_and_self_contained(tmp_path):
     assert [card["data-name"] for card in result.cards()] == ["1.png", "2.png", "0.png"]
     assert [card["class"] for card in result.cards()] == ["card alarm", "card normal", "card normal"]
     sources = [attrs["src"] for tag, attrs in result.tags if tag == "img"]
-    assert len(sources) == 1 + 3 * 3
+    assert len(sources) == 1 + 3 * 3 and "without pictures" not in result.text
     for source in sources:
         kind, content = source.split(",", 1)
         assert kind in ("data:image/png;base64", "data:image/jpeg;base64")
@@ -170,7 +170,10 @@ def test_a_thousand_items_stay_small(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "MAX_ROWS", 300)
     result = page(tmp_path, (item(f"{i:04d}.png", i / 1000) for i in range(1000)), limit=20)
     assert "1000 images scored" in result.text and len(result.cards()) == 20
-    assert "980 images without pictures" in result.text and "The lowest 680 are left out" in result.text
+    above, table = result.text.split("Further images")
+    assert "980 images without pictures, which search and buttons do not reach" in above
+    assert "980 images without pictures" in table and "The lowest 680 are left out" in table
+    assert 'count + " of 1000 shown"' in table
     assert "0979.png" in result.text and "0679.png" not in result.text
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dfengine.models import preset
 from dfengine.training import TrainConfig
-from dfengine.training.schedule import Budget, learning_rates, stage_of
+from dfengine.training.schedule import Budget, Pace, learning_rates, stage_of
 from tests.helpers import tiny_config
 
 
@@ -21,6 +21,19 @@ def test_budgets():
     assert Budget(120.0, None).progress(10, 500.0) == 1.0
     assert Budget(120.0, None).seconds_left(5, 100.0, 1.0) == 20.0
     assert Budget(None, 40).seconds_left(30, 100.0, 0.5) == 5.0
+
+
+def test_one_slow_interval_changes_the_pace_a_little_and_a_slower_stage_wholly():
+    pace = Pace(60)
+    assert pace.after(2, 20.0) == 10.0
+    even = [pace.after(2, 20.0) for _ in range(5)]
+    assert even == pytest.approx([10.0] * 5)
+    assert 10 < pace.after(2, 40.0) < 12.5  # with a validation, say
+    assert 9 < pace.after(2, 2.0) < 10.5
+    later = [pace.after(2, 60.0) for _ in range(20)]
+    assert later == sorted(later) and later[-1] == pytest.approx(30, rel=0.1)
+    unlimited = Pace(None)
+    assert unlimited.after(5, 10.0) == 2.0
 
 
 def test_stage_boundary_and_peaks():

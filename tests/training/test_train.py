@@ -22,7 +22,7 @@ from dfengine.engine.modules import ModuleRunner
 from dfengine.errors import CheckpointError, DataError, DfengineError, UsageError
 from dfengine.evaluation.calibration import Calibration
 from dfengine.models import preset
-from dfengine.training import TrainConfig, TrainingDiverged, TrainingInterrupted, run_folder_of, train
+from dfengine.training import TrainConfig, TrainingDiverged, TrainingInterrupted, run_folder_of, schedule, train
 from dfengine.training import log as log_module
 from dfengine.training import trainer as trainer_module
 from dfengine.training.log import read_log
@@ -66,6 +66,14 @@ def straight(normals, tmp_path_factory):
 def no_plots(straight, monkeypatch):
     """One run with loss.png is enough: it would take half the time of each."""
     monkeypatch.setattr(log_module, "plot_losses", lambda path, rows: None)
+
+
+def test_the_time_left_follows_the_smoothed_pace(normals, tmp_path, monkeypatch):
+    left, asked = [], []
+    monkeypatch.setattr(log_module.RunLog, "row", lambda self, row, seconds: left.append((row["step"], seconds)))
+    monkeypatch.setattr(schedule.Pace, "after", lambda self, steps, seconds: asked.append(steps) or 7.0)
+    train(CONFIG, tiny_config(), normals, tmp_path / "net.safetensors")
+    assert asked == [2, 2, 2, 2] and left == [(2, 42.0), (4, 28.0), (6, 14.0), (8, 0.0)]
 
 
 def test_a_run_leaves_a_calibrated_checkpoint_and_its_log(straight, normals):
