@@ -220,8 +220,9 @@ def robustness_table(
     `clean` (N,) raw scores of the unchanged images; `changed` name -> (N,) scores of the same images changed, NaN where
     an image could not be scored; `threshold` the detector's; `anomalous` (M,) scores of unchanged anomalous images.
 
-    Returns quantile_threshold, threshold, goal_ratio, n_good, n_anomalous, passes (whether every change does) and rows,
-    one for the unchanged images (change "none") and one per change, each with
+    Returns quantile_threshold, threshold, recall_at_quantile and recall_at_threshold (shares of the anomalous images
+    above them), goal_ratio, n_good, n_anomalous, passes (whether every change does) and rows, one for the unchanged
+    images (change "none") and one per change, each with
         n                      images scored
         alarms, rate           above the quantile threshold: count, and share of n
         rate_low, rate_high    exact (Clopper-Pearson) 95% interval of the rate, with the threshold taken as given and
@@ -237,6 +238,9 @@ def robustness_table(
     if not clean.size or not np.isfinite(clean).all():
         raise DataError("no good image could be scored" if not clean.size else "a clean score is not finite")
     quantile = quantile_threshold(clean)
+
+    def recall(at: float | None) -> float | None:
+        return float((anomalous > at).mean()) if anomalous.size and at is not None else None
 
     def row(change: str, scores: np.ndarray) -> dict[str, Any]:
         scored = np.isfinite(scores)
@@ -276,6 +280,8 @@ def robustness_table(
     return {
         "quantile_threshold": quantile,
         "threshold": None if threshold is None else float(threshold),
+        "recall_at_quantile": recall(quantile),
+        "recall_at_threshold": recall(threshold),
         "goal_ratio": GOAL_RATIO,
         "n_good": int(clean.size),
         "n_anomalous": int(anomalous.size),

@@ -236,7 +236,10 @@ def test_evaluate_measures_robustness(tmp_path, capsys):
     assert [float(row["rate"]) for row in rows_of(out / "robustness.csv")] == [row["rate"] for row in table["rows"]]
     for row in table["rows"]:
         assert f"{row['change']} " in printed.out and f"{row['alarms']}/4" in printed.out
-    assert f"at the clean 90% quantile {table['quantile_threshold']:.4f}, false alarms at most 2 times" in printed.out
+    for name, threshold in (("quantile", table["quantile_threshold"]), ("threshold", table["threshold"])):
+        recall = table[f"recall_at_{name}"]
+        assert f"{threshold:.4f}" in printed.out and f"{recall:.1%} of the anomalous images exceed it" in printed.out
+    assert "ratio at most 2 at clean 90%: " in printed.out
     assert "<h2>Robustness</h2>" in (out / "report.html").read_text()
     # From Python the same, and the unchanged images are those of the results.
     anomalous = [sample.path for sample in open_dataset(data).test if sample.label]

@@ -172,6 +172,7 @@ def test_the_table_of_a_score_that_is_the_mean():
     table = measure_robustness(detector, grays(levels), grays([200]), batch_size=7)
     assert table["quantile_threshold"] == pytest.approx(187.5 / 255)  # 2 of 20 are above
     assert (table["n_good"], table["n_anomalous"], table["goal_ratio"], table["passes"]) == (20, 1, 2.0, False)
+    assert (table["recall_at_quantile"], table["recall_at_threshold"]) == (1.0, 1.0)
     rows = rows_of(table)
     assert list(rows) == ["none", *NAMED] and all(tuple(row) == ROW_FIELDS for row in table["rows"])
     assert {row["n"] for row in rows.values()} == {20}
@@ -209,6 +210,10 @@ def test_twice_the_rate_passes_and_no_clean_alarm_means_no_ratio():
     assert rows["none"]["alarms_at_threshold"] == 0 and rows["none"]["ratio_at_threshold"] is None
     assert rows["more"]["rate_at_threshold"] == 7 / 58 and rows["more"]["ratio_at_threshold"] is None
     assert rows["more"]["image_auroc"] is None and table["n_anomalous"] == 0
+    assert table["recall_at_quantile"] is None and table["recall_at_threshold"] is None
+    defects = robustness_table(clean, {}, 0.8, [0.5, 0.7, 0.79, 0.81])
+    assert (defects["recall_at_quantile"], defects["recall_at_threshold"]) == (0.75, 0.25)
+    assert robustness_table(clean, {}, anomalous=[0.9])["recall_at_threshold"] is None
     assert robustness_table(clean, {"twice": twice})["passes"]
     assert rows_of(robustness_table(clean, {"twice": twice}))["twice"]["rate_at_threshold"] is None
 

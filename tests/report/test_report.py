@@ -55,6 +55,9 @@ class Page(HTMLParser):
     def cards(self):
         return [attrs for tag, attrs in self.tags if tag == "article"]
 
+    def further(self):
+        return [attrs for tag, attrs in self.tags if tag == "tr" and "data-name" in attrs]
+
 
 def page(tmp_path, items, bad=(), **options):
     path = write_report(tmp_path, items, bad, 0.5, META, **options)
@@ -154,10 +157,14 @@ def test_robustness_is_shown_where_it_was_measured(tmp_path):
     changed = {"dim": [0.28, 0.1, 0.06], "blur": [0.9, 0.9, 0.6], "gone": [np.nan] * 3}
     metrics["robustness"] = robustness_table([0.3, 0.2, 0.1], changed, 0.7)
     text = page(tmp_path, items, metrics=metrics).text
+    assert "of the anomalous images" not in text
     assert "none 1 of 3 (33.3%) 0.8% to 90.6% 1 – 0 (0.0%) – +0.0000 –" in text
     assert "dim 1 of 3 (33.3%) 0.8% to 90.6% 1 pass 0 (0.0%) – -0.0533 –" in text
     assert "blur 3 of 3 (100.0%) 29.2% to 100.0% 3 fail 2 (66.7%) – +0.6000 –" in text
     assert "gone – – – – – – – –" in text
+    metrics["robustness"] = robustness_table([0.3, 0.2, 0.1], changed, 0.7, [0.9, 0.5, 0.26, 0.0])
+    text = page(tmp_path, items, metrics=metrics).text
+    assert "75.0% of the anomalous images exceed it)" in text and "25.0% of the anomalous images exceed it" in text
 
 
 def test_metrics_of_one_class(tmp_path):
@@ -171,9 +178,12 @@ def test_a_thousand_items_stay_small(tmp_path, monkeypatch):
     result = page(tmp_path, (item(f"{i:04d}.png", i / 1000) for i in range(1000)), limit=20)
     assert "1000 images scored" in result.text and len(result.cards()) == 20
     above, table = result.text.split("Further images")
-    assert "980 images without pictures, which search and buttons do not reach" in above
+    assert "980 images without pictures are in the table below them" in above
     assert "980 images without pictures" in table and "The lowest 680 are left out" in table
     assert 'count + " of 1000 shown"' in table
+    names = [attrs["data-name"] for attrs in result.further()]  # what the search looks at
+    assert names == [f"{i:04d}.png" for i in range(979, 679, -1)]
+    assert [attrs["class"] for attrs in result.further()] == ["alarm"] * 300
     assert "0979.png" in result.text and "0679.png" not in result.text
 
 
