@@ -198,7 +198,8 @@ def check_own_writable(path: str | os.PathLike, is_own: Callable[[bytes], bool])
 
 
 def check_json_writable(path: str | os.PathLike, *keys: str) -> None:
-    """`check_own_writable` of a JSON object with all these keys."""
+    """`check_own_writable` of a JSON object with all these keys; the name must end in .json."""
+    check_suffix(path, ".json")
 
     def is_own(content: bytes) -> bool:
         try:

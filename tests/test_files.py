@@ -238,8 +238,11 @@ def test_json_takes_the_place_of_its_like_alone(tmp_path):
     check_json_writable(target, "a", "b")
     others = (b"\x10\x00\x00\x00\x00\x00\x00\x00{}", b'{"a": []}', b'["a", "b"]', b'{"a": 1, "b": ', b"\xff{")
     for number, content in enumerate(others):
-        other = tmp_path / f"{number}"
+        other = tmp_path / f"{number}.json"
         other.write_bytes(content)
         with pytest.raises(UsageError, match="is there already and does not show that this command wrote it;"):
             check_json_writable(other, "a", "b")
         assert other.read_bytes() == content
+    for name in ("net", "net.csv", "net.JSON"):
+        with pytest.raises(UsageError, match=f"{name}: must end in .json"):
+            check_json_writable(tmp_path / name, "a")

@@ -13,7 +13,7 @@ from dfengine.commands.scoring import say
 from dfengine.devices import resolve_device
 from dfengine.engine.profile import Timeline, captured, is_trace, timeline
 from dfengine.errors import UsageError
-from dfengine.files import atomic_write, check_own_writable
+from dfengine.files import atomic_write, check_own_writable, check_suffix
 from dfengine.kernels.registry import ENVIRONMENT
 from dfengine.wording import counted
 
@@ -31,6 +31,7 @@ def run_profile(
     if on_gpu and out is not None:
         raise UsageError("--out goes with a CPU; on a GPU nsys and ncu write the profile")
     if not on_gpu:
+        check_suffix(out or TRACE, ".json")
         check_own_writable(out or TRACE, is_trace)
     with bound_program(checkpoint, batch, device, precision, timed=True) as bound:
         bound.executor.annotate()

@@ -30,8 +30,10 @@ def test_a_cpu_gets_a_trace_and_the_longest_ops(tiny, tmp_path, capsys):
     assert str(out) in lines[-1]
 
 
-def test_no_runs_are_wrong_usage(tiny):
+def test_no_runs_and_what_is_no_name_of_a_trace_are_wrong_usage(tiny, tmp_path, capsys):
     assert main(["profile", str(tiny), "--iterations", "0"]) == 2
+    assert main(["profile", str(tiny), "--out", str(tmp_path / "trace.txt")]) == 2
+    assert "trace.txt: must end in .json" in capsys.readouterr().err and not (tmp_path / "trace.txt").exists()
 
 
 def test_the_command_lines_run_this_again(monkeypatch):

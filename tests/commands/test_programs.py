@@ -15,7 +15,7 @@ COMMANDS = (["info", "--plan"], ["info", "--plan", "--no-measure"], ["verify"], 
 @pytest.fixture(params=COMMANDS, ids=" ".join)
 def command(request, tmp_path):
     """A function of a checkpoint's path that gives the arguments; and the file that must not be written."""
-    out = tmp_path / "out.png"
+    out = tmp_path / ("out.json" if request.param[0] == "profile" else "out.png")
     options = ["--out", str(out)] if request.param[0] in ("profile", "roofline") else []
     return lambda path: [request.param[0], str(path), *request.param[1:], *options], out
 
