@@ -78,7 +78,9 @@ class Detection:
     calibration: None for a model that was never calibrated; then `threshold`, `pred_label` and
         `pred_score_calibrated` are None, and `note` says so.
     seed: of the diffusion noise.
-    errors: the images that were refused, and are in none of the arrays.
+    errors: the images that were refused, by rising index, and are in none of the arrays.
+    start: the place in the input of the first image here, refused ones counted: above 0 in the later parts of a
+        `Detector.stream`. `errors` count from the start of the input.
 
     `len`, iteration and `detection[3]` give images (`ImageDetection`); a slice, a boolean array (B,) or a sequence of
     integers gives the `Detection` of those images, without `errors`.
@@ -92,6 +94,7 @@ class Detection:
     calibration: Calibration | None = None
     seed: int = 0
     errors: tuple[Refused, ...] = ()
+    start: int = 0
 
     def __post_init__(self):
         fields = (self.names, self.pred_score, self.anomaly_map, self.reconstruction, self.image)
@@ -100,8 +103,13 @@ class Detection:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Detection]) -> Detection:
-        """One Detection of all images and errors of `parts` (at least one; the same detector and options)."""
+        """One Detection of all images and errors of `parts` (at least one; the same detector and options), as if they
+        had been one input: errors are numbered on from the first part's start."""
         maps = [part.anomaly_map for part in parts]
+        start, errors = parts[0].start, []
+        for part in parts:
+            errors += [error._replace(index=error.index - part.start + start) for error in part.errors]
+            start += len(part) + len(part.errors)
         return dataclasses.replace(
             parts[0],
             names=tuple(name for part in parts for name in part.names),
@@ -109,7 +117,7 @@ class Detection:
             anomaly_map=sum(maps, []) if isinstance(maps[0], list) else np.concatenate(maps),
             reconstruction=np.concatenate([part.reconstruction for part in parts]),
             image=np.concatenate([part.image for part in parts]),
-            errors=tuple(error for part in parts for error in part.errors),
+            errors=tuple(errors),
         )
 
     @property
@@ -174,6 +182,7 @@ class Detection:
             reconstruction=self.reconstruction[positions],
             image=self.image[positions],
             errors=(),
+            start=0,
         )
 
     def __iter__(self) -> Iterator[ImageDetection]:
@@ -209,11 +218,10 @@ class Detection:
             parts.append(f"{len(self.errors)} refused")
         return f"Detection({', '.join(parts)}, seed {self.seed})"
 
-    def rows(self, heatmaps: Sequence[str | Path | None] | None = None, first: int = 0) -> list[dict]:
+    def rows(self, heatmaps: Sequence[str | Path | None] | None = None) -> list[dict]:
         """One dict of `ROW_FIELDS` (plain JSON values) per image, scored or refused, in input order.
 
-        heatmaps: the file of each scored image (None where it has none), for the column of that name. first: the place
-        in the input of the first image here, above 0 for the later parts of a `Detector.stream`.
+        heatmaps: the file of each scored image (None where it has none), for the column of that name.
         """
         rows: list[dict] = []
         for i, image in enumerate(self):
@@ -223,7 +231,8 @@ class Detection:
             row["heatmap"] = Path(heatmap).as_posix() if heatmap is not None else None
             rows.append(row)
         for error in self.errors:  # by rising index, so the rows before it are all there
-            rows.insert(error.index - first, dict.fromkeys(ROW_FIELDS) | {"name": error.name, "error": error.reason})
+            row = dict.fromkeys(ROW_FIELDS) | {"name": error.name, "error": error.reason}
+            rows.insert(error.index - self.start, row)
         return rows
 
     def save_heatmaps(self, folder: str | Path, first: int = 0) -> list[Path]:

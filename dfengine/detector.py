@@ -282,6 +282,7 @@ class Detector:
                 calibration=self.calibration,
                 seed=self.seed,
                 errors=tuple(sorted(errors + refused)),
+                start=start,
             )
 
         return finish

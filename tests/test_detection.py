@@ -24,7 +24,7 @@ S = 16
 HALF = Calibration.by_hand(0.5)
 
 
-def make(names=("a.png", "b.png", "c.png", "d.png"), calibration=HALF, errors=(), original=False):
+def make(names=("a.png", "b.png", "c.png", "d.png"), calibration=HALF, errors=(), original=False, start=0):
     n = len(names)
     rng = np.random.default_rng(0)
     scores = np.linspace(0.2, 0.8, n, dtype=np.float32) if n else np.empty(0, np.float32)
@@ -40,6 +40,7 @@ def make(names=("a.png", "b.png", "c.png", "d.png"), calibration=HALF, errors=()
         calibration=calibration,
         seed=7,
         errors=tuple(errors),
+        start=start,
     )
 
 
@@ -145,10 +146,23 @@ def test_concatenate(original):
     whole = make(errors=[Refused(9, "x", "y")], original=original)
     parts = [whole[:1], whole[1:1], whole[1:], make((), errors=[Refused(0, "p", "q")], original=original)]
     joined = Detection.concatenate(parts)
-    assert joined.names == whole.names and joined.errors == (Refused(0, "p", "q"),)
+    assert joined.names == whole.names and joined.errors == (Refused(4, "p", "q"),)
     np.testing.assert_array_equal(joined.pred_score, whole.pred_score)
     for ours, theirs in zip(joined.anomaly_map, whole.anomaly_map, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_what_is_joined_counts_on():
+    def part(names, refused, start):
+        return make(names, errors=[Refused(start + len(names), refused, "r")], start=start)
+
+    inputs = ["a", "b", "no1", "c", "no2"]
+    for starts in ((0, 3), (0, 0), (7, 7)):  # parts of one stream, results of two calls, a part of each of two streams
+        joined = Detection.concatenate([part("ab", "no1", starts[0]), part("c", "no2", starts[1])])
+        assert [row["name"] for row in joined.rows()] == inputs and joined.start == starts[0]
+        assert [error.index - joined.start for error in joined.errors] == [2, 4]
+    again = Detection.concatenate([joined, part("d", "no3", 0)])
+    assert [row["name"] for row in again.rows()] == [*inputs, "d", "no3"]
 
 
 def test_repr():
@@ -193,7 +207,7 @@ def test_save(tmp_path, original):
 
 def test_rows_are_in_input_order():
     errors = [Refused(10, "x", "r"), Refused(11, "y", "r"), Refused(15, "z", "r")]
-    rows = make(errors=errors).rows(["0", None, "2", None], first=10)
+    rows = make(errors=errors, start=10).rows(["0", None, "2", None])
     a, b, c, d = make().names
     assert [row["name"] for row in rows] == ["x", "y", a, b, c, "z", d]
     assert [row["heatmap"] for row in rows] == [None, None, "0", None, "2", None, None]

@@ -78,6 +78,8 @@ def test_stream_gives_in_order_what_detect_gives(detector, images, tmp_path, wor
         assert [len(part) + len(part.errors) for part in parts] == [4, 4, 3]
         assert [len(part.errors) for part in parts] == [1, 0, 0]
         same(Detection.concatenate(parts), whole)
+        assert [part.start for part in parts] == [0, 4, 8]
+        assert [row["name"] for part in parts for row in part.rows()] == list(map(str, files))
     same(Detection.concatenate(list(detector.stream(opened, workers=workers))), detector.detect(opened))
     for take in (detector.detect, lambda source: list(detector.stream(source))):
         with pytest.raises(ArgumentTypeError, match="batch: is a Detection, .* give the images"):

@@ -51,7 +51,7 @@ def _detect(
         nonlocal alarms
         for detection in scoring.batches(images):
             files = outputs.heatmaps(detection, scoring.scored - len(detection)) if heatmaps else None
-            rows.extend(detection.rows(files, first=len(rows)))
+            rows.extend(detection.rows(files))
             alarms += int(detection.pred_label.sum())
             yield from report_items(detection, lambda name: (None, None))
 

@@ -113,7 +113,7 @@ def _evaluate(
                 shape = max(1, round(height * scale)), max(1, round(width * scale))
                 masks[image.name] = _mask(samples[image.name], (height, width), shape, scoring)
                 maps.append(resize_map(image.anomaly_map, shape))
-            rows.extend(detection.rows(first=len(rows)))
+            rows.extend(detection.rows())
             names.extend(detection.names)
             scores.extend(detection.pred_score.tolist())
             yield from report_items(detection, truth)
@@ -233,8 +233,10 @@ def print_robustness(table: dict[str, Any]) -> None:
         say(f"  threshold: the detector's own, {table['threshold']:.4f}{above('recall_at_threshold')}")
     say(f"  ratio: alarms over those of the unchanged images; the goal at clean 90% is {goal}")
     OutputConsole(highlight=False).print(shown)
-    failed = [row["change"] for row in table["rows"] if not row["passes"]]
-    say(f"ratio {goal} at clean 90%: " + (f"not under {', '.join(failed)}" if failed else "under every change"))
+    failed, unmeasured = ([row["change"] for row in table["rows"] if row["passes"] is x] for x in (False, None))
+    said = f"not under {', '.join(failed)}" if failed else f"under every change{' measured' if unmeasured else ''}"
+    unknown = f"; not measured under {', '.join(unmeasured)}" if unmeasured else ""
+    say(f"ratio {goal} at clean 90%: {said}{unknown}")
 
 
 def _robustness(

@@ -179,7 +179,8 @@ class Outputs:
             say(f"replacing the results of an earlier run in {out}")
         for leftover in leftovers:
             self.attempt(lambda leftover=leftover: remove(leftover))
-        self.attempt(lambda: begin_results(out, self._names))
+        stayed = [path.relative_to(out).as_posix() for path in leftovers if os.path.lexists(path)]
+        self.attempt(lambda: begin_results(out, [*self._names, *stayed]))
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -221,15 +221,16 @@ def robustness_table(
     an image could not be scored; `threshold` the detector's; `anomalous` (M,) scores of unchanged anomalous images.
 
     Returns quantile_threshold, threshold, recall_at_quantile and recall_at_threshold (shares of the anomalous images
-    above them), goal_ratio, n_good, n_anomalous, passes (whether every change does) and rows, one for the unchanged
-    images (change "none") and one per change, each with
+    above them), goal_ratio, n_good, n_anomalous, passes (whether every change does; None where none fails, but some
+    could not be measured) and rows, one for the unchanged images (change "none") and one per change, each with
         n                      images scored
         alarms, rate           above the quantile threshold: count, and share of n
         rate_low, rate_high    exact (Clopper-Pearson) 95% interval of the rate, with the threshold taken as given and
                                the images as independent
-        ratio, passes          rate over the clean rate; whether it, as measured, is at most `GOAL_RATIO`
+        ratio, passes          alarms over those of the same images unchanged; whether it, as measured, is at most
+                               `GOAL_RATIO`; both None where these raise none, as when most could not be scored
         alarms_at_threshold, rate_at_threshold, ratio_at_threshold
-                               the same at the detector's threshold; the ratio is None where the clean rate is 0
+                               the same at the detector's threshold
         mean_shift             mean of changed score - clean score
         image_auroc            good images changed, anomalous ones not
     with None for what does not exist. Raises DataError for no clean score, or one that is not finite.
@@ -255,16 +256,16 @@ def robustness_table(
             "rate": alarms / n,
             "rate_low": float(interval.low),
             "rate_high": float(interval.high),
-            "ratio": _ratio(alarms, n, clean, quantile),
+            "ratio": _ratio(alarms, clean[scored], quantile),
             "mean_shift": float(np.mean(kept - clean[scored])),
         }
-        values["passes"] = values["ratio"] <= GOAL_RATIO
+        values["passes"] = None if values["ratio"] is None else values["ratio"] <= GOAL_RATIO
         if threshold is not None:
             alarms = int((kept > float(threshold)).sum())
             values |= {
                 "alarms_at_threshold": alarms,
                 "rate_at_threshold": alarms / n,
-                "ratio_at_threshold": _ratio(alarms, n, clean, float(threshold)),
+                "ratio_at_threshold": _ratio(alarms, clean[scored], float(threshold)),
             }
         if anomalous.size:
             labels = np.arange(n + anomalous.size) >= n
@@ -277,6 +278,7 @@ def robustness_table(
         if scores.shape != clean.shape:
             raise ValueError(f"{change}: {scores.size} scores for {clean.size} images")
         rows.append(row(change, scores))
+    passes = [row["passes"] for row in rows]
     return {
         "quantile_threshold": quantile,
         "threshold": None if threshold is None else float(threshold),
@@ -285,12 +287,12 @@ def robustness_table(
         "goal_ratio": GOAL_RATIO,
         "n_good": int(clean.size),
         "n_anomalous": int(anomalous.size),
-        "passes": all(bool(row["passes"]) for row in rows),
+        "passes": False if False in passes else None if None in passes else True,
         "rows": rows,
     }
 
 
-def _ratio(alarms: int, n: int, clean: np.ndarray, threshold: float) -> float | None:
-    """(alarms / n) / the clean rate; divided once, so that twice as many alarms are exactly 2."""
+def _ratio(alarms: int, clean: np.ndarray, threshold: float) -> float | None:
+    """`alarms` over those of the same images unchanged, scores `clean`; None where there are none."""
     clean_alarms = int((clean > threshold).sum())
-    return alarms * clean.size / (n * clean_alarms) if clean_alarms else None
+    return alarms / clean_alarms if clean_alarms else None

@@ -19,13 +19,14 @@ import dfengine
 from dfengine.checkpoint import load_checkpoint, save_checkpoint, shipped_checkpoint
 from dfengine.cli import main
 from dfengine.commands import scoring
+from dfengine.commands.evaluate import print_robustness
 from dfengine.commands.scoring import Scoring
 from dfengine.data.fasteners import write_fasteners
 from dfengine.data.folders import open_dataset
 from dfengine.data.images import list_images
 from dfengine.errors import DataError
 from dfengine.evaluation.metrics import auroc
-from dfengine.evaluation.robustness import MAX_JPEG_SIDE, PERTURBATIONS, measure_robustness
+from dfengine.evaluation.robustness import MAX_JPEG_SIDE, PERTURBATIONS, measure_robustness, robustness_table
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -284,6 +285,37 @@ def test_robustness_needs_good_test_images(checkpoint, data, tmp_path, capsys):
     assert capsys.readouterr().err == (
         f"dfengine: {data}: no good test images, which --robustness needs (expected test/good)\n"
     )
+
+
+def test_changes_that_fail_and_that_were_not_measured_are_named_apart(capsys):
+    clean = [0.1, 0.1, 0.2]
+    changed = {"dim": clean, "blur": [0.3] * 3, "JPEG": [np.nan] * 3}
+    for names, said in (
+        (("dim",), "under every change"),
+        (("dim", "JPEG"), "under every change measured; not measured under JPEG"),
+        (("dim", "blur", "JPEG"), "not under blur; not measured under JPEG"),
+    ):
+        print_robustness(robustness_table(clean, {name: changed[name] for name in names}))
+        assert capsys.readouterr().out.splitlines()[-1] == f"ratio at most 2 at clean 90%: {said}"
+
+
+def test_results_that_could_not_be_removed_are_its_own_next_time(checkpoint, data, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    arguments = ["detect", str(checkpoint), str(data / "test" / "good"), "--out", str(out)]
+    assert main(arguments) == 0
+    stays = sorted((out / "heatmaps").iterdir())[-1]
+    with monkeypatch.context() as patch:
+        unlink = os.unlink
+
+        def refuse(path, *rest, **options):
+            if Path(path) == stays:
+                raise PermissionError(errno.EACCES, "no")
+            unlink(path, *rest, **options)
+
+        patch.setattr(os, "unlink", refuse)
+        assert main([*arguments, "--no-heatmaps"]) == 3
+        assert f"{stays}: cannot be removed" in capsys.readouterr().err and stays.exists()
+    assert main([*arguments, "--no-heatmaps"]) == 0 and not stays.exists()
 
 
 def test_a_folder_that_dfengine_wrote_is_no_input(checkpoint, data, tmp_path, capsys):

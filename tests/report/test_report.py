@@ -178,7 +178,7 @@ def test_a_thousand_items_stay_small(tmp_path, monkeypatch):
     result = page(tmp_path, (item(f"{i:04d}.png", i / 1000) for i in range(1000)), limit=20)
     assert "1000 images scored" in result.text and len(result.cards()) == 20
     above, table = result.text.split("Further images")
-    assert "980 images without pictures are in the table below them" in above
+    assert "300 images without pictures are in the table below them, the 680 of lowest score in" in above
     assert "980 images without pictures" in table and "The lowest 680 are left out" in table
     assert 'count + " of 1000 shown"' in table
     names = [attrs["data-name"] for attrs in result.further()]  # what the search looks at
