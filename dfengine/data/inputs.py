@@ -177,7 +177,8 @@ def _expand(item: Any, name: str) -> list[InputImage]:
         return _split(_tensor(_adopt(lambda: torch.as_tensor(item), name), name), name)
     if hasattr(item, "__dlpack__"):
         return _split(_tensor(_adopt(lambda: torch.from_dlpack(item), name), name), name)
-    if hasattr(item, "__array__") or hasattr(item, "__array_interface__"):
+    number = isinstance(item, np.generic)  # of NumPy, which counts as an array otherwise
+    if not number and (hasattr(item, "__array__") or hasattr(item, "__array_interface__")):
         return _split(_numpy(_adopt(lambda: np.asarray(item), name), name), name)
     kind = type(item).__name__
     if _is_file(item):

@@ -147,7 +147,8 @@ class PerturbedImage(InputImage):
     def _read(self) -> np.ndarray:
         array = self.source._read()
         if isinstance(array, torch.Tensor):
-            array = collect_inputs(array.movedim(-1, 0).cpu())[0]._read()
+            on_host = collect_inputs(array.movedim(-1, 0).cpu())[0].array
+            array = InputImage(self.source.name, array=on_host)._read()
         array = self.perturbation(array, self.name)
         self._size = tuple(array.shape[:2])
         return array

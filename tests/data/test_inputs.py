@@ -298,6 +298,7 @@ def test_a_bad_item_carries_its_reason():
     ([[np.zeros((8, 8))]], r"batch\[0\]: is of type list"), ({"a.png"}, "is of type set"),
     (bytearray(b"PNG"), "is of type bytearray"), (Camera, "is of type type"), ([Camera([])], "is of type Camera"),
     (range(3), "batch: is of type range"), (PlainArray("f", (0, 1)), "batch: is of type array"),
+    ([np.float32(3)], r"batch\[0\]: is of type float32"), (np.uint8(3), "batch: is of type uint8"),
     (3, "is of type int; expected .* a NumPy array or a torch tensor, or a list or another iterable of these$"),
     ([["a.png"]], "is of type list; expected a path, a PIL image, a NumPy array or a torch tensor$"),
     ([[np.zeros((8, 8)), 1]], r"is of type list; .* tensor; give the images alone, as in `\(images for"),

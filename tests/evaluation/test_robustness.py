@@ -117,6 +117,15 @@ def test_jpeg_loses_more_at_lower_quality_and_keeps_gray_gray():
     assert (coded == coded[..., :1]).all() and not np.array_equal(coded, gray)
 
 
+def test_pixels_of_a_tensor_are_those_of_an_array_and_warned_of_by_their_name(caplog):
+    few = (picture(40, 48, np.uint16) // 16).astype(np.uint16)
+    for name in ("blur 5/1000", "shift +2%"):
+        tensor, array = InputImage("left camera", array=torch.from_numpy(few)), InputImage("x", array=few)
+        from_tensor, from_array = (PerturbedImage(image, NAMED[name]).load(32) for image in (tensor, array))
+        np.testing.assert_array_equal(from_tensor, from_array)
+    assert "left camera: " in caplog.text and "batch[0]" not in caplog.text
+
+
 def test_channels_are_not_swapped():
     image = np.full((32, 48, 3), (220, 90, 20), np.uint8)
     for perturbation in PERTURBATIONS:
