@@ -1,9 +1,10 @@
-"""The tables and the plot of `docs/method.md` from the study's results.
+"""The tables and the plot of `docs/study.md` from the study's results.
 
-    python bench/study_report.py bench/results/study/*.csv [--plot docs/study.png]
+    python bench/study_report.py bench/results/study/study.csv --against default
 
-A cell is the mean over seeds of the image AUROC by the mean of the map's largest pixels (`ModelConfig.top_k` = 50),
-and, with two seeds or more, their half range.
+A cell is the mean over seeds of the image AUROC by the mean of the map's largest pixels (`ModelConfig.top_k`), and,
+with two seeds or more, half their range. With `--against`, the cells of other variants are differences from the named
+one, seed by seed: variants of one seed are trained and measured on the same pictures, so these spread less.
 """
 
 from __future__ import annotations
@@ -35,28 +36,37 @@ def read(paths: list[Path]) -> dict[tuple[str, str], list[dict[str, str]]]:
     return rows
 
 
-def cell(rows: list[dict[str, str]], column: str) -> str:
-    values = [float(row[column]) for row in rows if row.get(column)]
+def cell(rows: list[dict[str, str]], column: str, base: list[dict[str, str]] | None = None) -> str:
+    """Mean and half range over seeds; of the differences from `base` in the seeds that both have, where it is given."""
+    values = {row["seed"]: float(row[column]) for row in rows if row.get(column)}
+    if base is not None:
+        others = {row["seed"]: float(row[column]) for row in base if row.get(column)}
+        values = {seed: value - others[seed] for seed, value in values.items() if seed in others}
     if not values:
         return ""
-    spread = f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{spread}"
+    low, high = min(values.values()), max(values.values())
+    spread = f" ± {(high - low) / 2:.3f}" if len(values) > 1 else ""
+    mean = round(float(np.mean(list(values.values()))), 3) + 0.0  # no -0.000
+    return f"{mean:{'' if base is None else '+'}.3f}{spread}"
 
 
-def table(rows: dict[tuple[str, str], list[dict[str, str]]], score: str = "seg@50") -> str:
+def table(
+    rows: dict[tuple[str, str], list[dict[str, str]]], score: str = "seg@800", against: str | None = None
+) -> str:
     """Markdown: one row a variant and set, one column a group of anomalies that any of them was measured on."""
     every = [row for found in rows.values() for row in found]
     groups = {group: title for group, title in GROUPS if any(row.get(f"{group}/{score}") for row in every)}
     lines = ["| set | variant | seeds | steps | " + " | ".join(groups.values()) + " | pixel AP |"]
     lines.append("|---" * (5 + len(groups)) + "|")
     for (name, variant), found in rows.items():
-        cells = [cell(found, f"{group}/{score}") for group in groups]
+        base = rows.get((name, against)) if variant != against else None
+        columns = [*(f"{group}/{score}" for group in groups), "pixel_ap"]
         head = [name, variant, str(len(found)), found[0]["steps"]]
-        lines.append("| " + " | ".join([*head, *cells, cell(found, "pixel_ap")]) + " |")
+        lines.append("| " + " | ".join([*head, *(cell(found, column, base) for column in columns)]) + " |")
     return "\n".join(lines)
 
 
-def plot(rows: dict[tuple[str, str], list[dict[str, str]]], path: Path, score: str = "seg@50") -> None:
+def plot(rows: dict[tuple[str, str], list[dict[str, str]]], path: Path, score: str = "seg@800") -> None:
     """Dots for each seed, a panel for each set, a row for each variant."""
     import matplotlib
 
@@ -89,11 +99,12 @@ def plot(rows: dict[tuple[str, str], list[dict[str, str]]], path: Path, score: s
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, nargs="+")
-    parser.add_argument("--score", default="seg@50", help="which image score (bench/study_scores.py)")
+    parser.add_argument("--score", default="seg@800", help="which image score (bench/study_scores.py)")
+    parser.add_argument("--against", help="the variant from which the others' differences are shown")
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     rows = read(arguments.results)
-    print(table(rows, arguments.score))
+    print(table(rows, arguments.score, arguments.against))
     if arguments.plot:
         plot(rows, arguments.plot, arguments.score)
     return 0

@@ -130,9 +130,20 @@ def test_the_table_gives_the_mean_and_half_the_range_over_seeds(tmp_path):
     path = tmp_path / "results.csv"
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["set", "variant", "seed", "steps", "own/seg@50", "foreign/seg@50", "pixel_ap"])
+        writer.writerow(["set", "variant", "seed", "steps", "own/seg@800", "foreign/seg@800", "pixel_ap"])
         writer.writerows([["a", "base", 0, 10, 0.8, 0.9, 0.5], ["a", "base", 1, 10, 0.9, 0.9, 0.5]])
-    table = study_report.table(study_report.read([path]))
-    assert table.splitlines()[-1] == "| a | base | 2 | 10 | 0.850 ± 0.050 | 0.900 ± 0.000 | 0.500 ± 0.000 |"
-    study_report.plot(study_report.read([path]), tmp_path / "plot.png")
+        writer.writerows([["a", "more", 1, 10, 0.92, 0.9, 0.45], ["a", "more", 0, 10, 0.81, 0.9, ""]])
+        writer.writerows([["b", "more", 0, 10, 0.7, "", 0.3], ["a", "once", 2, 10, 0.7, "", 0.3]])
+    rows = study_report.read([path])
+    base = "| a | base | 2 | 10 | 0.850 ± 0.050 | 0.900 ± 0.000 | 0.500 ± 0.000 |"
+    assert study_report.table(rows).splitlines()[2:4] == [
+        base, "| a | more | 2 | 10 | 0.865 ± 0.055 | 0.900 ± 0.000 | 0.450 |",
+    ]  # fmt: skip
+    assert study_report.table(rows, against="base").splitlines()[2:] == [
+        base,
+        "| a | more | 2 | 10 | +0.015 ± 0.005 | +0.000 ± 0.000 | -0.050 |",
+        "| b | more | 1 | 10 | 0.700 |  | 0.300 |",  # a set without the base
+        "| a | once | 1 | 10 |  |  |  |",  # a seed that the base has not
+    ]
+    study_report.plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
