@@ -39,3 +39,26 @@ def test_a_share_of_another_type_than_the_rows_says_so():
     assert tables.of_matmul(row) == "57% of bfloat16"
     assert tables.of_matmul(row | {"matmul": "int8"}) == "57%"
     assert tables.of_matmul(row | {"precision": "bfloat16", "matmul": "bfloat16"}) == "57%"
+
+
+def test_the_short_table_is_of_a_device_with_every_rival_if_there_is_one(monkeypatch):
+    def row(ms, *rivals, **changes):
+        runners = {"dfengine": {"ms": ms, "images_per_second": 1e3 / ms}}
+        runners |= {f"{name} bfloat16": {"ms": 2 * ms} for name in rivals}
+        case = {"preset": "diff-fastener-tiny", "size": 64, "batch": 1, "precision": "bfloat16", "runners": runners}
+        return case | changes
+
+    every = tuple(tables.SHORT_RIVALS)
+    found = [
+        {"device": "a", "rows": [row(10, "OpenVINO"), row(5, *every, precision="int8"), row(3, *every, batch=4)]},
+        {"device": "b", "rows": [row(20, "OpenVINO")]},
+        {"device": "b", "rows": [row(40, *every)]},
+    ]
+    monkeypatch.setattr(tables, "results", lambda name: found)
+    whole = tables.short_table()
+    assert "a:" not in whole and "20.0" not in whole
+    assert "| tiny, 64 pixels, batch 1 | 40.0 ms, 25.0 images/s | 80.0 ms | 80.0 ms | 80.0 ms | 80.0 ms |\n" in whole
+    found.pop()
+    parts = tables.short_table()
+    assert "| tiny, 64 pixels, batch 1 | 10.0 ms, 100.0 images/s | 20.0 ms | not measured |" in parts
+    assert "a:" in parts and "b:" in parts and "batch 4" not in parts and "5.0 ms" not in parts
