@@ -103,7 +103,8 @@ def rival(
     precision = HALF_BESIDE.get(precision, precision)
     half = None if precision in ("float32", "tf32") else PRECISIONS[precision]
     if name == "eager":
-        return "eager float32", _ungraded(make(None).eval())
+        rounded = example.is_cuda and torch.backends.cudnn.allow_tf32  # what torch does to convolutions by itself
+        return f"eager {'tf32' if rounded else 'float32'}", _ungraded(make(None).eval())
     if name == "autocast":
         if half is None:
             raise ValueError("autocast is for half precision")

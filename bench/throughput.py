@@ -13,6 +13,7 @@ onnxruntime, or tensorrt onnx). On a GPU whose energy NVML counts, rows hold the
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -55,11 +56,21 @@ def model_of(name: str, size: int | None, **changes) -> Model:
     return redraw(build_model(preset(name, **({"image_size": size} if size else {}), **changes))).eval()
 
 
-def engine(case: str, name: str, size: int | None, batch: int, precision: str, device: str, tactics: str) -> Function:
+def engine(
+    case: str,
+    name: str,
+    size: int | None,
+    batch: int,
+    precision: str,
+    device: str,
+    tactics: str,
+    tuning_seconds: float | None,
+) -> Function:
     """The engine's own way to do what the case asks."""
     ranges = ranges_of(name, size, device) if precision in HALF_BESIDE else None
+    known = {"tactics": tactics, "tuning_seconds": tuning_seconds, "ranges": ranges}
     if case == "detect":
-        runner = ProgramRunner(model_of(name, size), device, precision, tactics=tactics, ranges=ranges)
+        runner = ProgramRunner(model_of(name, size), device, precision, **known)
         runner.executor(runner.program_batch(batch))
 
         def detect(images: Tensor) -> tuple[Tensor, ...]:
@@ -69,12 +80,14 @@ def engine(case: str, name: str, size: int | None, batch: int, precision: str, d
         return detect
     # A chain of one step is one evaluation at batch B, of which only the network's ops are timed.
     of = model_of(name, size, mode="iterative", t_b=preset(name).t_b)
-    runner = ProgramRunner(of, device, precision, tactics=tactics, buckets=False, ranges=ranges)
+    runner = ProgramRunner(of, device, precision, buckets=False, **known)
     executor = runner.executor(batch)
     ops = {op.name: op for op in executor.program.ops}
     around = {"ingest", "reverse_step", "one_step", "score"}
     calls = [executor.call(op) for name, op in ops.items() if name not in around and not name.startswith("segment.")]
     x_t, out = (executor.tensor(ops["reverse_step"].arguments[key]) for key in ("x_t", "eps"))
+    if device == "cuda":  # as detection runs them, and the rivals
+        calls = [one_graph(calls)]
 
     def evaluate(noised: Tensor) -> tuple[Tensor, ...]:
         with torch.inference_mode():
@@ -84,6 +97,15 @@ def engine(case: str, name: str, size: int | None, batch: int, precision: str, d
             return (out.permute(0, 3, 1, 2).float(),)
 
     return evaluate
+
+
+def one_graph(calls: list[Callable[[], None]]) -> Callable[[], None]:
+    """The calls, which have run before, as a CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.inference_mode(), torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph.replay
 
 
 def ranges_of(name: str, size: int | None, device: str) -> Ranges:
@@ -140,18 +162,27 @@ def timed(functions: dict[str, Function], sets: list[Tensor], seconds: float) ->
     return times
 
 
-def bench(case: str, name: str, size: int | None, batch: int, precision: str, arguments: argparse.Namespace) -> dict:
+def bench(
+    case: str,
+    name: str,
+    size: int | None,
+    batch: int,
+    precision: str,
+    rivals: list[str],
+    arguments: argparse.Namespace,
+) -> dict:
     """One row. Exits where the engine is wrong."""
     device, config = arguments.device, preset(name, **({"image_size": size} if size else {}))
     sets, make = inputs_of(case, config.image_size, batch, device), maker(case, name, size, batch, device)
     _, exactly = rival("eager", make, sets, "float32")
     with float32_arithmetic(torch.device(device), "float32"):
         exact = tuple(tensor.clone() for tensor in exactly(sets[0]))
-    functions = {"dfengine": engine(case, name, size, batch, precision, device, arguments.tactics)}
+    of_engine = case, name, size, batch, precision, device, arguments.tactics, arguments.tuning_seconds
+    functions = {"dfengine": engine(*of_engine)}
     errors = {"dfengine": difference(case, functions["dfengine"](sets[0]), exact)}
     if not errors["dfengine"] <= AGREEMENT[precision]:
         raise SystemExit(f"{name} {precision}: {errors['dfengine']:.3g} from the modules: nothing is timed")
-    for rival_name in arguments.rivals:
+    for rival_name in rivals:
         try:
             label, function = rival(rival_name, make, sets, precision)
         except (ImportError, ValueError) as error:
@@ -188,7 +219,7 @@ def bench(case: str, name: str, size: int | None, batch: int, precision: str, ar
         "runners": found,
     }
     if arguments.memory:
-        for label in ("dfengine", *arguments.rivals):
+        for label in ("dfengine", *rivals):
             row.setdefault("peak_mb", {})[label] = memory_of(label, row, arguments)
     return row
 
@@ -196,7 +227,8 @@ def bench(case: str, name: str, size: int | None, batch: int, precision: str, ar
 def memory_of(label: str, row: dict, arguments: argparse.Namespace) -> float | None:
     """The peak memory, MB, of a process of its own that runs this alone, beyond that of the imports."""
     case = {key: row[key] for key in ("case", "preset", "size", "batch", "precision")}
-    text = json.dumps(case | {"label": label, "device": arguments.device, "tactics": arguments.tactics})
+    of_engine = {name: getattr(arguments, name) for name in ("device", "tactics", "tuning_seconds")}
+    text = json.dumps(case | of_engine | {"label": label})
     command = [sys.executable, __file__, "--memory-of", text]
     done = subprocess.run(command, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()
@@ -207,7 +239,7 @@ def print_memory(of: dict) -> None:
     case, name, size, batch, device = (of[key] for key in ("case", "preset", "size", "batch", "device"))
     sets, before = inputs_of(case, size, batch, device), peak_memory(device)
     if of["label"] == "dfengine":
-        function = engine(case, name, size, batch, of["precision"], device, of["tactics"])
+        function = engine(case, name, size, batch, of["precision"], device, of["tactics"], of["tuning_seconds"])
     else:
         make = maker(case, name, size, batch, device)
         _, function = rival(of["label"], make, sets, of["precision"])
@@ -303,6 +335,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rivals", default=",".join(RIVALS), help="comma-separated; empty for none")
     parser.add_argument("--tactics", choices=("default", "tuned", "exhaustive"), default="default")
+    parser.add_argument("--tuning-seconds", type=float, help="measure no further op of a program after so long")
     parser.add_argument("--seconds", type=float, default=20.0, help="for each row")
     parser.add_argument("--memory", action="store_true", help="peak memory too, each in a process of its own")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write here instead")
@@ -320,19 +353,25 @@ def main() -> None:
     out = arguments.json or results_path(head, f"throughput-{arguments.case}")
     kept = rows_of(out, head) if arguments.add else []
     torch.backends.cudnn.benchmark = True  # for every runner; it means nothing on a CPU
-    for name in arguments.preset:
-        for size in arguments.size:
-            for batch in arguments.batch:
-                if arguments.case == "waterfall":
-                    rows.append(waterfall(name, size, batch, arguments))
-                    print(shown(rows[-1]), flush=True)
-                    continue
-                for precision in arguments.precision:
-                    rows.append(bench(arguments.case, name, size, batch, precision, arguments))
-                    print(shown(rows[-1]), flush=True)
-                    write(out, head | {"rows": merged(kept, rows)})  # row by row: an end of time loses one at most
-                    torch.compiler.reset()
-    write(out, head | {"rows": merged(kept, rows)})
+    cases = list(itertools.product(arguments.preset, arguments.size, arguments.batch))
+    if arguments.case == "waterfall":
+        for case in cases:
+            rows.append(waterfall(*case, arguments))
+            print(shown(rows[-1]), flush=True)
+        return write(out, head | {"rows": merged(kept, rows)})
+    for rivals in rounds(arguments.rivals, arguments.device):
+        for case, precision in itertools.product(cases, arguments.precision):
+            rows = merged(rows, [bench(arguments.case, *case, precision, rivals, arguments)])
+            print(shown(rows[-1]), flush=True)
+            write(out, head | {"rows": merged(kept, rows)})  # row by row: an end of time loses one at most
+            torch.compiler.reset()
+
+
+def rounds(rivals: list[str], device: str) -> list[list[str]]:
+    """The rivals, and on a GPU before that those that are there at once: what torch.compile tries there takes many
+    minutes, of which the machine may not have as many."""
+    quick = [name for name in rivals if name != "compile"]
+    return [quick, rivals] if device == "cuda" and quick != rivals else [rivals]
 
 
 if __name__ == "__main__":

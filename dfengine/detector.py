@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +19,7 @@ from dfengine.checkpoint import Checkpoint, load_checkpoint
 from dfengine.data.inputs import InputImage, collect_inputs, collect_item, is_stream
 from dfengine.data.prefetch import Prefetch
 from dfengine.detection import Detection, Refused, resize_map
-from dfengine.devices import resolve_device
+from dfengine.devices import processors, resolve_device
 from dfengine.engine.arithmetic import float32_arithmetic
 from dfengine.engine.modules import Output
 from dfengine.engine.runner import TACTICS, ProgramRunner
@@ -206,7 +205,7 @@ class Detector:
         endless = is_stream(source)
         images = _draw(iter(source)) if endless else collect_inputs(source)
         if workers is None:
-            workers = min(MOST_WORKERS, _processors())
+            workers = min(MOST_WORKERS, processors())
         if not endless and len(images) == 1:
             workers = 0  # nothing to go on beside
         return self._stream(images, endless, batch_size, original_size, workers, prefetch)
@@ -317,11 +316,6 @@ class Detector:
         output = self._runner.run(unit)
         self._ran = stream.record_event()
         return output
-
-
-def _processors() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _draw(items: Iterator) -> Iterator[InputImage]:

@@ -13,6 +13,11 @@ from dfengine.errors import UsageError
 from dfengine.wording import counted
 
 
+def processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cpu_has_bfloat16() -> bool:
     """Whether this processor multiplies bfloat16 in hardware (AVX512_BF16 or AMX)."""
     features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

@@ -209,7 +209,7 @@ def _run_triton(x, w1, w2, spatial_weight, spatial_bias, residual, y, workspace,
     if pixels <= ONE_LAUNCH_PIXELS:
         gates = (x, x) if w1 is None else (w1, w2)
         block_p = triton.next_power_of_2(pixels)
-        kernels.sample_kernel[(batch,)](
+        triton_import.launch(kernels.sample_kernel, (batch,))(
             x, *gates, *tensors, y, *tail, HIDDEN=hidden, **flags, BLOCK_P=block_p, BLOCK_R=block_r, **small
         )
         return
@@ -218,17 +218,17 @@ def _run_triton(x, w1, w2, spatial_weight, spatial_bias, residual, y, workspace,
     per_tile, blocks = tile_pixels(pixels), triton.cdiv(pixels, block_p)
     tiles, gated = triton.cdiv(pixels, per_tile), w1 is not None
     if gated:
-        kernels.pool_kernel[(tiles, triton.cdiv(channels, options["BLOCK_C"]), batch)](
+        triton_import.launch(kernels.pool_kernel, (tiles, triton.cdiv(channels, options["BLOCK_C"]), batch))(
             x, partials, pixels, per_tile, x_stride, channels, BLOCK_P=block_p, **options
         )
-        kernels.gate_kernel[(batch,)](
+        triton_import.launch(kernels.gate_kernel, (batch,))(
             partials, w1, w2, gate, pixels, tiles, channels, HIDDEN=hidden, BLOCK_T=TILES, BLOCK_R=block_r, **options
         )
     if flags["SPATIAL"]:
-        kernels.maps_kernel[(blocks, batch)](
+        triton_import.launch(kernels.maps_kernel, (blocks, batch))(
             x, gate, maps, pixels, x_stride, channels, GATED=gated, BLOCK_P=block_p, **options
         )
-    kernels.apply_kernel[(blocks, batch)](
+    triton_import.launch(kernels.apply_kernel, (blocks, batch))(
         x, gate, maps, *tensors, y, *tail, GATED=gated, **flags, BLOCK_P=block_p, **options
     )
 

@@ -325,7 +325,7 @@ def _run_triton(
     options = launch_options(chosen, sources, resample, scale is not None, unit is not None)
     tiles = triton.cdiv(height * width, options["BLOCK_M"])
     pitches = (0 if t is None else pixel_stride("", t) for t in (x, x2, residual, y))
-    conv2d_kernel[(batch * tiles * triton.cdiv(outputs, options["BLOCK_N"]),)](
+    triton_import.launch(conv2d_kernel, (batch * tiles * triton.cdiv(outputs, options["BLOCK_N"]),))(
         x, x2, taps, bias, scale, offset, residual, y, moments, unit, per_step,
         batch, tiles, height, width, *x.shape[1:3], *pitches, 0 if bias is None or bias.ndim == 1 else outputs,
         C1=sources[0], C2=sum(sources[1:]), OUTPUTS=outputs, K=weight.kernel[0], DILATION=weight.dilation,

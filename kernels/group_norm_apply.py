@@ -237,7 +237,7 @@ def _run_triton(x, x2, scale, offset, act, resample, y, configuration=None) -> N
     channels2, stride2 = (0, 0) if x2 is None else (x2.shape[3], pixel_stride("x2", x2))
     items = _items(x, resample)
     blocks = sum(triton.cdiv(count, options["CHANNELS"]) for count in (channels, channels2))
-    apply_kernel[triton.cdiv(items, options["PIXELS"]), blocks, batch](
+    triton_import.launch(apply_kernel, (triton.cdiv(items, options["PIXELS"]), blocks, batch))(
         x, x2, scale, offset, y, height * width, y.shape[1] * y.shape[2], items, width, channels, channels2,
         pixel_stride("x", x), stride2, pixel_stride("y", y), ACT=act, RESAMPLE=resample, **options,
     )  # fmt: skip

@@ -218,7 +218,7 @@ def _run_triton(
     options = dict(configuration or CONFIGURATIONS[0])
     second = (0, 0) if moments2 is None else (moments2.shape[1], moments2.shape[3])
     blocks = block_sizes(weight.shape[0] // groups, max(moments.shape[1], second[0]), options.pop("VALUES"))
-    merge_kernel[groups, moments.shape[0]](
+    triton_import.launch(merge_kernel, (groups, moments.shape[0]))(
         moments, counts, moments2, counts2, weight, bias, shift, scale, offset, mean, rstd,
         moments.shape[1], second[0], moments.shape[3], second[1], _shift_stride(shift), eps, **blocks, **options,
     )  # fmt: skip

@@ -170,7 +170,7 @@ def _run_triton(x, tile_pixels, moments, configuration=None) -> None:
     batch, height, width, channels = x.shape
     options = dict(configuration or CONFIGURATIONS[0])
     tiles = moments.shape[1]
-    moments_kernel[tiles, triton.cdiv(channels, options["CHANNELS"]), batch](
+    triton_import.launch(moments_kernel, (tiles, triton.cdiv(channels, options["CHANNELS"]), batch))(
         x, moments, height * width, channels, pixel_stride("x", x), tile_pixels, tiles, **options
     )
 

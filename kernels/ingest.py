@@ -246,7 +246,7 @@ def _run_triton(images, x_0, x_t, gain, offset, a, b, seed, draw, step, noise=No
     options = dict(configuration or CONFIGURATIONS[0])
     per_program = min(batch, MAX_IMAGES)
     grid = (triton.cdiv(height * width, options["BLOCK"]), triton.cdiv(batch, per_program), triton.cdiv(channels, 4))
-    ingest_kernel[grid](
+    triton_import.launch(ingest_kernel, grid)(
         images, x_0, x_t, gain / LEVELS[images.dtype], offset, a[0], b[0], a[-1], b[-1],
         signed(seed & WORD), signed(seed >> 32), signed(draw), step, batch, height * width, width, *images.stride(),
         CHANNELS=channels, SCALES=len(a), IMAGES=per_program, **options,

@@ -217,7 +217,7 @@ def _run_triton(x_t, eps, x_0, a, b, weight, gain, offset, pair, reconstruction,
     pixels, channels, strides = _layout(x_t, eps, x_0, pair)
     options = dict(configuration or CONFIGURATIONS[0])
     from_x, from_eps, *rest = _numbers(a, b, weight, gain, offset)
-    one_step_kernel[(triton.cdiv(pixels * channels, options["BLOCK"]),)](
+    triton_import.launch(one_step_kernel, (triton.cdiv(pixels * channels, options["BLOCK"]),))(
         x_t, eps, x_0, pair, pair if reconstruction is None else reconstruction,
         from_x[0], from_x[-1], from_eps[0], from_eps[-1], *rest, pixels, *strides,
         CHANNELS=channels, SCALES=len(a), UNIT=reconstruction is not None,

@@ -210,7 +210,7 @@ def _run_triton(kernel, x, y, configuration) -> None:
     pixels = values // width
     grid = (triton.cdiv(y.numel() // channels, pixels), triton.cdiv(channels, width))
     strides = pixel_stride("x", x), pixel_stride("y", y)
-    kernel[grid](x, y, *x.shape, *strides, PIXELS=pixels, CHANNELS=width, **options)
+    triton_import.launch(kernel, grid)(x, y, *x.shape, *strides, PIXELS=pixels, CHANNELS=width, **options)
 
 
 def _run_triton_upsample(x, y, configuration=None) -> None:

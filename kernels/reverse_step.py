@@ -187,7 +187,7 @@ def _run_triton(x_t, eps, a, b, from_x0, from_xt, sigma, seed, draw, step, out, 
     per_program = min(batch, MAX_IMAGES)
     grid = (triton.cdiv(height * width, options["BLOCK"]), triton.cdiv(batch, per_program), triton.cdiv(channels, 4))
     words = (signed(word) for word in (seed & WORD, seed >> 32, draw))
-    reverse_step_kernel[grid](
+    triton_import.launch(reverse_step_kernel, grid)(
         x_t, eps, out, 1 / a, b / a, from_x0, from_xt, sigma, *words, step, batch, height * width,
         *_strides(x_t, eps, out), CHANNELS=channels, IMAGES=per_program, **options,
     )  # fmt: skip

@@ -277,10 +277,10 @@ def _run_triton(logits, threshold, k, anomaly_map, pred_score, pred_label, works
     (maps, batch, pixels, groups), stride, workspace = _layout(logits, workspace)
     options = dict(configuration or CONFIGURATIONS[0])
     keys = options.pop("KEYS")
-    score_map_kernel[(triton.cdiv(groups, options["GROUPS"]), batch)](
+    triton_import.launch(score_map_kernel, (triton.cdiv(groups, options["GROUPS"]), batch))(
         logits, anomaly_map, workspace, batch, pixels, groups, stride, MAPS=maps, GROUP=GROUP, **options
     )
-    score_select_kernel[(batch,)](
+    triton_import.launch(score_select_kernel, (batch,))(
         anomaly_map, workspace, threshold, pred_score, pred_label.view(torch.uint8), k, pixels, groups,
         GROUP=GROUP, KEYS=keys, **options,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dfengine import native
+from dfengine.devices import processors
 from dfengine.engine.arena import ALIGNMENT, Arena, plan
 from dfengine.engine.program import Buffer, Constant, Op, Program, Value
 from dfengine.engine.ranges import named_range, ranges_wanted
@@ -17,6 +18,7 @@ from dfengine.engine.tactics import Tactics, usable
 from dfengine.errors import DfengineError
 from dfengine.kernels import OPS
 from dfengine.kernels.conv_weight import ConvWeight
+from dfengine.kernels.triton_import import compile_ahead
 
 
 def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
@@ -101,11 +103,12 @@ class Executor:
         pool: from `torch.cuda.graph_pool_handle`, for graphs of which no two ever run at once: what an op allocates
         there is not read once the op is done, so that in any order they may use the same memory.
         """
+        self.compile_ahead()
         with torch.inference_mode():
             warm = torch.cuda.Stream(self.device)
             warm.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(warm):
-                self.launch()  # kernels are compiled and libraries make their plans before the capture
+                self.launch()  # libraries make their plans before the capture
             torch.cuda.current_stream(self.device).wait_stream(warm)
             rounds: list[list[Callable[[], None]]] = []
             graphs = 0
@@ -123,6 +126,12 @@ class Executor:
         self._follow([(False, [replay for calls in rounds for replay in calls])])
         self.captured = True
         return graphs
+
+    @torch.inference_mode()
+    def compile_ahead(self) -> None:
+        """Compiles the Triton kernels of the program that are not compiled yet, on all processors: one after the other,
+        as they are launched, they would take minutes."""
+        compile_ahead([calls[0] for chosen, calls in self._calls if chosen.partition(" ")[0] == "triton"], processors())
 
     def _graph(self, calls: list[Callable[[], None]], pool: tuple[int, int] | None) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()

@@ -225,9 +225,8 @@ class Tactics:
         if shipped.is_file():
             self._known |= _read(shipped)[1]
         self._measured = self._remembered()
-        self._known |= self._measured
-        if named:
-            self._known |= _named(named)
+        self._named = _named(named) if named else {}
+        self._known |= self._measured | self._named
 
     def _remembered(self) -> dict[str, Tactic]:
         try:
@@ -241,8 +240,8 @@ class Tactics:
         return len(self._known)
 
     def __contains__(self, op: Op) -> bool:
-        """Whether it was measured here."""
-        return signature(op) in self._measured
+        """Whether it was measured: here, or for the file that DFENGINE_TACTICS names."""
+        return signature(op) in self._measured or signature(op) in self._named
 
     def find(self, op: Op) -> Tactic | None:
         return self._known.get(signature(op))

@@ -10,20 +10,22 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from dfengine.devices import processors
 from dfengine.engine.contract import contents, exact_outputs, judged, torch_outputs
 from dfengine.engine.execute import Executor
 from dfengine.engine.measure import place, trial_inputs
 from dfengine.engine.program import Op, Value
-from dfengine.engine.tactics import Tactic, Tactics
+from dfengine.engine.tactics import Tactic, Tactics, signature
 from dfengine.engine.timing import interleaved, on_cuda
 from dfengine.errors import DfengineError
 from dfengine.kernels import OPS, PRIORITY
+from dfengine.kernels.triton_import import compile_ahead
 
 log = logging.getLogger("dfengine")
 
@@ -35,6 +37,8 @@ WORTH = 0.97
 CONFIRMED = 3
 """Of the candidates that are quicker than the default, so many are at most compared with it once more, alone, each for
 a share of the time, until one is quicker again."""
+COMPILED_AHEAD = 64
+"""Candidates in Triton, of one op and those after it, that are compiled side by side before the op is measured."""
 HOPELESS = 2.0
 """Candidates that take so many times as long as the best in their first calls are dropped, unless exhaustive."""
 
@@ -84,22 +88,52 @@ def tune(
     place(executor, trial_inputs(executor))
     choices: dict[str, Choice] = {}
     left = 0
+    compiled: set[str] = set()
     begun = time.perf_counter()
-    for section in executor.program.sections():
-        for op in executor.program.ops[section.first : section.last]:
-            arguments = executor.arguments(op)
-            known = op in tactics and (level != "exhaustive" or op.name in choices)
-            ways = [] if known else list(candidates(op, arguments, executor.device.type, level == "exhaustive"))
-            if len(ways) > 1:
-                if seconds is not None and time.perf_counter() - begun > seconds:
-                    left += 1
-                else:
-                    choice = _measured(executor, op, arguments, ways, level)
-                    if choice is not None:
-                        choices[op.name] = choice
-                        tactics.record(op, choice.tactic)
-            executor.call(op)()
+
+    def wanted(op: Op) -> list[Tactic]:
+        known = op in tactics and (level != "exhaustive" or op.name in choices)
+        ways = [] if known else list(candidates(op, executor.arguments(op), executor.device.type, exhaustive))
+        return ways if len(ways) > 1 else []
+
+    exhaustive = level == "exhaustive"
+    for i, op in enumerate(executor.program.ops):
+        ways = wanted(op)
+        if ways and seconds is not None and time.perf_counter() - begun > seconds:
+            left += 1
+        elif ways:
+            if op.name not in compiled:
+                compiled |= _compiled(executor, executor.program.ops[i:], wanted)
+            try:
+                choice = _measured(executor, op, executor.arguments(op), ways, level)
+            except torch.OutOfMemoryError:  # the check takes float64 copies of what the op reads and writes
+                log.warning("tactics: %s (%s): no memory to check its candidates: left as it is", op.name, op.kernel)
+                torch.cuda.empty_cache()
+                choice, left = None, left + 1
+            if choice is not None:
+                choices[op.name] = choice
+                tactics.record(op, choice.tactic)
+        executor.call(op)()
     return list(choices.values()), left
+
+
+def _compiled(executor: Executor, ops: Sequence[Op], wanted: Callable[[Op], list[Tactic]]) -> set[str]:
+    """Compiles the Triton candidates of the first of `ops`, and of as many more as make `COMPILED_AHEAD` of them, side
+    by side; the names of these ops. Those that are alike count once."""
+    names, seen, calls = set(), set(), []
+    for op in ops:
+        if len(calls) >= COMPILED_AHEAD:
+            break
+        names.add(op.name)
+        if signature(op) in seen:
+            continue
+        seen.add(signature(op))
+        arguments, triton = executor.arguments(op), OPS[op.kernel].implementations.get("triton")
+        for way in wanted(op):
+            if way.backend == "triton":
+                calls.append(triton.bound(*arguments, **way.options))
+    compile_ahead(calls, processors())
+    return names
 
 
 def _measured(executor: Executor, op: Op, arguments: list[Any], ways: list[Tactic], level: str) -> Choice | None:
@@ -125,8 +159,10 @@ def _measured(executor: Executor, op: Op, arguments: list[Any], ways: list[Tacti
             call()
             if device.type == "cuda":
                 on_cuda(call, [()])()  # what cannot be captured cannot be timed, nor taken
-        except (DfengineError, RuntimeError) as error:
-            refused.append(f"{way}: {str(error).splitlines()[0]}")
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # Triton has errors of its own, for what does not compile or fit
+            refused.append(f"{way}: {(str(error).splitlines() or [type(error).__name__])[0]}")
             restore()
             continue
         wrong = [f"{n} {e:.3g} > {a:.3g}" for n, e, a in judged(op, written, exact, plain, before) if not e <= a]

@@ -183,6 +183,9 @@ def test_a_named_file_ranks_first_and_a_shipped_one_last(monkeypatch, tmp_path):
     monkeypatch.setenv(tactics_module.FILE, str(tmp_path / "named.json"))
     backends = [Tactics("cpu").find(each).backend for each in (conv, out, norm)]
     assert backends == ["reference", "library", "cpu"]
+    assert norm not in Tactics("cpu")  # shipped: measured anew where that is asked for
+    named.write(tmp_path / "named.json", {signature(norm): Tactic("reference")})
+    assert norm in Tactics("cpu")
 
 
 def test_a_named_file_that_cannot_be_used_is_wrong_usage(monkeypatch, tmp_path):

@@ -15,9 +15,9 @@ from dfengine.engine.execute import Executor
 from dfengine.engine.lower import Lowering
 from dfengine.engine.modules import ModuleRunner
 from dfengine.engine.runner import ProgramRunner
-from dfengine.engine.tactics import Tactics
+from dfengine.engine.tactics import Tactics, signature
 from dfengine.engine.tune import tune
-from dfengine.kernels import OPS
+from dfengine.kernels import OPS, triton_import
 from tests.helpers import tiny_model
 
 compiled = pytest.mark.skipif(not native.available(), reason="dfengine._native is missing")
@@ -120,7 +120,15 @@ def test_what_is_wrong_is_never_taken(monkeypatch):
     def fails(call, args):
         raise RuntimeError("out of registers")
 
-    for wrap, reason in ((off, "library: y "), (unwritten, "library: y nan"), (fails, "library: out of registers")):
+    def of_another_kind(call, args):
+        raise LookupError("shared memory")  # Triton's errors derive from Exception alone
+
+    for wrap, reason in (
+        (off, "library: y "),
+        (unwritten, "library: y nan"),
+        (fails, "library: out of registers"),
+        (of_another_kind, "library: shared memory"),
+    ):
         with monkeypatch.context() as patch:
             replaced(patch, "cpu", slow)
             replaced(patch, "library", wrap)
@@ -145,6 +153,41 @@ def test_known_ops_are_not_measured_again_unless_exhaustive():
 def test_no_op_is_begun_when_time_is_up():
     choices, left = tune(bound(), Tactics("cpu"), seconds=0)
     assert not choices and left > 20
+
+
+@compiled
+def test_an_op_for_whose_check_memory_is_short_is_left_unmeasured(monkeypatch, caplog):
+    exact = tune_module.exact_outputs
+
+    def short(op, before):
+        if op.name == "down.0":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return exact(op, before)
+
+    monkeypatch.setattr(tune_module, "exact_outputs", short)
+    executor, known = bound(), Tactics("cpu")
+    choices, left = tune(executor, known)
+    assert left == 1 and "down.0" not in {choice.op.name for choice in choices} and len(choices) > 20
+    assert "down.0 (conv2d): no memory to check its candidates" in caplog.text
+
+
+@compiled
+@pytest.mark.skipif(not triton_import.INTERPRETED, reason="needs Triton's interpreter")
+def test_candidates_are_compiled_many_at_a_time_before_they_are_measured(monkeypatch):
+    executor, known, compiled_calls, measured = bound(), Tactics("cpu"), [], []
+    monkeypatch.setattr(tune_module, "PRIORITY", {"cpu": ("triton", "cpu")})
+    monkeypatch.setattr(tune_module, "COMPILED_AHEAD", 20)
+    monkeypatch.setattr(tune_module, "compile_ahead", lambda calls, threads: compiled_calls.append(len(calls)))
+
+    def no_measuring(executor, op, arguments, ways, level):
+        measured.append((len(compiled_calls), sum(way.backend == "triton" for way in ways), op))
+
+    monkeypatch.setattr(tune_module, "_measured", no_measuring)
+    tune(executor, known)
+    of_op = {signature(op): count for _, count, op in measured}
+    assert len(measured) > 40 and len(of_op) < len(measured)
+    assert sum(of_op.values()) <= sum(compiled_calls) < sum(count for _, count, _ in measured)
+    assert all(count >= 20 for count in compiled_calls[:-1]) and measured[0][0] == 1
 
 
 @compiled

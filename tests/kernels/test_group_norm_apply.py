@@ -83,7 +83,7 @@ def test_activations_over_their_range(launcher, act):
     z = torch.cat((torch.linspace(-30, 30, 2867), torch.linspace(-1e-3, 1e-3, 201), far)).view(1, 1, -1, 128)
     (result,) = run(launcher, OP, z, None, None, None, act, "none", poisoned(z.shape))
     error = (result.double() - getattr(F, act)(z.double())).abs() / z.double().abs().clamp(min=1)
-    assert error.max() < 3e-7
+    assert error.max() < 5e-7  # on a GPU the power and the quotient of silu are of 2 ulp each
 
 
 def test_nan_is_not_hidden(launcher):

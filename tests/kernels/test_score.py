@@ -84,7 +84,8 @@ def test_the_k_largest_are_exact(launcher):
 def test_extreme_logits(launcher):
     logits = torch.tensor([-1e4, -200.0, -90.0, -1e-3, 0.0, 1e-3, 90.0, 1e4, float("inf"), -float("inf")])
     anomaly_map, pred_score, _ = run_into_nan(launcher, logits.view(1, 1, 2, 5), 3)
-    assert (anomaly_map.flatten().double() - logits.double().sigmoid()).abs().max() < 1e-7
+    error = (anomaly_map.flatten().double() - logits.double().sigmoid()).abs().max()
+    assert error < 2e-7  # on a GPU an approximate power and quotient, of 2 ulp each
     assert anomaly_map.min() >= 0 and anomaly_map.max() == 1 and pred_score == 1
 
 
