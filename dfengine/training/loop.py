@@ -215,7 +215,7 @@ class _Run:
     def _loop(self, log: RunLog | None, stop: Callable[[int], bool] | None) -> None:
         config, state = self.config, self.state
         asked, saved_at = False, 0.0
-        logged_step, logged_at, pace = state.step, self.clock.elapsed, Pace(self.budget.steps)
+        logged_step, logged_at, paces = state.step, self.clock.elapsed, {}
         before = self.budget.progress(state.step, state.elapsed)
         while True:
             if config.leg_minutes is not None and self.clock.this_process >= 60 * config.leg_minutes:
@@ -225,6 +225,7 @@ class _Run:
             due = int(progress * config.validations) > int(before * config.validations)
             if state.step > logged_step and (due or state.step % config.log_every == 0):
                 row = self._row(before) | {"progress": progress} | self.trainer.means()
+                pace = paces.setdefault(row["stage"], Pace(self.budget.steps))  # a stage has steps of its own kind
                 step_seconds = pace.after(state.step - logged_step, state.elapsed - logged_at)
                 logged_step, logged_at = state.step, state.elapsed
                 if log:

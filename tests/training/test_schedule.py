@@ -23,7 +23,7 @@ def test_budgets():
     assert Budget(None, 40).seconds_left(30, 100.0, 0.5) == 5.0
 
 
-def test_one_slow_interval_changes_the_pace_a_little_and_a_slower_stage_wholly():
+def test_one_slow_interval_changes_the_pace_a_little_and_a_slower_machine_wholly():
     pace = Pace(60)
     assert pace.after(2, 20.0) == 10.0
     even = [pace.after(2, 20.0) for _ in range(5)]

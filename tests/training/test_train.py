@@ -71,9 +71,12 @@ def no_plots(straight, monkeypatch):
 def test_the_time_left_follows_the_smoothed_pace(normals, tmp_path, monkeypatch):
     left, asked = [], []
     monkeypatch.setattr(log_module.RunLog, "row", lambda self, row, seconds: left.append((row["step"], seconds)))
-    monkeypatch.setattr(schedule.Pace, "after", lambda self, steps, seconds: asked.append(steps) or 7.0)
+    monkeypatch.setattr(schedule.Pace, "after", lambda self, steps, seconds: asked.append((self, steps)) or 7.0)
     train(CONFIG, tiny_config(), normals, tmp_path / "net.safetensors")
-    assert asked == [2, 2, 2, 2] and left == [(2, 42.0), (4, 28.0), (6, 14.0), (8, 0.0)]
+    assert [steps for _, steps in asked] == [2, 2, 2, 2]
+    assert left == [(2, 42.0), (4, 28.0), (6, 14.0), (8, 0.0)]
+    first, *joint = (pace for pace, _ in asked)  # two steps are of stage 1
+    assert set(joint) == {joint[0]} and first is not joint[0]
 
 
 def test_a_run_leaves_a_calibrated_checkpoint_and_its_log(straight, normals):
