@@ -188,16 +188,16 @@ def say_if_few_bits(largest: int, name: str) -> None:
     """
     if not 0 < largest < 1 << 12:
         return
-    with _dim_lock:
+    with _dim_lock:  # the warning too: the last one must come last
         if name in _dim or len(_dim) == MOST_DIM:
             return
         _dim.add(name)
         last = "; no other such image will be named" if len(_dim) == MOST_DIM else ""
-    bits = max(8, largest.bit_length())
-    logging.getLogger("dfengine").warning(
-        "%s: a 16-bit image that uses only values up to %d of 65535; unless it is dark, it holds %d bits: multiply its "
-        "values by %d%s", name, largest, bits, 1 << (16 - bits), last,
-    )
+        bits = max(8, largest.bit_length())
+        logging.getLogger("dfengine").warning(
+            "%s: a 16-bit image that uses only values up to %d of 65535; unless it is dark, it holds %d bits: multiply "
+            "its values by %d%s", name, largest, bits, 1 << (16 - bits), last,
+        )
 
 
 # Decoders. Each returns (H, W) or (H, W, C) with C of 1 to 4: gray, gray + alpha, RGB, RGB + alpha.

@@ -247,7 +247,7 @@ def _is_output(folder: Path) -> bool:
 def _holds_masks(folder: Path) -> bool:
     """Whether a folder is where MVTec AD, VisA or DAGM 2007 keep their masks: beside or below images."""
     if folder.name == "Masks":
-        return (folder.parent / "Images").is_dir()
+        return os.path.isdir(folder.parent / "Images")  # False where it may not look, which Path.is_dir raises
     return folder.name == "ground_truth" or (folder.name == "Label" and os.path.isfile(folder / "Labels.txt"))
 
 

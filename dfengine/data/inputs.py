@@ -183,10 +183,17 @@ def _expand(item: Any, name: str) -> list[InputImage]:
     kind = type(item).__name__
     if _is_file(item):
         raise ArgumentTypeError(f"{name}: is an open file ({kind}); give its path, or the image as an array")
-    # What a DataLoader of images with labels gives.
-    labelled = isinstance(item, (list, tuple)) and item and isinstance(item[0], (torch.Tensor, np.ndarray, Image.Image))
-    hint = "; give the images alone, as in `(images for images, labels in loader)`" if labelled else ""
+    hint = ""
+    if isinstance(item, (list, tuple)) and len(item) > 1 and _is_image(item[0]) and not _is_image(item[1]):
+        hint = "; give the images alone, as in `(images for images, labels in loader)`"
+    elif isinstance(item, Mapping) and (keys := [key for key, value in item.items() if _is_image(value)]):
+        hint = f"; give the images alone, as in `(item[{keys[0]!r}] for item in loader)`"
     raise ArgumentTypeError(f"{name}: is of type {kind}; expected {_BATCH if name == 'batch' else _ITEM}{hint}")
+
+
+def _is_image(item: Any) -> bool:
+    """Whether it is an image, or a batch of them, by its type and rank; labels are not."""
+    return isinstance(item, Image.Image) or (isinstance(item, (torch.Tensor, np.ndarray)) and item.ndim >= 2)
 
 
 def _place(name: str) -> str:
@@ -271,12 +278,11 @@ def _resize_tensor(image: torch.Tensor, size: int, name: str) -> torch.Tensor:
         unit = image.to(torch.float32).clamp(0, 1)
     else:
         white = {torch.uint8: 255, torch.uint16: 65535, torch.bool: 1}[image.dtype]
-        values = image.to(torch.float32)
-        if image.dtype == torch.uint16:
-            say_if_few_bits(int(values[..., :3].max()), name)
-        unit = values / white
+        unit = image.to(torch.float32) / white
     if unit.shape[2] == 4:
         unit = unit[..., :3] * unit[..., 3:]
+    if image.dtype == torch.uint16:
+        say_if_few_bits(round(float(unit.max()) * 65535), name)
     unit = unit.expand(-1, -1, 3) if unit.shape[2] == 1 else unit
     height, width = unit.shape[:2]
     # The axis that leaves less in between goes first, as in resize_unit.

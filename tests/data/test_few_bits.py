@@ -77,3 +77,12 @@ def test_of_many_the_first_are_named(caplog):
         image.load(16)
     assert [message.split(":")[0] for message in caplog.messages] == ["batch[0]", "batch[1]", "batch[2]"]
     assert [message.endswith("no other such image will be named") for message in caplog.messages] == [0, 0, 1]
+
+
+def test_colours_under_little_alpha_count_as_they_are_seen_on_either_device(caplog):
+    values = np.full((16, 16, 4), 65535, np.uint16)
+    values[..., 3] = 2000
+    collect_inputs(values)[0].load(16)
+    _resize_tensor(torch.from_numpy(values), 16, "on a GPU")
+    said = "a 16-bit image that uses only values up to 2000 of 65535"
+    assert [message.partition("; ")[0] for message in caplog.messages] == [f"batch[0]: {said}", f"on a GPU: {said}"]

@@ -302,6 +302,8 @@ def test_a_bad_item_carries_its_reason():
     (3, "is of type int; expected .* a NumPy array or a torch tensor, or a list or another iterable of these$"),
     ([["a.png"]], "is of type list; expected a path, a PIL image, a NumPy array or a torch tensor$"),
     ([[np.zeros((8, 8)), 1]], r"is of type list; .* tensor; give the images alone, as in `\(images for"),
+    ([[np.zeros((8, 8)), np.zeros((8, 8))]], "a NumPy array or a torch tensor$"),
+    ([{"label": 1, "image": torch.zeros(2, 3, 8, 8)}], r"is of type dict; .* in `\(item\['image'\] for item in loader"),
     ([(torch.zeros(2, 3, 8, 8), torch.zeros(2))], r"batch\[0\]: is of type tuple; .* tensor; give the images alone"),
 ])
 def test_what_holds_no_images(batch, message):

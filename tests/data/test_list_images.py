@@ -89,3 +89,19 @@ def test_masks_of_a_data_set_are_left_out_and_named(tmp_path, caplog):
         assert str(tmp_path / folder) in record.getMessage()
     assert [path.name for path in list_images(tmp_path / "ground_truth")] == ["0_mask.png"]  # asked for by name
     assert len(caplog.records) == 1
+
+
+def test_a_folder_that_may_be_listed_but_not_entered_stops_nothing(tmp_path, monkeypatch):
+    closed = tmp_path / "closed"
+    (closed / "Masks").mkdir(parents=True)
+    for path in (tmp_path / "a.png", closed / "b.png"):
+        Image.new("L", (8, 8)).save(path)
+    look = os.stat
+
+    def refuse(path, *rest, **options):
+        if os.fspath(path).startswith(str(closed) + os.sep):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return look(path, *rest, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    assert list_images(tmp_path) == [tmp_path / "a.png", closed / "b.png"]
