@@ -1,4 +1,4 @@
-"""Write the measured tables of README.md, docs/kernels.md and docs/results.md from bench/results.
+"""Write the measured tables of README.md, docs/kernels.md, docs/results.md and docs/study.md from bench/results.
 
     python bench/tables.py [--check]
 
@@ -15,6 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+from bench import study_report  # noqa: E402
+
 RESULTS = ROOT / "bench" / "results"
 RIVALS = ("torch.compile", "OpenVINO", "OpenVINO int8", "ONNX Runtime", "autocast", "eager")
 """Columns: labels of runners, without the floating-point type that ends them."""
@@ -164,6 +167,11 @@ def short_table() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def study_table(name: str, against: str) -> str:
+    """Every variant of a study, beside the one called `against`."""
+    return study_report.table(study_report.read([RESULTS / "study" / f"{name}.csv"]), against=against) + "\n"
+
+
 TABLES = {
     "README.md": {"speed": short_table},
     "docs/kernels.md": {"tables": kernel_tables},
@@ -171,6 +179,10 @@ TABLES = {
         "detect": lambda: speed_table("detect"),
         "unet": lambda: speed_table("unet"),
         "waterfall": waterfall_table,
+    },
+    "docs/study.md": {
+        "study": lambda: study_table("study", "default"),
+        "screws": lambda: study_table("screws", "screw"),
     },
 }
 """Page -> marker -> what stands between `<!-- marker: begin -->` and `<!-- marker: end -->`."""

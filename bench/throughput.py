@@ -162,15 +162,7 @@ def timed(functions: dict[str, Function], sets: list[Tensor], seconds: float) ->
     return times
 
 
-def bench(
-    case: str,
-    name: str,
-    size: int | None,
-    batch: int,
-    precision: str,
-    rivals: list[str],
-    arguments: argparse.Namespace,
-) -> dict:
+def bench(case: str, name: str, size: int | None, batch: int, precision: str, arguments: argparse.Namespace) -> dict:
     """One row. Exits where the engine is wrong."""
     device, config = arguments.device, preset(name, **({"image_size": size} if size else {}))
     sets, make = inputs_of(case, config.image_size, batch, device), maker(case, name, size, batch, device)
@@ -182,7 +174,7 @@ def bench(
     errors = {"dfengine": difference(case, functions["dfengine"](sets[0]), exact)}
     if not errors["dfengine"] <= AGREEMENT[precision]:
         raise SystemExit(f"{name} {precision}: {errors['dfengine']:.3g} from the modules: nothing is timed")
-    for rival_name in rivals:
+    for rival_name in arguments.rivals:
         try:
             label, function = rival(rival_name, make, sets, precision)
         except (ImportError, ValueError) as error:
@@ -219,7 +211,7 @@ def bench(
         "runners": found,
     }
     if arguments.memory:
-        for label in ("dfengine", *rivals):
+        for label in ("dfengine", *arguments.rivals):
             row.setdefault("peak_mb", {})[label] = memory_of(label, row, arguments)
     return row
 
@@ -359,19 +351,11 @@ def main() -> None:
             rows.append(waterfall(*case, arguments))
             print(shown(rows[-1]), flush=True)
         return write(out, head | {"rows": merged(kept, rows)})
-    for rivals in rounds(arguments.rivals, arguments.device):
-        for case, precision in itertools.product(cases, arguments.precision):
-            rows = merged(rows, [bench(arguments.case, *case, precision, rivals, arguments)])
-            print(shown(rows[-1]), flush=True)
-            write(out, head | {"rows": merged(kept, rows)})  # row by row: an end of time loses one at most
-            torch.compiler.reset()
-
-
-def rounds(rivals: list[str], device: str) -> list[list[str]]:
-    """The rivals, and on a GPU before that those that are there at once: what torch.compile tries there takes many
-    minutes, of which the machine may not have as many."""
-    quick = [name for name in rivals if name != "compile"]
-    return [quick, rivals] if device == "cuda" and quick != rivals else [rivals]
+    for case, precision in itertools.product(cases, arguments.precision):
+        rows.append(bench(arguments.case, *case, precision, arguments))
+        print(shown(rows[-1]), flush=True)
+        write(out, head | {"rows": merged(kept, rows)})  # row by row: an end of time loses one at most
+        torch.compiler.reset()
 
 
 if __name__ == "__main__":
