@@ -1,7 +1,8 @@
-"""Timing of functions, and what a device reaches at best: the rate of a matrix product and of a copy.
+"""Timing of functions, and the rates of matrix products and copies beside which they are held.
 
-The benchmarks and the looks inside a program measure in this one way. On a GPU a function is captured in a CUDA graph,
-whose replays are timed by events.
+The benchmarks and the looks inside a program time functions in this one way. On a GPU a function is captured in a CUDA
+graph, whose replays are timed by events. A benchmark holds its medians to a median, that of `matmul_rate`; a plan holds
+its ops to `Ceilings`, which are of shortest times.
 """
 
 from __future__ import annotations
@@ -22,11 +23,16 @@ from dfengine.kernels.quantization import Quantization
 
 CLOCKS = {"elapsed": time.perf_counter, "cpu": time.process_time}
 MATMUL = {"cpu": 2048, "cuda": 8192}
-"""Side of the matrices whose product is the ceiling of arithmetic."""
+"""Side of the matrices of `matmul_rate`."""
+SHORT_MATMUL = 512
+"""Side of the matrices, a product for each thread, whose rate is the ceiling of arithmetic on a CPU: over within 2 ms,
+and at the rate of larger ones."""
 INT8_LAYER = (32, 512)
 """Pixels on a side, and channels, of the 3x3 convolution whose rate is the ceiling of int8 on a CPU."""
 COPIES = {"cpu": range(18, 29, 2), "cuda": range(20, 31, 2)}
 """Binary logarithms of the bytes that the copies move, read and written, which are the ceiling of bandwidth."""
+COPY_PIECE = 2**22
+"""Bytes for each thread of a CPU that a call of a large copy moves: one piece after the other, over within 1 ms."""
 
 
 def on_cpu(function: Callable, sets: list, clock: str) -> Callable[[], float]:
@@ -118,29 +124,30 @@ def copy_function(moved: int, count: int, device: str | torch.device) -> Callabl
 @cache
 def matmul_rate(dtype: torch.dtype, device: str, clock: str = "elapsed", seconds: float = 0.5) -> float:
     """FLOP/s of the product of two large square matrices on `device`, "cpu", "cuda" or "cuda:N", by the median time;
-    measured once in a process."""
-    flops, times = _product_times(dtype, device, clock, seconds)
+    measured once in a process. int8, on a CPU: of `_int8_product`."""
+    product, sets, flops = _int8_product() if dtype == torch.int8 else _large_product(dtype, device)
+    times = interleaved({"product": product}, sets, torch.device(device).type, seconds, clock)["product"]
     return flops / statistics.median(times)
 
 
-def _product_times(dtype: torch.dtype, device: str, clock: str, seconds: float) -> tuple[int, list[float]]:
-    """The FLOPs of a large product, and the seconds that each call of it took.
+def _large_product(dtype: torch.dtype, device: str) -> tuple[Callable, list, int]:
+    """A product of two large square matrices, its arguments, and its FLOPs."""
+    side = MATMUL[torch.device(device).type]
+    sets = [tuple(torch.ones((side, side), dtype=dtype, device=device) for _ in range(3))]
+    return lambda a, b, c: torch.mm(a, b, out=c), sets, 2 * side**3
 
-    int8, on a CPU: of the engine's own convolution of a large layer, which reads and writes bfloat16; torch's product
-    of int8 matrices is slower than that, and would be no ceiling.
-    """
-    kind = torch.device(device).type
-    if dtype == torch.int8:
-        product, sets, flops = _int8_product()
-    else:
-        side = MATMUL[kind]
-        sets = [tuple(torch.ones((side, side), dtype=dtype, device=device) for _ in range(3))]
-        product, flops = lambda a, b, c: torch.mm(a, b, out=c), 2 * side**3
-    return flops, interleaved({"product": product}, sets, kind, seconds, clock)["product"]
+
+def _short_products(dtype: torch.dtype) -> tuple[Callable, list, int]:
+    """On the CPU a product of two square matrices for each thread (torch multiplies one pair of this size in bfloat16
+    in one thread), their arguments, and their FLOPs."""
+    count, side = torch.get_num_threads(), SHORT_MATMUL
+    sets = [tuple(torch.ones((count, side, side), dtype=dtype) for _ in range(3))]
+    return lambda a, b, c: torch.bmm(a, b, out=c), sets, 2 * count * side**3
 
 
 def _int8_product() -> tuple[Callable[[], None], list, int]:
-    """A convolution in int8 on the CPU, its (no) arguments, and its FLOPs. Raises CannotRunError where none is."""
+    """The engine's own convolution in int8 of a large layer on the CPU, its (no) arguments, and its FLOPs. It reads and
+    writes bfloat16; torch's product of int8 matrices is slower than that. Raises CannotRunError where there is none."""
     side, channels = INT8_LAYER
     weight = torch.ones((channels, channels, 3, 3))
     packed = ConvWeight.pack(weight, dtype=torch.bfloat16, quantization=Quantization("int8", 0.0, 1.0))
@@ -154,12 +161,14 @@ def _int8_product() -> tuple[Callable[[], None], list, int]:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device reaches at best, so by the shortest times: beside other work most are far longer.
+    """What a device reaches at best, so by the shortest times: beside other work most are far longer. On a CPU every
+    call is short, that one may fall between the turns of other work; with several threads, between those on all cores.
 
-    products: FLOP/s of the product that `matmul_rate` times, by the type that is multiplied.
+    products: FLOP/s of matrix products, by the type that is multiplied: of large matrices on a GPU, of `SHORT_MATMUL`
+    on a CPU (int8: of `_int8_product`).
 
-    copies: bytes read and written -> bytes/s of a copy of that many, again and again on the same buffers: small ones
-    stay in a cache, as the activations of a program do.
+    copies: bytes read and written -> bytes/s of copying that many, again and again on the same buffers: small ones stay
+    in a cache, as the activations of a program do.
     """
 
     products: dict[torch.dtype, float]
@@ -168,15 +177,19 @@ class Ceilings:
     @classmethod
     def measured(cls, device: torch.device, types: Iterable[torch.dtype], seconds: float = 0.1) -> Ceilings:
         """Of `device`; about `seconds` for each copy, and five times as long for each product, which varies more."""
-        copies = {}
+        cuda, copies, products = device.type == "cuda", {}, {}
         for exponent in COPIES[device.type]:
             # Several copies in a graph, so that its launch does not count; on a CPU the sets only rotate.
-            sets, copy = [()] * (16 if device.type == "cuda" else 1), copy_function(2**exponent, 1, device)
-            times = interleaved({"copy": copy}, sets, device.type, seconds)["copy"]
-            copies[2**exponent] = 2**exponent / min(times)
-        products = {}
+            pieces = 1 if cuda else max(1, 2**exponent // (COPY_PIECE * torch.get_num_threads()))
+            piece = 2**exponent // pieces
+            sets, copy = [()] * (16 if cuda else 1), copy_function(piece, pieces, device)
+            copies[2**exponent] = piece / min(interleaved({"copy": copy}, sets, device.type, seconds)["copy"])
         for dtype in types:
-            flops, times = _product_times(dtype, str(device), "elapsed", 5 * seconds)
+            if dtype == torch.int8:
+                product, sets, flops = _int8_product()
+            else:
+                product, sets, flops = _large_product(dtype, str(device)) if cuda else _short_products(dtype)
+            times = interleaved({"product": product}, sets, device.type, 5 * seconds)["product"]
             products[dtype] = flops / min(times)
         return cls(products, copies)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_the_bound_is_the_longer_of_arithmetic_and_traffic():
 
 
 def test_ceilings_are_measured_on_this_device(monkeypatch):
-    monkeypatch.setattr(timing, "MATMUL", {"cpu": 96})
+    monkeypatch.setattr(timing, "SHORT_MATMUL", 96)
     monkeypatch.setattr(timing, "COPIES", {"cpu": range(16, 19)})
     monkeypatch.setattr(timing, "INT8_LAYER", (16, 32))
     in_bytes = [torch.int8] if byte_products() else []
@@ -78,9 +79,55 @@ def test_no_rate_of_int8_is_given_where_nothing_multiplies_it(monkeypatch):
 
 
 def test_a_ceiling_is_of_the_shortest_time_measured_anew(monkeypatch):
-    monkeypatch.setattr(timing, "MATMUL", {"cpu": 96})
+    monkeypatch.setattr(timing, "SHORT_MATMUL", 96)
     monkeypatch.setattr(timing, "COPIES", {"cpu": [16]})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     for shortest in (0.25, 0.5):
         monkeypatch.setattr(timing, "interleaved", lambda f, *_, s=shortest: dict.fromkeys(f, [4.0, s, 4.0]))
         found = Ceilings.measured(torch.device("cpu"), [torch.float32])
-        assert found == Ceilings({torch.float32: 2 * 96**3 / shortest}, {2**16: 2**16 / shortest})
+        assert found == Ceilings({torch.float32: 2 * 2 * 96**3 / shortest}, {2**16: 2**16 / shortest})
+
+
+class BusyCore:
+    """A core, and its clock in seconds, that is taken away for `TURN` nanoseconds after each `TURN` of work."""
+
+    TURN = 4_000_000
+
+    def __init__(self):
+        self._now = 0  # ns
+
+    def clock(self) -> float:
+        return self._now / 1e9
+
+    def work(self, seconds: float) -> None:
+        left = round(seconds * 1e9)
+        while left:
+            inside = self._now % (2 * self.TURN)
+            if inside >= self.TURN:
+                self._now += 2 * self.TURN - inside
+            else:
+                taken = min(left, self.TURN - inside)
+                self._now, left = self._now + taken, left - taken
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_ceilings_beside_other_work_are_those_of_an_idle_device(threads, monkeypatch):
+    core, rate, bandwidth, sizes = BusyCore(), threads * 1.4e11, threads * 1e10, []
+
+    def product(a, b, out):
+        core.work(2 * a.numel() * b.shape[-1] / rate)
+
+    def copy_of(moved, count, device):
+        sizes.append(moved * count)
+        return lambda *_: core.work(moved / bandwidth)
+
+    monkeypatch.setattr(torch, "mm", product)
+    monkeypatch.setattr(torch, "bmm", product)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(timing, "copy_function", copy_of)
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=core.clock))
+    monkeypatch.setitem(timing.CLOCKS, "elapsed", core.clock)
+    found = Ceilings.measured(torch.device("cpu"), [torch.float32, torch.bfloat16])
+    assert sizes == pytest.approx(list(found.copies), rel=1e-6)  # all that a size stands for is gone through
+    assert list(found.products.values()) == pytest.approx([rate] * 2, rel=1e-3)
+    assert list(found.copies.values()) == pytest.approx([bandwidth] * len(found.copies), rel=1e-3)
