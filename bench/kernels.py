@@ -28,7 +28,7 @@ import torch  # noqa: E402
 
 from bench.kernels import Case  # noqa: E402
 from bench.measuring import environment, results_path, rows_of, write  # noqa: E402
-from dfengine.engine.timing import copy_function, interleaved, matmul_rate  # noqa: E402
+from dfengine.engine.timing import copy_function, interleaved, matmul_rate, p99_of  # noqa: E402
 
 ROTATED_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
 """Inputs and outputs of the rotation together: beyond the last-level cache."""
@@ -57,7 +57,7 @@ def bench_case(op: str, case: Case, device: str, seconds: float, clock: str, com
         **described(op, case),
         "us": kernel * 1e6,
         "us_best": min(times["kernel"]) * 1e6,
-        "us_p99": sorted(times["kernel"])[int(0.99 * (len(times["kernel"]) - 1))] * 1e6,
+        **({} if (p99 := p99_of(times["kernel"])) is None else {"us_p99": p99 * 1e6}),
         "gbps": case.moved / kernel / 1e9,
         **rates,
         "percent_of_ceiling": 100 * least / kernel,

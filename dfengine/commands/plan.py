@@ -13,7 +13,9 @@ from dfengine.engine.measure import MOST_MEASURED, Plan, Row, measure, unmeasure
 from dfengine.engine.timing import type_name
 from dfengine.wording import counted
 
-NO_CEILINGS = f"ops ran far above the ceilings of this device, measured {MOST_MEASURED} times beside other work"
+NO_CEILINGS = (
+    f"ops ran far above the ceilings of this device, measured {MOST_MEASURED} times, perhaps beside other work"
+)
 """Of a measured plan without ceilings."""
 
 

@@ -100,11 +100,14 @@ def interleaved(
 
 def statistics_of(times: list[float], batch: int) -> dict[str, float]:
     """Of calls with `batch` images each: images/s by the median; median and, of at least a hundred calls, p99 in ms."""
-    ordered, median = sorted(times), statistics.median(times)
+    median, p99 = statistics.median(times), p99_of(times)
     found = {"images_per_second": batch / median, "ms": median * 1e3}
-    if len(ordered) >= 100:  # of fewer it would be the largest
-        found["ms_p99"] = ordered[-(-99 * len(ordered) // 100) - 1] * 1e3
-    return found
+    return found if p99 is None else found | {"ms_p99": p99 * 1e3}
+
+
+def p99_of(times: list[float]) -> float | None:
+    """The time that 99% do not exceed; None of fewer than a hundred, of which it would be the largest."""
+    return sorted(times)[-(-99 * len(times) // 100) - 1] if len(times) >= 100 else None
 
 
 def copy_function(moved: int, count: int, device: str | torch.device) -> Callable[..., None]:
@@ -133,7 +136,7 @@ def matmul_rate(dtype: torch.dtype, device: str, clock: str = "elapsed", seconds
 def _large_product(dtype: torch.dtype, device: str) -> tuple[Callable, list, int]:
     """A product of two large square matrices, its arguments, and its FLOPs."""
     side = MATMUL[torch.device(device).type]
-    sets = [tuple(torch.ones((side, side), dtype=dtype, device=device) for _ in range(3))]
+    sets = [tuple(torch.randn((side, side), device=device).to(dtype) for _ in range(3))]
     return lambda a, b, c: torch.mm(a, b, out=c), sets, 2 * side**3
 
 
@@ -141,7 +144,7 @@ def _short_products(dtype: torch.dtype) -> tuple[Callable, list, int]:
     """On the CPU a product of two square matrices for each thread (torch multiplies one pair of this size in bfloat16
     in one thread), their arguments, and their FLOPs."""
     count, side = torch.get_num_threads(), SHORT_MATMUL
-    sets = [tuple(torch.ones((count, side, side), dtype=dtype) for _ in range(3))]
+    sets = [tuple(torch.randn((count, side, side)).to(dtype) for _ in range(3))]
     return lambda a, b, c: torch.bmm(a, b, out=c), sets, 2 * count * side**3
 
 

@@ -8,7 +8,7 @@ import torch
 from dfengine import native
 from dfengine.engine.execute import Executor
 from dfengine.engine.lower import Lowering
-from dfengine.engine.measure import measure, place, trial_images, trial_inputs, unmeasured
+from dfengine.engine.measure import measure, place, rounding_of, trial_images, trial_inputs, unmeasured
 from dfengine.engine.quantize import measured_ranges
 from dfengine.engine.runner import ProgramRunner
 from dfengine.engine.timing import Ceilings
@@ -51,6 +51,7 @@ def test_what_is_multiplied_in_int8_is_held_to_the_rate_of_int8(monkeypatch):
         in_bytes = row.op.kernel == "conv2d" and constant.content.quantization is not None
         arithmetic, traffic = row.op.flops / (4e11 if in_bytes else 2e11), row.op.moved / 1e10
         assert row.bound == pytest.approx(max(arithmetic, traffic))
+        assert rounding_of(row.op) == ("int8" if in_bytes else None)
         rates.setdefault(in_bytes, []).append(row.op.name)
     assert asked == 2 * [torch.bfloat16, torch.int8] and len(rates[True]) == len(ranges) and rates[False]
 
@@ -69,6 +70,21 @@ def test_ceilings_are_measured_twice_and_again_while_ops_exceed_them(turn, monke
         assert "us" in plan.rows[0].facts() and "percent_of_roofline" not in plan.rows[0].facts()
     else:
         assert plan.ceilings == Ceilings(high.products, {2**18: 1e13, 2**28: 1.0})  # of each the highest
+
+
+def test_an_op_in_fp8_may_be_above_its_ceiling(monkeypatch):
+    executor, names = bound(), ("up.1.0.conv1", "up.1.0.conv2")
+    high, low = {2**18: 1e15}, {torch.float32: 1.0}  # so that what multiplies, and nothing else, is far above
+    monkeypatch.setattr(Ceilings, "measured", lambda *_: Ceilings(low, high))
+    assert measure(executor, 0.0).ceilings is None
+    multiplying = [op for op in executor.program.ops if op.flops]
+    assert {rounding_of(op) for op in multiplying} == {None} and set(names) < {op.name for op in multiplying}
+    fp8 = {op.name for op in multiplying}
+    monkeypatch.setattr("dfengine.engine.measure.rounding_of", lambda op: "fp8" if op.name in fp8 else None)
+    plan = measure(executor, 0.0)
+    assert plan.ceilings == Ceilings(low, high) and max(row.percent for row in plan.rows) > 1000
+    fp8.remove(names[0])
+    assert measure(executor, 0.0).ceilings is None
 
 
 def test_a_slow_op_is_found():

@@ -8,6 +8,7 @@ import torch
 from dfengine import native
 from dfengine.engine.execute import Executor
 from dfengine.engine.lower import Lowering
+from dfengine.engine.measure import rounding_of
 from dfengine.engine.modules import ModuleRunner
 from dfengine.engine.quantize import LEAST_CHANNELS, measured_ranges, quantizations
 from dfengine.engine.runner import ProgramRunner, make_runner
@@ -97,6 +98,7 @@ def test_fp8_through_the_triton_kernels():
     executor = Executor(of.program(1), device, backend="triton")
     weights = [op.arguments["weight"].content for op in executor.program.ops if op.kernel == "conv2d"]
     assert sum(weight.quantization is not None for weight in weights) == len(ranges) > 3
+    assert [rounding_of(op) for op in executor.program.ops].count("fp8") == len(ranges)
     inputs = dict(images=images(1).to(device), threshold=torch.ones(1, device=device))
     got, want = executor.run(**inputs), exact.run(**inputs)
     assert 1e-4 < (got["reconstruction"] - want["reconstruction"]).abs().max() < 0.06
