@@ -26,7 +26,7 @@ set -uo pipefail
 SECONDS=0
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
-usage() { echo "usage:$(sed -n '4s/^#//p' bench/gpu_round.sh)" >&2; exit 2; }
+usage() { echo "usage: $(sed -n '4s/^# *//p' bench/gpu_round.sh)" >&2; exit 2; }
 stage='' minutes='' out="${OUT:-}" again=no
 while [ $# -gt 0 ]; do
     case "$1" in
@@ -111,11 +111,11 @@ for entry in dfengine/*; do
     case "$entry" in dfengine/kernels | *.so | *_native_missing.txt) ;; *) ln -s "$PWD/$entry" "$state/layout/dfengine/" ;; esac
 done
 ln -s "$PWD/kernels" "$state/layout/dfengine/kernels"
-build() { # runs beside the tests that need no extension
-    local key built
-    key="$(digest csrc CMakeLists.txt setup.py dfengine/sources.py) ${facts[1]} ${facts[2]}"
-    built=("$state"/layout/dfengine/_native*.so)
-    [ ! -e "${built[0]}" ] || [ "$(cat "$state/built" 2>/dev/null)" != "$key" ] || return 0
+build_key="$(digest csrc CMakeLists.txt setup.py dfengine/sources.py) ${facts[1]} ${facts[2]}"
+is_built() { [ "$(cat "$state/built" 2>/dev/null)" = "$build_key" ]; }
+build() {
+    local built
+    ! is_built || return 0
     rm -f "$state/layout/dfengine"/_native* "$state/built"
     if ! { "$PYTHON" -c 'import pybind11, setuptools' && command -v cmake >/dev/null; } 2>/dev/null; then
         for built in dfengine/_native*.so; do [ ! -e "$built" ] || ln -s "$PWD/$built" "$state/layout/dfengine/"; done
@@ -126,7 +126,7 @@ build() { # runs beside the tests that need no extension
         "$PYTHON" setup.py build_ext --build-lib "$state/native" --build-temp "$state/native-work" >"$results/native.log" 2>&1
     grep "^dfengine: building without" "$results/native.log" | tee -a "$log"
     if mv "$state"/native/dfengine/_native*.so "$state/layout/dfengine/" 2>/dev/null; then
-        echo "$key" >"$state/built"
+        echo "$build_key" >"$state/built"
     else
         say "the extension was not built: native.log"
     fi
@@ -160,24 +160,26 @@ pytest=("$PYTHON" -m pytest -q -p no:cacheprovider -o pythonpath= -o "addopts=--
 
 tests() {
     [ "$again" = no ] || rm -f "$noted"
-    build &
-    builder=$!
     local of=(-p bench.gpu_tests --noted "$noted" --continue-on-collection-errors tests) workers
     workers=$(($(nproc) < 12 ? $(nproc) : 12))
     if [ "$workers" -gt 1 ] && "$PYTHON" -c 'import xdist' 2>/dev/null; then # in the order given, so that ops are whole before others begin
         of+=(-n "$workers" --dist load --maxschedchunk 2 --max-worker-restart 99)
     fi
-    part=50 run "tests of the Triton kernels" env OMP_NUM_THREADS=1 "${pytest[@]}" "${of[@]}" --triton-only
-    wait "$builder"
-    builder=''
+    if ! is_built; then # meanwhile, what needs no extension
+        build &
+        builder=$!
+        part=50 run "tests of the Triton kernels" env OMP_NUM_THREADS=1 "${pytest[@]}" "${of[@]}" --triton-only
+        wait "$builder"
+        builder=''
+    fi
     part="$1" run tests env OMP_NUM_THREADS=1 "${pytest[@]}" "${of[@]}"
     "$PYTHON" bench/gpu_tests.py "$noted" | tee -a "$log"
 }
 gate() { # which names are green, and what the rows say of the others
-    local red
-    mapfile -t names < <(cd bench/kernels && ls [!_]*.py | sed 's/\.py$//')
-    mapfile -t green < <("$PYTHON" bench/gpu_tests.py "$noted" engine "${names[@]}" conv2d:cuda conv2d:wgmma)
-    mapfile -t red < <("$PYTHON" bench/gpu_tests.py "$noted" | sed -n 's/^\([^ ]*\): RED: .*/\1/p')
+    local found red
+    found="$("$PYTHON" bench/gpu_tests.py "$noted")"
+    mapfile -t green < <(sed -n 's/^\([^ ]*\): green: .*/\1/p' <<<"$found")
+    mapfile -t red < <(sed -n 's/^\([^ ]*\): red: .*/\1/p' <<<"$found")
     note="${red[*]:+no claim, tests not green: ${red[*]}}"
     if [ ${#green[@]} -eq 0 ]; then
         say "no timing on a red correctness gate: --stage tests has not passed"
@@ -198,7 +200,8 @@ kernels() { # once without torch.compile and, but for "quick", once beside it
     local ops=() conv2d=(conv2d --seconds 0.2) op compile
     gate
     [ "$again" = no ] || rm -f "$results"/kernels.json "$results"/kernels-conv2d.json
-    for op in "${names[@]}"; do
+    for op in $(cd bench/kernels && ls [!_]*.py); do
+        op="${op%.py}"
         if ! is_green "$op"; then
             say "$op is not timed: its tests have not passed"
             failed=1

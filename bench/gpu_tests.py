@@ -1,16 +1,16 @@
 """A plugin of pytest for gpu_round.sh: which tests it runs, each until it has passed, and what that says of an op.
 
     python -m pytest -p bench.gpu_tests --noted FILE [--triton-only] tests
-    python bench/gpu_tests.py FILE [NAME ...]
+    python bench/gpu_tests.py FILE
 
 Of tests/kernels that is all but what concerns the CPU alone, of the other tests what is marked gpu or goes through the
 Triton kernels; these others first, conv2d next. FILE gets an object of JSON on each line: {"collected": [...]} with
 all of the tests, and {"test", "outcome", "seconds"} as each has run, with "why" of one that failed. What has passed by
 FILE is left out. A process to which the GPU is lost after an error is replaced, for all that followed would fail.
 
-As a script it prints those of NAME that are green, all of their tests having passed or skipped, or without a NAME a
-line for each with what is red and what did not run. A name is an op of bench/kernels; an op with ":cuda" or ":wgmma",
-of its CUDA kernels (without it, of the others); or "engine", all else.
+As a script it prints a line for each name: "green" where all of its tests have passed, or some and the others skipped,
+"red" where one failed or did not run. A name is an op of bench/kernels, but for its CUDA kernels; an op with ":cuda" or
+":wgmma", these; or "engine", all else.
 """
 
 from __future__ import annotations
@@ -98,8 +98,10 @@ def counts(path: Path) -> dict[str, Counter]:
     return found
 
 
-def is_green(count: Counter) -> bool:
-    return count["passed"] > 0 and not count["failed"] and not count["not run"]
+def verdict(count: Counter) -> str:
+    if count["failed"] or count["not run"]:
+        return "red"
+    return "green" if count["passed"] else "skipped"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -151,8 +153,11 @@ class Round:
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = sorted(kept, key=lambda item: rank(item.nodeid))
 
+    def pytest_runtest_logstart(self) -> None:
+        self.failed = False
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.failed = report.failed
+        self.failed |= report.failed
         if self.started is not None or not (report.failed or report.skipped or report.when == "call"):
             return
         row = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3)}
@@ -173,26 +178,24 @@ class Round:
                 pytest.exit(f"the GPU is lost to this process: {error}", returncode=3)
             os._exit(3)
 
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:  # all had passed
+            session.exitstatus = pytest.ExitCode.OK
+
     def _note(self, line: dict) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 
-def main(arguments: list[str]) -> None:
-    path, *wanted = arguments
-    found = counts(Path(path))
-    for name in wanted:
-        if is_green(found.get(name, Counter())):
-            print(name)
-    if wanted:
-        return
-    for name, count in sorted(found.items()):
+def main(path: Path) -> None:
+    for name, count in sorted(counts(path).items()):
         parts = ", ".join(f"{number} {outcome}" for outcome, number in count.items())
-        print(f"{name}: {'green' if is_green(count) else 'RED'}: {parts}")
-    for test, row in noted(Path(path)).items():
+        print(f"{name}: {verdict(count)}: {parts}")
+    for test, row in noted(path).items():
         if row.get("outcome") == "failed":
             print(f"failed: {test}: {(row['why'].strip().splitlines() or ['?'])[-1][:200]}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(Path(sys.argv[1]))
