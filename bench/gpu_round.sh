@@ -20,7 +20,7 @@
 # Results lie in build/gpu-round/<digest of the sources, the GPU and torch's version>, and are copied into DIR (default $OUT) all the while: at
 # most eight files, all but the most important in more.tar.gz. Put back into that folder they are gone on with on another machine.
 # An op is timed once its own tests have passed, throughput and profile once the engine's have; rows say what else was red, and are then no
-# ground for a claim. Environment: PYTHON (3.10 or later, with torch, triton, pytest and hypothesis; python3), PRESET (diff-fastener), PRECISION
+# ground for a claim. Environment: PYTHON (3.11 or later, with torch, triton, pytest and hypothesis; python3), PRESET (diff-fastener), PRECISION
 # (bfloat16). dfengine runs from this checkout. Its extension is built where pybind11, cmake and setuptools are, else one in dfengine/ is taken.
 set -uo pipefail
 SECONDS=0
@@ -91,7 +91,7 @@ deliver() { # seven files and an archive of all else, of 16 MiB each
     tar -czf "$packed" -C "$results" "${plain[@]/#/--exclude=./}" . 2>/dev/null
     mv "$packed" "$out/more.tar.gz"
 }
-(while sleep 20; do deliver; done) >/dev/null 2>&1 &
+(while sleep 20 && kill -0 $$; do deliver; done) >/dev/null 2>&1 &
 delivering=$!
 builder=''
 leave() {
@@ -122,7 +122,7 @@ build() {
         return
     fi
     rm -rf "$state/native"
-    DFENGINE_CUDA_ARCHITECTURES="${facts[1]}" timeout --kill-after=10 $((deadline - SECONDS)) \
+    DFENGINE_CUDA_ARCHITECTURES="${facts[1]}" timeout --kill-after=10 $(((deadline - SECONDS) * 6 / 10)) \
         "$PYTHON" setup.py build_ext --build-lib "$state/native" --build-temp "$state/native-work" >"$results/native.log" 2>&1
     grep "^dfengine: building without" "$results/native.log" | tee -a "$log"
     if mv "$state"/native/dfengine/_native*.so "$state/layout/dfengine/" 2>/dev/null; then
@@ -163,7 +163,8 @@ tests() {
     local of=(-p bench.gpu_tests --noted "$noted" --continue-on-collection-errors tests) workers
     workers=$(($(nproc) < 12 ? $(nproc) : 12))
     if [ "$workers" -gt 1 ] && "$PYTHON" -c 'import xdist' 2>/dev/null; then # in the order given, so that ops are whole before others begin
-        of+=(-n "$workers" --dist load --maxschedchunk 2 --max-worker-restart 99)
+        # A kernel that hangs is ended with its process, which is replaced.
+        of+=(-n "$workers" --dist load --maxschedchunk 2 --max-worker-restart 99 -o timeout=60 -o timeout_method=thread)
     fi
     if ! is_built; then # meanwhile, what needs no extension
         build &
