@@ -1,58 +1,68 @@
 #!/usr/bin/env bash
-# One round on a machine with a GPU: what cannot be checked elsewhere, as one command.
+# One round on a machine with a GPU: what cannot be checked elsewhere, in commands that each end in time.
 #
-#   bench/gpu_round.sh --stage {tests,kernels,tactics,throughput,profile,sanitize,check,train,all} [--out DIR] [--again]
+#   bench/gpu_round.sh --stage STAGE [--minutes M] [--out DIR] [--again]
 #
-# tests: facts about the machine, the tests of kernels, engine and everything marked gpu. kernels: every op timed, conv2d first, then all again
-# beside torch.compile. tactics: the quickest kernels for the full model (dfengine tune). throughput: detection and one evaluation beside the
-# rivals. profile: every op with its time, and Nsight Compute on the five longest and on conv2d's kernels at its three largest layers.
-# sanitize: conv2d's CUDA tiles under compute-sanitizer. check: offline compilation for sm_80, 86, 89 and 90.
-# train (not part of all): the full model on the data set ${DATA:-$DFENGINE_DATA/rail_eclip} at ${SIZE:-128} pixels, ${STEPS:-13125} steps of
-# 16 images, 210,000 as in the papers, in legs: run again, it goes on from the last state; then its metrics and its weights in half precision.
-# Each stage ends within ${STAGE_SECONDS:-530} seconds. What a stage wrote into DIR (default build/gpu-round) is kept: run again, it goes on with
-# what is missing; --again begins anew, but for train. Nothing is timed before the tests have passed. The Python is ${PYTHON:-python3} (3.11 or later) with torch, triton
-# and pytest in it; dfengine runs from this checkout without being installed, with its extension where pybind11 and cmake are there, else
-# with one that lies in dfengine/. The CUDA kernels need nvcc for that, or cupy.
+# With a quarter of an hour of a GPU in all, its start counted: `--stage first` (6.5 minutes), at once `--stage second` (5.5), and give it back.
+#   first        tests, then kernels but for torch.compile
+#   second       throughput without torch.compile, profile, then throughput beside it
+#   tests        those of bench/gpu_tests.py, in parallel; the Triton kernels' while the extension is built
+#   kernels      every op whose tests are green timed, conv2d first, then again beside torch.compile
+#   throughput   detection and one evaluation of the U-Net beside the rivals, with the quickest kernels for each
+#   profile      every op with its time; Nsight Compute on the five longest, and on conv2d's kernels at its three largest layers
+#   tactics      the quickest kernels for the full model (dfengine tune)
+#   sanitize     conv2d's CUDA tiles under compute-sanitizer
+#   check        offline compilation for sm_80, 86, 89 and 90
+#   train        one run of $PRESET (default diff-fastener-small, 14 MiB in half precision) at ${SIZE:-128} pixels, its metrics and its weights,
+#                on ${DATA:-$DFENGINE_DATA/rail_eclip}; without DFENGINE_DATA on build/gpu-data/rail_eclip, for a machine that gets this tree alone
+#   all          all but train, without a limit
+# A command ends within M minutes (default 9), the build included; what was measured by then is kept and left out next time, but with --again.
+# Results lie in build/gpu-round/<digest of the sources, the GPU and torch's version>, and are copied into DIR (default $OUT) all the while: at
+# most eight files, all but the most important in more.tar.gz. Put back into that folder they are gone on with on another machine.
+# An op is timed once its own tests have passed, throughput and profile once the engine's have; rows say what else was red, and are then no
+# ground for a claim. Environment: PYTHON (3.11 or later, with torch, triton, pytest and hypothesis; python3), PRESET (diff-fastener), PRECISION
+# (bfloat16). dfengine runs from this checkout. Its extension is built where pybind11, cmake and setuptools are, else one in dfengine/ is taken.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+SECONDS=0
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
-usage() { sed -n '4p' bench/gpu_round.sh | cut -c3- >&2; exit 2; }
-stage=all out="${OUT:-build/gpu-round}" again=no
+usage() { echo "usage: $(sed -n '4s/^# *//p' bench/gpu_round.sh)" >&2; exit 2; }
+stage='' minutes='' out="${OUT:-}" again=no
 while [ $# -gt 0 ]; do
     case "$1" in
-        --stage) [ $# -ge 2 ] || usage; stage="$2"; shift 2 ;;
-        --out) [ $# -ge 2 ] || usage; out="$2"; shift 2 ;;
-        --again) again=yes; shift ;;
+        --again) again=yes; shift; continue ;;
+        --stage) stage="${2:-}" ;;
+        --minutes) minutes="${2:-}" ;;
+        --out) out="${2:-}" ;;
         *) usage ;;
     esac
+    [ $# -ge 2 ] || usage
+    shift 2
 done
-case "$stage" in tests|kernels|tactics|throughput|profile|sanitize|check|train|all) ;; *) usage ;; esac
+case "$stage" in
+    first) default=6.5 ;;
+    second) default=5.5 ;;
+    all) default=1440 ;;
+    tests | kernels | throughput | profile | tactics | sanitize | check | train) default=9 ;;
+    *) usage ;;
+esac
+minutes="${minutes:-$default}"
+[[ $minutes =~ ^[0-9]{1,4}(\.[0-9])?$ ]] || usage
+tenths="${minutes/./}" && [[ $minutes == *.* ]] || tenths="${minutes}0"
+deadline=$((10#$tenths * 6 - 15)) # what ends late is killed within ten seconds
 
 PYTHON="${PYTHON:-python3}"
-PRESET="${PRESET:-diff-fastener}"
 PRECISION="${PRECISION:-bfloat16}"
-mkdir -p "$out" || exit 1
-log="$out/round.log"
-export DFENGINE_CACHE="${DFENGINE_CACHE:-$PWD/build/gpu-cache}"
+state=build/gpu-round
+mkdir -p "$state/layout/dfengine" ${out:+"$out"} || exit
+export PYTHONSAFEPATH=1 PYTHONPATH="$PWD/$state/layout:$PWD${PYTHONPATH:+:$PYTHONPATH}"
 unset TRITON_INTERPRET
+digest() { # files and folders...
+    find "$@" -type f -not -path '*/.*' -not -path '*/__pycache__/*' -not -name '*.so' -not -name '_native_missing.txt' -print0 |
+        LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -c 1-12
+}
 
-# dfengine.kernels lies outside dfengine/, so the checkout is laid out as it installs, in a folder of links.
-layout="$(mktemp -d)"
-trap 'rm -rf "$layout"' EXIT
-mkdir "$layout/dfengine"
-for entry in dfengine/*; do
-    case "$entry" in *.so | *_native_missing.txt) ;; *) ln -s "$PWD/$entry" "$layout/dfengine/" ;; esac
-done
-ln -s "$PWD/kernels" "$layout/dfengine/kernels"
-export PYTHONSAFEPATH=1 PYTHONPATH="$layout:$PWD${PYTHONPATH:+:$PYTHONPATH}"
-if "$PYTHON" -c 'import pybind11' 2>/dev/null && command -v cmake >/dev/null; then
-    "$PYTHON" setup.py -q build_ext --build-lib "$layout" --build-temp build/gpu-native >build/gpu-native.log 2>&1 ||
-        echo "the extension was not built: build/gpu-native.log" | tee -a "$log"
-else
-    for built in dfengine/_native*.so; do [ -e "$built" ] && ln -s "$PWD/$built" "$layout/dfengine/"; done
-fi
-
-"$PYTHON" - <<'END' | tee -a "$log" || exit 1
+facts="$("$PYTHON" - <<'END'
 import sys
 
 import torch
@@ -60,163 +70,249 @@ import torch
 if not torch.cuda.is_available():
     sys.exit("no CUDA device: nothing here to measure")
 print(torch.cuda.get_device_name(), "torch", torch.__version__, "CUDA", torch.version.cuda)
-
-from dfengine import native
-from dfengine.kernels import CannotRunError, cuda_launch
-
-print(native.status())
-try:
-    cuda_launch.available("cuda")
-except CannotRunError as error:
-    print("without the CUDA kernels, whose tests skip:", error)
+print("%d%d-real" % torch.cuda.get_device_capability())
+print(sys.executable, sys.version.split()[0])
 END
+)" || exit 1
+mapfile -t facts <<<"$facts"
+key="$({ digest dfengine kernels csrc tests CMakeLists.txt; echo "${facts[0]}"; } | sha256sum | cut -c 1-12)"
+results="$state/$key" log="$state/$key/round.log" noted="$state/$key/tests.jsonl"
+mkdir -p "$results" || exit
+export DFENGINE_CACHE="$PWD/$results/cache"
+[ ! -s "$results/tactics.json" ] || export DFENGINE_TACTICS="$PWD/$results/tactics.json"
 
-deadline=$((SECONDS + ${STAGE_SECONDS:-530}))
+important=(round.log tests.jsonl kernels-conv2d.json kernels.json throughput-detect.json throughput-unet.json plan.json)
+[ "$stage" != train ] || important=(round.log train-half.safetensors train-metrics.json train-log.csv "${important[@]}")
+deliver() { # seven files and an archive of all else, of 16 MiB each
+    local plain packed="$state/more.$BASHPID.tar.gz"
+    [ -n "$out" ] || return 0
+    mapfile -t plain < <(cd "$results" && find "${important[@]}" -maxdepth 0 -size -16777216c 2>/dev/null | head -n 7)
+    [ ${#plain[@]} -eq 0 ] || (cd "$results" && tar -cf - "${plain[@]}") | tar -xf - -C "$out"
+    tar -czf "$packed" -C "$results" "${plain[@]/#/--exclude=./}" . 2>/dev/null
+    mv "$packed" "$out/more.tar.gz"
+}
+(while sleep 20 && kill -0 $$; do deliver; done) >/dev/null 2>&1 &
+delivering=$!
+builder=''
+leave() {
+    kill "$delivering" $builder 2>/dev/null
+    wait "$delivering" 2>/dev/null
+    deliver
+}
+trap leave EXIT
+trap 'exit 143' TERM HUP INT
+
+say() { echo "$*" | tee -a "$log"; }
+say "== $(date -u +%FT%TZ) --stage $stage, $minutes minutes: ${facts[0]}, $(git rev-parse --short HEAD 2>/dev/null || echo "no commit"), results in $results"
+
+# dfengine.kernels lies outside dfengine/, so the checkout is laid out as it installs, in a folder of links; the extension is moved there whole.
+find "$state/layout" -type l -delete
+for entry in dfengine/*; do
+    case "$entry" in dfengine/kernels | *.so | *_native_missing.txt) ;; *) ln -s "$PWD/$entry" "$state/layout/dfengine/" ;; esac
+done
+ln -s "$PWD/kernels" "$state/layout/dfengine/kernels"
+build_key="$(digest csrc CMakeLists.txt setup.py dfengine/sources.py) ${facts[1]} ${facts[2]}"
+is_built() { [ "$(cat "$state/built" 2>/dev/null)" = "$build_key" ]; }
+build() {
+    local built
+    ! is_built || return 0
+    rm -f "$state/layout/dfengine"/_native* "$state/built"
+    if ! { "$PYTHON" -c 'import pybind11, setuptools' && command -v cmake >/dev/null; } 2>/dev/null; then
+        for built in dfengine/_native*.so; do [ ! -e "$built" ] || ln -s "$PWD/$built" "$state/layout/dfengine/"; done
+        return
+    fi
+    rm -rf "$state/native"
+    DFENGINE_CUDA_ARCHITECTURES="${facts[1]}" timeout --kill-after=10 $(((deadline - SECONDS) * 6 / 10)) \
+        "$PYTHON" setup.py build_ext --build-lib "$state/native" --build-temp "$state/native-work" >"$results/native.log" 2>&1
+    grep "^dfengine: building without" "$results/native.log" | tee -a "$log"
+    if mv "$state"/native/dfengine/_native*.so "$state/layout/dfengine/" 2>/dev/null; then
+        echo "$build_key" >"$state/built"
+    else
+        say "the extension was not built: native.log"
+    fi
+}
+
 failed=0
-run() { # name, command...
-    local name="$1" left=$((deadline - SECONDS))
+run() { # name, command...: within $part percent of the time that is left
+    local name="$1" left=$(((deadline - SECONDS) * ${part:-100} / 100)) status
     shift
     if [ "$left" -le 5 ]; then
-        echo "== $name: no time left, run the stage again" | tee -a "$log"
+        say "== $name: no time left"
         failed=1
-        return 1
+        return 124
     fi
-    echo "== $name" | tee -a "$log"
-    # timeout starts no functions.
-    [ "$1" != into ] || set -- bash -c 'into "$@"' into "${@:2}"
+    say "== $name: at most $left s"
     timeout --kill-after=10 "$left" "$@" 2>&1 | tee -a "$log" | tail -n 40
-    local status="${PIPESTATUS[0]}"
-    if [ "$status" -eq 130 ] && [ "$stage" = train ]; then
-        echo "== that leg is over: run the stage again" | tee -a "$log"
-    elif [ "$status" -ne 0 ]; then
-        echo "== $name failed with $status" | tee -a "$log"
-        failed=1
-    fi
+    status="${PIPESTATUS[0]}"
+    say "== $name: $([ "$status" -eq 0 ] || echo "failed with $status, ")after $SECONDS s in all"
+    [ "$status" -eq 0 ] || failed=1
     return "$status"
 }
-into() { # file, command...: the file is there once the command has ended well
-    "${@:2}" >"$1.part" && mv "$1.part" "$1"
+once() { # name, command...: what has not ended well before
+    [ "$again" = no ] && grep -qxF "$1" "$results/done" 2>/dev/null && return
+    run "$@" && echo "$1" >>"$results/done"
 }
-export -f into
-missing() { # file: whether it is still to be written
-    [ "$again" = yes ] || [ ! -s "$out/$1" ]
+into() { # file, command...: a command that writes to its output, for run
+    into=(bash -c 'o="$1"; shift; "$@" >"$o.part" && mv "$o.part" "$o"' into "$@")
 }
-wants() { [ "$stage" = "$1" ] || [ "$stage" = all ]; }
-begin() { deadline=$((SECONDS + ${STAGE_SECONDS:-530})); }
-pytest() { "$PYTHON" -m pytest -q -p no:cacheprovider -o pythonpath= -o addopts="--import-mode=importlib -ra" "$@"; }
-export -f pytest
-export PYTHON
-checkpoint() { # makes the checkpoint that is tuned and profiled
-    mkdir -p build
-    [ -s "build/$PRESET-redrawn.safetensors" ] || "$PYTHON" bench/redrawn.py "$PRESET" "build/$PRESET-redrawn.safetensors"
-}
+is_green() { [[ " ${green[*]} " == *" $1 "* ]]; }
+pytest=("$PYTHON" -m pytest -q -p no:cacheprovider -o pythonpath= -o "addopts=--import-mode=importlib -ra")
 
-if wants tests; then
-    begin
-    rm -f "$out/tests.txt"
-    run tests bash -c "pytest tests/kernels tests/engine && pytest -m gpu tests" && echo passed >"$out/tests.txt"
-fi
-case "$stage" in
-    kernels | tactics | throughput | profile | all)
-        if [ ! -s "$out/tests.txt" ]; then
-            echo "no timing on a red correctness gate: --stage tests has not passed" | tee -a "$log"
-            exit 1
-        fi ;;
-esac
-if wants kernels; then
-    begin
-    [ "$again" = no ] || rm -f "$out"/kernels.json "$out"/kernels-conv2d.json
-    mapfile -t ops < <(cd bench/kernels && ls [!_]*.py | sed 's/\.py$//' | grep -vx conv2d)
-    time_kernels() { # name, arguments...: goes on with the rows that its file has not got
-        run "$1" "$PYTHON" bench/kernels.py "${@:2}" --device cuda --json "$out/$1.json" --resume
-    }
-    time_kernels kernels-conv2d conv2d --seconds 0.2 --match 8x256x256x128
-    time_kernels kernels "${ops[@]}" --seconds 0.3
-    time_kernels kernels-conv2d conv2d --seconds 0.2
-    time_kernels kernels-conv2d conv2d --seconds 0.2 --compile
-    time_kernels kernels "${ops[@]}" --seconds 0.3 --compile
-fi
-if wants tactics && missing tactics.json; then
-    begin
-    checkpoint && run tactics "$PYTHON" -m dfengine tune "build/$PRESET-redrawn.safetensors" --device cuda \
-        --precision "$PRECISION" --batch 1 --batch 16 --seconds 240 --out "$out/tactics.json"
-fi
-if wants throughput; then
-    begin
-    half=(--preset "$PRESET" --precision "$PRECISION" --device cuda --tactics tuned --seconds 8)
-    if missing throughput-detect.json; then
-        run throughput-detect "$PYTHON" bench/throughput.py --case detect "${half[@]}" --batch 16 1 8 --json "$out/throughput-detect.json"
+tests() {
+    [ "$again" = no ] || rm -f "$noted"
+    local of=(-p bench.gpu_tests --noted "$noted" --continue-on-collection-errors tests) workers
+    workers=$(($(nproc) < 12 ? $(nproc) : 12))
+    if [ "$workers" -gt 1 ] && "$PYTHON" -c 'import xdist' 2>/dev/null; then # in the order given, so that ops are whole before others begin
+        # A kernel that hangs is ended with its process, which is replaced.
+        of+=(-n "$workers" --dist load --maxschedchunk 2 --max-worker-restart 99 -o timeout=60 -o timeout_method=thread)
     fi
-    if missing throughput-unet.json; then
-        run throughput-unet "$PYTHON" bench/throughput.py --case unet "${half[@]}" --batch 1 16 --rivals eager,autocast,compile \
-            --json "$out/throughput-unet.json"
+    if ! is_built; then # meanwhile, what needs no extension
+        build &
+        builder=$!
+        part=50 run "tests of the Triton kernels" env OMP_NUM_THREADS=1 "${pytest[@]}" "${of[@]}" --triton-only
+        wait "$builder"
+        builder=''
     fi
-    if missing throughput-fp8.json && "$PYTHON" -c 'import sys, torch; sys.exit(torch.cuda.get_device_capability() < (8, 9))'; then
-        run throughput-fp8 "$PYTHON" bench/throughput.py --case detect --preset "$PRESET" --precision fp8 --device cuda --tactics tuned --seconds 8 \
-            --batch 16 1 --rivals "" --json "$out/throughput-fp8.json"
+    part="$1" run tests env OMP_NUM_THREADS=1 "${pytest[@]}" "${of[@]}"
+    "$PYTHON" bench/gpu_tests.py "$noted" | tee -a "$log"
+}
+gate() { # which names are green, and what the rows say of the others
+    local found red
+    found="$("$PYTHON" bench/gpu_tests.py "$noted")"
+    mapfile -t green < <(sed -n 's/^\([^ ]*\): green: .*/\1/p' <<<"$found")
+    mapfile -t red < <(sed -n 's/^\([^ ]*\): red: .*/\1/p' <<<"$found")
+    note="${red[*]:+no claim, tests not green: ${red[*]}}"
+    if [ ${#green[@]} -eq 0 ]; then
+        say "no timing on a red correctness gate: --stage tests has not passed"
+        exit 1
     fi
-fi
-if wants profile; then
-    begin
-    plan=("build/$PRESET-redrawn.safetensors" --device cuda --precision "$PRECISION" --batch 16)
-    if checkpoint && missing plan.json; then
-        run plan into "$out/plan.json" "$PYTHON" -m dfengine info --plan --json "${plan[@]}"
+}
+engine_gate() {
+    gate
+    is_green engine && return
+    say "no timing of the engine, whose tests have not passed"
+    failed=1
+    return 1
+}
+time_kernels() { # name of the file, arguments...: goes on with the rows that it has not got
+    run "$1 ${*:2}" "$PYTHON" bench/kernels.py "${@:2}" --device cuda --note "$note" --json "$results/$1.json" --resume
+}
+kernels() { # once without torch.compile and, but for "quick", once beside it
+    local ops=() conv2d=(conv2d --seconds 0.2) op compile
+    gate
+    [ "$again" = no ] || rm -f "$results"/kernels.json "$results"/kernels-conv2d.json
+    for op in $(cd bench/kernels && ls [!_]*.py); do
+        op="${op%.py}"
+        if ! is_green "$op"; then
+            say "$op is not timed: its tests have not passed"
+            failed=1
+        elif [ "$op" != conv2d ]; then
+            ops+=("$op")
+        fi
+    done
+    is_green conv2d:cuda || conv2d+=(--without cuda)
+    is_green conv2d:wgmma || conv2d+=(--without wgmma)
+    ! is_green conv2d || part=50 time_kernels kernels-conv2d "${conv2d[@]}" --match 8x256x256x128
+    for compile in "" --compile; do
+        [ "$1 $compile" != "quick --compile" ] || break
+        if [ ${#ops[@]} -gt 0 ]; then
+            time_kernels kernels "${ops[@]}" --seconds 0.2 $compile
+            if [ $? -eq 1 ]; then # the GPU may be lost to a process after the first error
+                for op in "${ops[@]}"; do time_kernels kernels "$op" --seconds 0.2 $compile || [ $? -eq 1 ] || break; done
+            fi
+        fi
+        ! is_green conv2d || time_kernels kernels-conv2d "${conv2d[@]}" $compile
+    done
+}
+throughput() { # "quick": without torch.compile; else beside all rivals, and in fp8
+    engine_gate || return
+    local rivals half=(--preset "${PRESET:-diff-fastener}" --device cuda --tactics tuned --tuning-seconds 40 --seconds 5 --add --note "$note") case name
+    for case in detect unet; do
+        name="throughput-$case" rivals=()
+        [ "$1" != quick ] || name+=" quick" rivals=(--rivals eager,autocast)
+        [ "$1 $case" != "full unet" ] || rivals=(--rivals eager,autocast,compile)
+        part=60 once "$name" "$PYTHON" bench/throughput.py --case "$case" "${half[@]}" --precision "$PRECISION" --batch 16 1 "${rivals[@]}" \
+            --json "$results/throughput-$case.json"
+    done
+    if [ "$1" = full ] && [[ ! ${facts[1]} =~ ^(7.|80|86|87)-real$ ]]; then
+        once throughput-fp8 "$PYTHON" bench/throughput.py --case detect "${half[@]}" --precision fp8 --batch 16 1 --rivals "" \
+            --json "$results/throughput-fp8.json"
     fi
-    if missing ncu.csv && command -v ncu >/dev/null && [ -s "$out/plan.json" ]; then
-        mapfile -t ranges < <("$PYTHON" -c '
+}
+checkpoint() { # makes the one that is tuned and profiled
+    redrawn="$state/${PRESET:-diff-fastener}-redrawn.safetensors"
+    [ -s "$redrawn" ] || run redrawn "$PYTHON" bench/redrawn.py "${PRESET:-diff-fastener}" "$redrawn"
+}
+profile() {
+    local forced=() layer file ranges plan
+    if engine_gate && checkpoint; then
+        # The engine runs modules where no tactic was measured.
+        [ -n "${DFENGINE_TACTICS:-}" ] || [ -n "$(ls "$DFENGINE_CACHE/tactics" 2>/dev/null)" ] || forced=(DFENGINE_BACKEND=triton)
+        plan=("$redrawn" --device cuda --precision "$PRECISION" --batch 16)
+        into "$results/plan.json" env "${forced[@]}" "$PYTHON" -m dfengine info --plan --json "${plan[@]}"
+        part=50 once plan "${into[@]}"
+        if command -v ncu >/dev/null && [ -s "$results/plan.json" ]; then
+            mapfile -t ranges < <("$PYTHON" -c '
 import json, sys
 ops = sorted(json.load(open(sys.argv[1]))["ops"], key=lambda op: -op["us"])[:5]
 for op in ops:
     print("--nvtx-include", op["kernel"] + " " + op["name"] + "/", sep="\n")
-' "$out/plan.json")
-        run ncu into "$out/ncu.csv" ncu --csv --page raw --set basic --nvtx "${ranges[@]}" --profile-from-start off \
-            --clock-control none "$PYTHON" -m dfengine profile "${plan[@]}" --iterations 1
+' "$results/plan.json")
+            into "$results/ncu.csv" ncu --csv --page raw --set basic --nvtx "${ranges[@]}" --profile-from-start off --clock-control none \
+                env "${forced[@]}" "$PYTHON" -m dfengine profile "${plan[@]}" --iterations 1
+            part=50 once ncu "${into[@]}"
+        fi
     fi
+    is_green conv2d && command -v ncu >/dev/null || return
     for layer in "128 to 128, 3x3, dilation 1 8x256x256x128" "128+128 to 128, 3x3, dilation 1 8x256x256x128" "256 to 256, 3x3, dilation 1 8x64x64x256"; do
-        file="ncu-conv2d-${layer%%,*}.csv" file="${file// /-}"
-        if missing "$file" && command -v ncu >/dev/null; then
-            run "ncu $layer" into "$out/$file" ncu --csv --page raw --set detailed --kernel-name regex:conv2d \
-                --clock-control none "$PYTHON" bench/kernels.py conv2d --device cuda --once --match "conv2d $layer float16"
-        fi
+        file="ncu-conv2d-${layer%%,*}.csv"
+        into "$results/${file//[ +]/-}" ncu --csv --page raw --set detailed --kernel-name regex:conv2d --clock-control none \
+            "$PYTHON" bench/kernels.py conv2d --device cuda --once --match "conv2d $layer float16"
+        part=50 once "ncu $layer" "${into[@]}"
     done
-fi
-if wants sanitize && ! command -v compute-sanitizer >/dev/null; then
-    echo "== sanitize: compute-sanitizer was not found" | tee -a "$log"
-    [ "$stage" = all ] || failed=1
-elif wants sanitize; then
-    begin
-    for tool in memcheck racecheck; do
-        if missing "$tool.txt"; then
-            run "$tool" into "$out/$tool.txt" compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m pytest -q -p no:cacheprovider \
-                -o pythonpath= -o addopts="--import-mode=importlib -ra" -o timeout=0 tests/kernels/test_conv2d_{cuda,wgmma}.py -k every_tile
-            if ! grep -q "[0-9] passed" "$out/$tool.txt" 2>/dev/null; then # all skipped, perhaps
-                rm -f "$out/$tool.txt"
-                failed=1
-            fi
-        fi
-    done
-fi
-if [ "$stage" = train ]; then
-    begin
-    data="${DATA:-${DFENGINE_DATA:?names the folder of real images}/rail_eclip}" size="${SIZE:-128}"
-    name="$(basename "$data")-$PRESET-$size" resume=()
-    trained="build/gpu-train/$name.safetensors"
-    mkdir -p build/gpu-train
-    [ -e "${trained%.safetensors}.run/state.safetensors" ] && resume=(--resume)
-    leg=$(((deadline - SECONDS - 120) / 60)) # minutes; two are left for the checkpoint and its metrics
-    [ "$leg" -ge 1 ] || leg=1
-    # shellcheck disable=SC2086
-    run "train $name" "$PYTHON" -m dfengine train "$data" --out "$trained" --preset "$PRESET" --image-size "$size" --steps "${STEPS:-13125}" \
-        --device cuda --precision "$PRECISION" --leg-minutes "$leg" ${TRAIN_OPTIONS:-} "${resume[@]}"
-    cp "${trained%.safetensors}.run/log.csv" "$out/$name-log.csv" 2>/dev/null
-    if [ -s "$trained" ]; then
-        run "evaluate $name" "$PYTHON" -m dfengine evaluate "$trained" "$data" --out "build/gpu-train/$name-evaluation" --device cuda &&
-            cp "build/gpu-train/$name-evaluation/metrics.json" "$out/$name-metrics.json"
-        run "halve $name" "$PYTHON" -m dfengine calibrate "$trained" "$data" --false-alarm-rate 0.1 --half --device cuda --out "$out/$name-half.safetensors"
+}
+tactics() {
+    engine_gate && checkpoint || return
+    once tactics "$PYTHON" -m dfengine tune "$redrawn" --device cuda --precision "$PRECISION" --batch 1 --batch 16 \
+        --seconds $(((deadline - SECONDS) / 3)) --out "$results/tactics.json"
+}
+sanitize() {
+    local tool
+    if ! command -v compute-sanitizer >/dev/null; then
+        say "== sanitize: compute-sanitizer was not found"
+        [ "$stage" = all ] || failed=1
+        return
     fi
-fi
-if wants check && missing kernels_check.json; then
-    begin
-    run check "$PYTHON" bench/kernels_check.py --json "$out/kernels_check.json"
-fi
+    for tool in memcheck racecheck; do # a run in which all tests skip shows nothing
+        once "$tool" bash -o pipefail -c '"$@" | tee /dev/stderr | grep "[0-9] passed" >/dev/null' sanitize compute-sanitizer --tool "$tool" \
+            --error-exitcode 9 "${pytest[@]}" -o timeout=0 tests/kernels/test_conv2d_{cuda,wgmma}.py -k every_tile
+    done
+}
+check() { once check "$PYTHON" bench/kernels_check.py --json "$results/kernels_check.json"; }
+train() { # two minutes are left for the checkpoint and its metrics
+    local data="${DATA:-${DFENGINE_DATA:-build/gpu-data}/rail_eclip}" trained="$state/train.safetensors" leg=$(((deadline - SECONDS - 120) / 60))
+    if [ ! -d "$data" ]; then
+        say "$data: no such folder of images"
+        exit 1
+    fi
+    if [ "$again" = yes ] || ! grep -qx train "$results/done" 2>/dev/null; then
+        rm -rf "$trained" "${trained%.safetensors}.run"
+    fi
+    once train "$PYTHON" -m dfengine train "$data" --out "$trained" --preset "${PRESET:-diff-fastener-small}" --image-size "${SIZE:-128}" \
+        --minutes $((leg > 1 ? leg : 1)) --device cuda --precision "$PRECISION" || return
+    cp "${trained%.safetensors}.run/log.csv" "$results/train-log.csv"
+    once halve "$PYTHON" -m dfengine calibrate "$trained" "$data" --false-alarm-rate 0.1 --half --device cuda --out "$results/train-half.safetensors"
+    once evaluate "$PYTHON" -m dfengine evaluate "$trained" "$data" --out "$state/train-evaluation" --device cuda &&
+        cp "$state/train-evaluation/metrics.json" "$results/train-metrics.json"
+}
+
+case "$stage" in first | tests | all) ;; *) build ;; esac
+case "$stage" in
+    first) tests 65; kernels quick ;;
+    second) throughput quick; profile; throughput full ;;
+    all) tests 100; kernels full; tactics; throughput full; profile; sanitize; check ;;
+    tests) tests 100 ;;
+    kernels | throughput) "$stage" full ;;
+    *) "$stage" ;;
+esac
 exit "$failed"

@@ -118,6 +118,7 @@ def main() -> int:
     )
     parser.add_argument("--compile", action="store_true", help="time torch.compile too")
     parser.add_argument("--match", default="", metavar="TEXT", help='only cases with this in "op label shape dtype"')
+    parser.add_argument("--without", action="append", default=[], metavar="TEXT", help="no rival with this in its name")
     parser.add_argument("--once", action="store_true", help="call everything once and time nothing")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write all rows to this file")
     parser.add_argument("--resume", action="store_true", help="keep the rows that OUT holds of this machine")
@@ -136,13 +137,16 @@ def main() -> int:
     done = {
         name
         for name, row in rows.items()
-        if not arguments.compile or "compile" in row["rivals_us"] or "compile" in row.get("failed", {})
+        if (not arguments.compile or "compile" in row["rivals_us"] or "compile" in row.get("failed", {}))
+        and set(row.get("without", [])) <= set(arguments.without)
     }
     for op in arguments.ops or modules:
         for case in importlib.import_module(f"bench.kernels.{op}").cases(arguments.device):
             name = name_of(described(op, case))
             if name in done or arguments.match not in name:
                 continue
+            rivals = {r: call for r, call in case.rivals.items() if not any(text in r for text in arguments.without)}
+            case = case._replace(rivals=rivals)
             try:
                 if arguments.once:
                     _, failed = running(case.rivals, case.make(), arguments.device)
@@ -153,7 +157,7 @@ def main() -> int:
                 print(f"{name}: failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 failures += 1
                 continue
-            rows[name] = row
+            rows[name] = row | ({"without": arguments.without} if arguments.without else {})
             show(row)
             if arguments.json is not None:  # after each case, so that what was timed is kept where time runs out
                 write(arguments.json, head | {"rows": list(rows.values())}, tell=False)

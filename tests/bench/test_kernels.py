@@ -68,6 +68,15 @@ def test_resume_times_what_is_missing(run):
     assert len(rows) == 1
 
 
+def test_rivals_are_left_out_and_timed_once_they_are_not(run):
+    cases = [case_of(4, **{"cuda wide": failing, "third": added})]
+    (row,) = run(cases, "--resume", "--without", "cuda")[1]
+    assert set(row["rivals_us"]) == {"torch", "third"} and row["without"] == ["cuda"] and "failed" not in row
+    assert run(cases, "--resume", "--without", "cuda", "--without", "wgmma")[1][0]["us"] == row["us"]
+    (row,) = run([case_of(4, **{"cuda wide": added})], "--resume")[1]
+    assert set(row["rivals_us"]) == {"torch", "cuda wide"} and "without" not in row
+
+
 def test_once_calls_everything_and_writes_nothing(run):
     calls = []
     case = case_of(4, third=lambda x, y: calls.append(x))
