@@ -172,9 +172,11 @@ tests() {
         part=50 run "tests of the Triton kernels" env OMP_NUM_THREADS=1 "${pytest[@]}" "${of[@]}" --triton-only
         wait "$builder"
         builder=''
+        of+=(--new-only)
     fi
     part="$1" run tests env OMP_NUM_THREADS=1 "${pytest[@]}" "${of[@]}"
     "$PYTHON" bench/gpu_tests.py "$noted" | tee -a "$log"
+    failed="${PIPESTATUS[0]}"
 }
 gate() { # which names are green, and what the rows say of the others
     local found red

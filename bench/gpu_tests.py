@@ -1,16 +1,17 @@
 """A plugin of pytest for gpu_round.sh: which tests it runs, each until it has passed, and what that says of an op.
 
-    python -m pytest -p bench.gpu_tests --noted FILE [--triton-only] tests
+    python -m pytest -p bench.gpu_tests --noted FILE [--triton-only] [--new-only] tests
     python bench/gpu_tests.py FILE
 
 Of tests/kernels that is all but what concerns the CPU alone, of the other tests what is marked gpu or goes through the
 Triton kernels; these others first, conv2d next. FILE gets an object of JSON on each line: {"collected": [...]} with
 all of the tests, and {"test", "outcome", "seconds"} as each has run, with "why" of one that failed. What has passed by
-FILE is left out. A process to which the GPU is lost after an error is replaced, for all that followed would fail.
+FILE is left out, with --new-only what has failed too. A process to which the GPU is lost after an error is replaced,
+for all that followed would fail.
 
 As a script it prints a line for each name: "green" where all of its tests have passed, or some and the others skipped,
 "red" where one failed or did not run. A name is an op of bench/kernels, but for its CUDA kernels; an op with ":cuda" or
-":wgmma", these; or "engine", all else.
+":wgmma", these; or "engine", all else. The exit status is 1 where one is red, or nothing is noted.
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ def verdict(count: Counter) -> str:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--noted", type=Path, required=True)
     parser.addoption("--triton-only", action="store_true")
+    parser.addoption("--new-only", action="store_true")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -121,14 +123,15 @@ class Round:
         self.started = getattr(config, "workerinput", None)
         if self.started is None:
             rows = noted(self.path)
-            self.passed = [test for test, row in rows.items() if row.get("outcome") == "passed"]
+            done = ("passed", "failed") if config.getoption("new_only") else ("passed",)
+            self.done = [test for test, row in rows.items() if row.get("outcome") in done]
         else:  # the same for one that replaces another
-            self.passed = self.started["passed"]
+            self.done = self.started["done"]
         self.failed = False
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node) -> None:
-        node.workerinput["passed"] = self.passed
+        node.workerinput["done"] = self.done
 
     def pytest_ignore_collect(self, collection_path: Path) -> bool | None:
         """Before it is imported: another file without any test of the round."""
@@ -145,8 +148,8 @@ class Round:
         every = [item for item in items if belongs(item.nodeid, item.get_closest_marker("gpu") is not None)]
         if (self.started or {"workerid": "gw0"})["workerid"] == "gw0":
             self._note({"collected": [item.nodeid for item in every]})
-        passed = set(self.passed)
-        kept = [item for item in every if item.nodeid not in passed]
+        done = set(self.done)
+        kept = [item for item in every if item.nodeid not in done]
         if self.triton_only:
             kept = [item for item in kept if item.nodeid.startswith(KERNELS) and "triton" in parameters(item.nodeid)]
         chosen = set(kept)
@@ -180,7 +183,7 @@ class Round:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:  # all had passed
+        if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:  # all are done
             session.exitstatus = pytest.ExitCode.OK
 
     def _note(self, line: dict) -> None:
@@ -188,14 +191,16 @@ class Round:
             file.write(json.dumps(line) + "\n")
 
 
-def main(path: Path) -> None:
-    for name, count in sorted(counts(path).items()):
+def main(path: Path) -> int:
+    found = counts(path)
+    for name, count in sorted(found.items()):
         parts = ", ".join(f"{number} {outcome}" for outcome, number in count.items())
         print(f"{name}: {verdict(count)}: {parts}")
     for test, row in noted(path).items():
         if row.get("outcome") == "failed":
             print(f"failed: {test}: {(row['why'].strip().splitlines() or ['?'])[-1][:200]}")
+    return int(not found or "red" in map(verdict, found.values()))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    sys.exit(main(Path(sys.argv[1])))

@@ -195,6 +195,13 @@ def test_a_red_op_leaves_the_others_timed_and_its_tests_run_again(tree):
     assert play(tree, "--stage", "tests")[0] == 0, "where none is left"
 
 
+def test_what_failed_beside_the_build_does_not_run_again_behind_it(tree):
+    status, output, _ = play(tree, "--stage", "tests", RED="triton-0")
+    rows = [json.loads(line) for line in (tree.parent / "out/tests.jsonl").read_text().splitlines()]
+    ran = [row["test"] for row in rows if "test" in row]
+    assert status == 1 and len(ran) == len(set(ran)) == 5 and "conv2d: red: 1 failed" in output
+
+
 def test_red_cuda_kernels_are_left_out_of_their_op(tree):
     calls = play(tree, "--stage", "first", RED="cuda")[2]
     timed = calls_of(calls, "bench/kernels.py conv2d")
