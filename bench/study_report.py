@@ -91,8 +91,10 @@ def plot(rows: dict[tuple[str, str], list[dict[str, str]]], path: Path, score: s
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("image AUROC")
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=7, loc="lower left")
-    figure.tight_layout()
+    shown = [axis.get_legend_handles_labels() for axis in axes[0]]
+    handles = {label: handle for of in shown for handle, label in zip(*of, strict=True)}
+    figure.legend(handles.values(), handles, fontsize=8, loc="lower center", ncols=len(handles))
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
     figure.savefig(path, dpi=100)
 
 
