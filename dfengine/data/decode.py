@@ -58,22 +58,31 @@ logging.getLogger("tifffile").addHandler(logging.NullHandler())
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.\w+ImagePlugin")
 
 
-def decode_file(path: str | os.PathLike, lossless_only: bool = False) -> np.ndarray:
-    """The array image in a file, at its native depth and size. Raises ImageError(name as given, reason)."""
+def decode_file(path: str | os.PathLike, mask: bool = False) -> np.ndarray:
+    """The array image in a file, at its native depth and size, with a warning where 16 bits hold 12 or fewer.
+
+    mask: refuses JPEG, and does not warn. Raises ImageError(name as given, reason).
+    """
     name = os.fspath(path)
     with _open(name) as file, _refusing(name):
         decoder = _decoder(file, name)
-        if lossless_only and decoder is JpegImagePlugin.JpegImageFile:
+        if mask and decoder is JpegImagePlugin.JpegImageFile:
             raise ImageError(name, "a JPEG mask has no exact zeros; save it as PNG")
-        return _decode(file, decoder, name)
+        values = _decode(file, decoder, name)
+        if not mask:
+            say_if_few_bits(values, name)
+        return _to_rgb(values, name)
 
 
 def pil_to_array(image: Image.Image, name: str) -> np.ndarray:
-    """The array image in a PIL image (its current frame), by the conventions above. Raises ImageError."""
+    """The array image in a PIL image (its current frame), by the conventions above, with a warning where 16 bits hold
+    12 or fewer. Raises ImageError."""
     with _refusing(name):
         check_size(image.height, image.width, name)
         _load_whole(image)
-        return _to_rgb(_upright(_pil_values(image, name), _exif_orientation(image)), name)
+        values = _upright(_pil_values(image, name), _exif_orientation(image))
+        say_if_few_bits(values, name)
+        return _to_rgb(values, name)
 
 
 def check_dtype(dtype: np.dtype, name: str) -> None:
@@ -151,6 +160,7 @@ def _decoder(file: BinaryIO, name: str) -> type[Image.Image]:
 
 
 def _decode(file: BinaryIO, decoder: type[Image.Image], name: str) -> np.ndarray:
+    """The upright pixels of a file, as `_to_rgb` takes them."""
     if decoder is TiffImagePlugin.TiffImageFile:
         values = _deep_tiff(file, name)
         if values is not None:
@@ -165,11 +175,11 @@ def _decode(file: BinaryIO, decoder: type[Image.Image], name: str) -> np.ndarray
         values = _png16(file, name)
     else:
         values = _pil_values(image, name)
-    result = _to_rgb(_upright(values, _exif_orientation(image)), name)
+    values = _upright(values, _exif_orientation(image))
     with contextlib.suppress(Exception):  # damage in what is not read is no reason to refuse what is
         if getattr(image, "is_animated", False):
             _say_first_of_several(name)
-    return result
+    return values
 
 
 @functools.lru_cache(4096)
@@ -182,18 +192,29 @@ _dim: set[str] = set()
 _dim_lock = threading.Lock()
 
 
-def say_if_few_bits(largest: int, name: str) -> None:
+def say_if_few_bits(values: np.ndarray, name: str) -> None:
     """Warns of a 16-bit image whose largest value is that of 12 bits or less: from a camera of 12 bits, perhaps, or of
     8, but a dark picture looks the same. A process names the first `MOST_DIM`: a camera gives all its pictures alike.
+
+    values: (H, W) or (H, W, C) as the image holds them, of which colours alone are looked at, before alpha (the last
+    of 2 or 4 channels) dims them; nothing is said of other types than uint16.
     """
+    if values.dtype == np.uint16:
+        with_alpha = values.ndim == 3 and values.shape[2] in (2, 4)
+        say_if_few(int((values[..., :-1] if with_alpha else values).max()), name)
+
+
+def say_if_few(largest: int, name: str) -> None:
+    """`say_if_few_bits` of an image in uint16 by the largest value of its colours."""
     if not 0 < largest < 1 << 12:
         return
-    with _dim_lock:  # the warning too: the last one must come last
+    with _dim_lock:
         if name in _dim or len(_dim) == MOST_DIM:
             return
         _dim.add(name)
         last = "; no other such image will be named" if len(_dim) == MOST_DIM else ""
         bits = max(8, largest.bit_length())
+        # Still under the lock: another thread's may be the last, and must not come before.
         logging.getLogger("dfengine").warning(
             "%s: a 16-bit image that uses only values up to %d of 65535; unless it is dark, it holds %d bits: multiply "
             "its values by %d%s", name, largest, bits, 1 << (16 - bits), last,
@@ -267,7 +288,8 @@ def _png16(file: BinaryIO, name: str) -> np.ndarray:
 
 
 def _deep_tiff(file: BinaryIO, name: str) -> np.ndarray | None:
-    """The first page of a TIFF of more than 8 bits as an array image; None for 8 bits and less, which Pillow reads."""
+    """The upright pixels of the first page of a TIFF of more than 8 bits, as `_to_rgb` takes them; None for 8 bits and
+    less, which Pillow reads."""
     with tifffile.TiffFile(file) as tiff:
         try:
             page = tiff.pages.first
@@ -303,7 +325,7 @@ def _deep_tiff(file: BinaryIO, name: str) -> np.ndarray | None:
         orientation = page.tags.valueof(274, 1)
         if len(tiff.pages) > 1:
             _say_first_of_several(name)
-    return _to_rgb(_upright(values, orientation), name)
+    return _upright(values, orientation)
 
 
 def _to_uint16(values: np.ndarray, name: str) -> np.ndarray:

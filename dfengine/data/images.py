@@ -32,7 +32,6 @@ from dfengine.data.decode import (
     check_dtype,
     check_range,
     decode_file,
-    say_if_few_bits,
 )
 from dfengine.errors import DataError, ImageError
 from dfengine.files import OUTPUT_MARKER, os_reason
@@ -55,10 +54,7 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
 
     Raises ImageError(name as given, reason).
     """
-    array = decode_file(path)
-    if array.dtype == np.uint16:
-        say_if_few_bits(int(array.max()), os.fspath(path))
-    return array
+    return decode_file(path)
 
 
 def read_mask(path: str | os.PathLike, shape: tuple[int, int] | None = None) -> np.ndarray:
@@ -68,7 +64,7 @@ def read_mask(path: str | os.PathLike, shape: tuple[int, int] | None = None) -> 
     other size is refused. JPEG is refused: its compression leaves non-zero pixels everywhere. Raises ImageError.
     """
     name = os.fspath(path)
-    mask = decode_file(name, lossless_only=True).any(axis=2)
+    mask = decode_file(name, mask=True).any(axis=2)
     if shape is None or mask.shape == tuple(shape):
         return mask
     (h, w), (height, width) = mask.shape, shape
@@ -166,8 +162,11 @@ def list_images(
     `unreadable`, when a folder below it cannot be read.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"{folder}: {'is a file, not a folder' if folder.exists() else 'no such folder'}")
+    try:
+        if not folder.is_dir():
+            raise DataError(f"{folder}: {'is a file, not a folder' if folder.exists() else 'no such folder'}")
+    except OSError as error:
+        raise DataError(f"{folder}: {os_reason(error)}") from error
     if _is_output(folder):
         what = "results or pictures of a training run"
         raise DataError(f"{folder}: holds what dfengine wrote ({what}), no images to read; give another folder")
@@ -247,7 +246,7 @@ def _is_output(folder: Path) -> bool:
 def _holds_masks(folder: Path) -> bool:
     """Whether a folder is where MVTec AD, VisA or DAGM 2007 keep their masks: beside or below images."""
     if folder.name == "Masks":
-        return os.path.isdir(folder.parent / "Images")  # False where it may not look, which Path.is_dir raises
+        return os.path.isdir(folder.parent / "Images")  # False where it may not look
     return folder.name == "ground_truth" or (folder.name == "Label" and os.path.isfile(folder / "Labels.txt"))
 
 

@@ -34,7 +34,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dfengine.data.decode import check_dtype, check_range, check_size, over_black, pil_to_array, say_if_few_bits
+from dfengine.data.decode import (
+    check_dtype,
+    check_range,
+    check_size,
+    over_black,
+    pil_to_array,
+    say_if_few,
+    say_if_few_bits,
+)
 from dfengine.data.images import list_images, natural_key, read_image, resize_unit, resize_weights
 from dfengine.errors import ArgumentTypeError, DataError, ImageError, UsageError
 
@@ -101,8 +109,6 @@ class InputImage:
             array = self.array
         else:
             array = _to_array_image(self.array, self.name)
-        if self.path is None and array.dtype == np.uint16:
-            say_if_few_bits(int(array.max()), self.name)
         self._size = tuple(array.shape[:2])
         return array
 
@@ -259,7 +265,9 @@ def _split(array, name: str) -> list[InputImage]:
 
 
 def _to_array_image(array: np.ndarray, name: str) -> np.ndarray:
-    """(H, W, C) of any accepted dtype -> array image. Floats keep their width; `resize_unit` checks the RGB ones."""
+    """(H, W, C) of any accepted dtype -> array image, with a warning where 16 bits hold 12 or fewer. Floats keep their
+    width; `resize_unit` checks the RGB ones."""
+    say_if_few_bits(array, name)
     if array.dtype == bool:
         array = array.astype(np.uint8) * np.uint8(255)
     if array.shape[2] == 4:
@@ -278,11 +286,12 @@ def _resize_tensor(image: torch.Tensor, size: int, name: str) -> torch.Tensor:
         unit = image.to(torch.float32).clamp(0, 1)
     else:
         white = {torch.uint8: 255, torch.uint16: 65535, torch.bool: 1}[image.dtype]
-        unit = image.to(torch.float32) / white
+        values = image.to(torch.float32)
+        if image.dtype == torch.uint16:
+            say_if_few(int(values[..., :3].max()), name)
+        unit = values / white
     if unit.shape[2] == 4:
         unit = unit[..., :3] * unit[..., 3:]
-    if image.dtype == torch.uint16:
-        say_if_few_bits(round(float(unit.max()) * 65535), name)
     unit = unit.expand(-1, -1, 3) if unit.shape[2] == 1 else unit
     height, width = unit.shape[:2]
     # The axis that leaves less in between goes first, as in resize_unit.

@@ -215,7 +215,7 @@ class _Run:
     def _loop(self, log: RunLog | None, stop: Callable[[int], bool] | None) -> None:
         config, state = self.config, self.state
         asked, saved_at = False, 0.0
-        logged_step, logged_at, paces = state.step, self.clock.elapsed, {}
+        logged_step, pace = state.step, Pace(self.budget.steps)
         before = self.budget.progress(state.step, state.elapsed)
         while True:
             if config.leg_minutes is not None and self.clock.this_process >= 60 * config.leg_minutes:
@@ -225,9 +225,7 @@ class _Run:
             due = int(progress * config.validations) > int(before * config.validations)
             if state.step > logged_step and (due or state.step % config.log_every == 0):
                 row = self._row(before) | {"progress": progress} | self.trainer.means()
-                pace = paces.setdefault(row["stage"], Pace(self.budget.steps))  # a stage has steps of its own kind
-                step_seconds = pace.after(state.step - logged_step, state.elapsed - logged_at)
-                logged_step, logged_at = state.step, state.elapsed
+                logged_step, step_seconds = state.step, pace.at(state.step, state.elapsed)
                 if log:
                     log.row(row, self.budget.seconds_left(state.step, state.elapsed, step_seconds))
             if log and due and (progress >= 1 or self._affordable()):
@@ -246,7 +244,9 @@ class _Run:
                 )
                 stopped.exit_code = 128 + (self._signalled or signal.SIGINT)
                 raise stopped
-            self.trainer.step(stage_of(config, progress), progress)
+            stage = stage_of(config, progress)
+            pace.enter(stage, state.step, self.clock.elapsed)
+            self.trainer.step(stage, progress)
             asked = stop is not None and stop(state.step)
             before = progress
 

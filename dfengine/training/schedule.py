@@ -59,14 +59,23 @@ class Budget:
 
 class Pace:
     """Seconds of a step, with the validations between steps: a mean in which a step counts for less the longer it is
-    past, by a factor of e for a quarter of the budget. steps: the budget, None where it is one of seconds."""
+    past, by a factor of e for a quarter of the budget. It begins anew with each stage, whose steps take other times.
+    steps: the budget, None where it is one of seconds."""
 
     def __init__(self, steps: int | None):
         self._memory = max(1.0, (steps or 0) / 4)
-        self._steps = self._seconds = 0.0
+        self._stage: int | None = None
 
-    def after(self, steps: int, seconds: float) -> float:
-        """The mean once another `steps` steps took `seconds`."""
+    def enter(self, stage: int, step: int, elapsed: float) -> None:
+        """Before a step of `stage`, when `step` steps are done and `elapsed` seconds past."""
+        if stage != self._stage:
+            self._stage, self._step, self._elapsed = stage, step, elapsed
+            self._steps = self._seconds = 0.0
+
+    def at(self, step: int, elapsed: float) -> float:
+        """The mean once `step` steps are done and `elapsed` seconds past, since `enter` one step at least."""
+        steps, seconds = step - self._step, elapsed - self._elapsed
+        self._step, self._elapsed = step, elapsed
         kept = math.exp(-steps / self._memory)
         self._steps = kept * self._steps + steps
         self._seconds = kept * self._seconds + seconds

@@ -59,6 +59,14 @@ def test_an_op_that_fails_costs_its_own_case(run, capsys):
     assert "score  2x4 float32: failed: RuntimeError: not today" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("calls, p99", [(99, None), (100, 99.0), (150, 149.0), (1000, 990.0)])
+def test_the_99th_percentile_is_given_of_a_hundred_calls(calls, p99, run, monkeypatch):
+    times = [1e-6 * (turn + 1) for turn in reversed(range(calls))]
+    monkeypatch.setattr(driver, "interleaved", lambda functions, *_: dict.fromkeys(functions, times))
+    _, (row,) = run([case_of(4)])
+    assert row["us_best"] == pytest.approx(1) and row.get("us_p99") == (p99 and pytest.approx(p99))
+
+
 def test_resume_times_what_is_missing(run):
     _, (first,) = run([case_of(4)])
     _, rows = run([case_of(4, kernel=failing), case_of(8)], "--resume")

@@ -105,6 +105,35 @@ def test_a_folder_that_cannot_be_read_is_refused_and_the_rest_scored(checkpoint,
         list_images(photos)  # as training does
 
 
+def test_a_folder_whose_names_alone_may_be_read_is_refused_and_the_rest_scored(
+    checkpoint, data, tmp_path, capsys, monkeypatch
+):
+    photos = tmp_path / "photos"
+    shutil.copytree(data / "test" / "good", photos)
+    scored, masks = len(list(photos.glob("*.*"))), photos / "locked" / "Masks"
+    masks.mkdir(parents=True)
+
+    def allowed(call):  # r--: what is in "locked" has names, and nothing else
+        def called(path, *arguments, **options):
+            if isinstance(path, (str, os.PathLike)) and masks.parent in Path(path).parents:
+                raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+            return call(path, *arguments, **options)
+
+        return called
+
+    monkeypatch.setattr(os, "stat", allowed(os.stat))
+    monkeypatch.setattr(os, "scandir", allowed(os.scandir))
+    out = tmp_path / "out"
+    assert main(["detect", str(checkpoint), str(photos), "--out", str(out)]) == 3
+    assert f"{masks}: permission denied\n" in capsys.readouterr().err
+    table = rows_of(out / "results.csv")
+    assert [(row["name"], row["error"]) for row in table if row["error"]] == [(str(masks), "permission denied")]
+    assert len(table) == scored + 1
+    for folder in (photos, masks):
+        with pytest.raises(DataError, match="Masks: permission denied"):
+            list_images(folder)
+
+
 @pytest.mark.parametrize("theirs", ["metrics.json", "heatmaps/00000_mine.png"])
 def test_files_put_beside_results_stay(checkpoint, data, tmp_path, capsys, theirs):
     arguments = ["detect", str(checkpoint), str(data / "test" / "good"), "--out", str(tmp_path / "out")]

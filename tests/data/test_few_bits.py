@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import threading
+
 import cv2
 import numpy as np
 import pytest
@@ -72,6 +75,25 @@ def test_pixels_on_a_device_are_looked_at_without_their_alpha(caplog):
     assert len(caplog.messages) == 1
 
 
+@pytest.mark.parametrize(("colours", "alpha", "named"), [(65535, 2000, False), (4095, 65535, True), (4095, 9, True)])
+def test_colours_are_looked_at_before_alpha_dims_them(colours, alpha, named, tmp_path, caplog):
+    pixels = np.dstack([picture(colours, 3), np.full((16, 20), alpha, np.uint16)])
+    stored = tmp_path / "a.png"
+    cv2.imwrite(str(stored), pixels)
+    tiff = tmp_path / "a.tif"
+    tifffile.imwrite(tiff, pixels, photometric="rgb", extrasamples=["unassalpha"])
+    for path in (stored, tiff):
+        read_image(path)
+    collect_inputs([pixels])[0].load(16)
+    _resize_tensor(torch.from_numpy(pixels), 16, "on a device")
+    messages = [f": a 16-bit image that uses only values up to {colours} of 65535;"] * (decode.MOST_DIM if named else 0)
+    assert [message[message.index(": ") :][: len(messages[0])] for message in caplog.messages] == messages
+    decode._dim.clear()
+    caplog.clear()
+    _resize_tensor(torch.from_numpy(pixels), 16, "on a device")
+    assert len(caplog.messages) == named
+
+
 def test_of_many_the_first_are_named(caplog):
     for image in collect_inputs([picture(4095)] * 5):
         image.load(16)
@@ -79,10 +101,24 @@ def test_of_many_the_first_are_named(caplog):
     assert [message.endswith("no other such image will be named") for message in caplog.messages] == [0, 0, 1]
 
 
-def test_colours_under_little_alpha_count_as_they_are_seen_on_either_device(caplog):
-    values = np.full((16, 16, 4), 65535, np.uint16)
-    values[..., 3] = 2000
-    collect_inputs(values)[0].load(16)
-    _resize_tensor(torch.from_numpy(values), 16, "on a GPU")
-    said = "a 16-bit image that uses only values up to 2000 of 65535"
-    assert [message.partition("; ")[0] for message in caplog.messages] == [f"batch[0]: {said}", f"on a GPU: {said}"]
+def test_threads_name_the_last_image_last(monkeypatch):
+    monkeypatch.setattr(decode, "MOST_DIM", 2)
+    written, first, other = [], threading.Event(), threading.Event()
+
+    def slow(record: logging.LogRecord) -> None:  # a filter: handlers have a lock of their own
+        if not first.is_set():
+            first.set()
+            other.wait(0.3)  # while the other thread writes, if it may
+        written.append(record.getMessage())
+        other.set()
+
+    log = logging.getLogger("dfengine")
+    monkeypatch.setattr(log, "filters", [*log.filters, lambda record: slow(record) or True])
+    threads = [threading.Thread(target=decode.say_if_few, args=(4095, name)) for name in ("f0", "f1")]
+    threads[0].start()
+    assert first.wait(10)
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert [message.split(":")[0] for message in written] == ["f0", "f1"]
+    assert [message.endswith("no other such image will be named") for message in written] == [False, True]

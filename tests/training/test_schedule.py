@@ -23,17 +23,35 @@ def test_budgets():
     assert Budget(None, 40).seconds_left(30, 100.0, 0.5) == 5.0
 
 
-def test_one_slow_interval_changes_the_pace_a_little_and_a_slower_machine_wholly():
-    pace = Pace(60)
-    assert pace.after(2, 20.0) == 10.0
-    even = [pace.after(2, 20.0) for _ in range(5)]
+def test_one_slow_interval_changes_the_pace_a_little_and_slower_steps_wholly():
+    pace, now = Pace(60), [0, 0.0]
+    pace.enter(1, 0, 0.0)
+
+    def after(steps: int, seconds: float) -> float:
+        now[:] = now[0] + steps, now[1] + seconds
+        return pace.at(*now)
+
+    assert after(2, 20.0) == 10.0
+    even = [after(2, 20.0) for _ in range(5)]
     assert even == pytest.approx([10.0] * 5)
-    assert 10 < pace.after(2, 40.0) < 12.5  # with a validation, say
-    assert 9 < pace.after(2, 2.0) < 10.5
-    later = [pace.after(2, 60.0) for _ in range(20)]
+    assert 10 < after(2, 40.0) < 12.5  # with a validation, say
+    assert 9 < after(2, 2.0) < 10.5
+    later = [after(2, 60.0) for _ in range(20)]
     assert later == sorted(later) and later[-1] == pytest.approx(30, rel=0.1)
     unlimited = Pace(None)
-    assert unlimited.after(5, 10.0) == 2.0
+    unlimited.enter(2, 3, 4.0)
+    assert unlimited.at(8, 14.0) == 2.0
+
+
+def test_the_time_left_is_right_from_the_first_steps_of_a_slower_stage_on():
+    budget, pace, elapsed = Budget(None, 1000), Pace(1000), 0.0
+    for step in range(1000):  # 104 at 1 s, the others at 2.5 s; a row every 10
+        stage = 1 if step < 104 else 2
+        pace.enter(stage, step, elapsed)
+        elapsed += 1.0 if stage == 1 else 2.5
+        if (step + 1) % 10 == 0:
+            left = budget.seconds_left(step + 1, elapsed, pace.at(step + 1, elapsed))
+            assert left == pytest.approx((999 - step) * (1.0 if stage == 1 else 2.5))
 
 
 def test_stage_boundary_and_peaks():

@@ -69,14 +69,13 @@ def no_plots(straight, monkeypatch):
 
 
 def test_the_time_left_follows_the_smoothed_pace(normals, tmp_path, monkeypatch):
-    left, asked = [], []
+    left, asked, entered = [], [], []
     monkeypatch.setattr(log_module.RunLog, "row", lambda self, row, seconds: left.append((row["step"], seconds)))
-    monkeypatch.setattr(schedule.Pace, "after", lambda self, steps, seconds: asked.append((self, steps)) or 7.0)
+    monkeypatch.setattr(schedule.Pace, "enter", lambda self, stage, step, seconds: entered.append((stage, step)))
+    monkeypatch.setattr(schedule.Pace, "at", lambda self, step, seconds: asked.append(step) or 7.0)
     train(CONFIG, tiny_config(), normals, tmp_path / "net.safetensors")
-    assert [steps for _, steps in asked] == [2, 2, 2, 2]
-    assert left == [(2, 42.0), (4, 28.0), (6, 14.0), (8, 0.0)]
-    first, *joint = (pace for pace, _ in asked)  # two steps are of stage 1
-    assert set(joint) == {joint[0]} and first is not joint[0]
+    assert entered == [(1, 0), (1, 1), *((2, step) for step in range(2, 8))]
+    assert asked == [2, 4, 6, 8] and left == [(2, 42.0), (4, 28.0), (6, 14.0), (8, 0.0)]
 
 
 def test_a_run_leaves_a_calibrated_checkpoint_and_its_log(straight, normals):
