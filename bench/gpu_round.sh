@@ -75,7 +75,7 @@ print(sys.executable, sys.version.split()[0])
 END
 )" || exit 1
 mapfile -t facts <<<"$facts"
-key="$({ digest dfengine kernels csrc tests CMakeLists.txt; echo "${facts[0]}"; } | sha256sum | cut -c 1-12)"
+key="$({ digest dfengine kernels csrc tests bench/*.py bench/kernels CMakeLists.txt; echo "${facts[0]}"; } | sha256sum | cut -c 1-12)"
 results="$state/$key" log="$state/$key/round.log" noted="$state/$key/tests.jsonl"
 mkdir -p "$results" || exit
 export DFENGINE_CACHE="$PWD/$results/cache"
@@ -148,9 +148,10 @@ run() { # name, command...: within $part percent of the time that is left
     [ "$status" -eq 0 ] || failed=1
     return "$status"
 }
-once() { # name, command...: what has not ended well before
-    [ "$again" = no ] && grep -qxF "$1" "$results/done" 2>/dev/null && return
-    run "$@" && echo "$1" >>"$results/done"
+is_done() { [ "$again" = no ] && grep -qxF "$1, ${PRESET:-} $PRECISION ${SIZE:-} ${DATA:-}" "$results/done" 2>/dev/null; }
+once() { # name, command...: what has not ended well before with these settings
+    is_done "$1" && return
+    run "$@" && echo "$1, ${PRESET:-} $PRECISION ${SIZE:-} ${DATA:-}" >>"$results/done"
 }
 into() { # file, command...: a command that writes to its output, for run
     into=(bash -c 'o="$1"; shift; "$@" >"$o.part" && mv "$o.part" "$o"' into "$@")
@@ -174,9 +175,10 @@ tests() {
         builder=''
         of+=(--new-only)
     fi
+    failed=0 # what failed beside the build is in the notes
     part="$1" run tests env OMP_NUM_THREADS=1 "${pytest[@]}" "${of[@]}"
     "$PYTHON" bench/gpu_tests.py "$noted" | tee -a "$log"
-    failed="${PIPESTATUS[0]}"
+    [ "${PIPESTATUS[0]}" -eq 0 ] || failed=1
 }
 gate() { # which names are green, and what the rows say of the others
     local found red
@@ -231,7 +233,10 @@ throughput() { # "quick": without torch.compile; else beside all rivals, and in 
     local rivals half=(--preset "${PRESET:-diff-fastener}" --device cuda --tactics tuned --tuning-seconds 40 --seconds 5 --add --note "$note") case name
     for case in detect unet; do
         name="throughput-$case" rivals=()
-        [ "$1" != quick ] || name+=" quick" rivals=(--rivals eager,autocast)
+        if [ "$1" = quick ]; then
+            is_done "$name" && continue # its rows would take the place of fuller ones
+            name+=" quick" rivals=(--rivals eager,autocast)
+        fi
         [ "$1 $case" != "full unet" ] || rivals=(--rivals eager,autocast,compile)
         part=60 once "$name" "$PYTHON" bench/throughput.py --case "$case" "${half[@]}" --precision "$PRECISION" --batch 16 1 "${rivals[@]}" \
             --json "$results/throughput-$case.json"
@@ -297,7 +302,7 @@ train() { # two minutes are left for the checkpoint and its metrics
         say "$data: no such folder of images"
         exit 1
     fi
-    if [ "$again" = yes ] || ! grep -qx train "$results/done" 2>/dev/null; then
+    if ! is_done train; then
         rm -rf "$trained" "${trained%.safetensors}.run"
     fi
     once train "$PYTHON" -m dfengine train "$data" --out "$trained" --preset "${PRESET:-diff-fastener-small}" --image-size "${SIZE:-128}" \

@@ -4,10 +4,10 @@
     python bench/gpu_tests.py FILE
 
 Of tests/kernels that is all but what concerns the CPU alone, of the other tests what is marked gpu or goes through the
-Triton kernels; these others first, conv2d next. FILE gets an object of JSON on each line: {"collected": [...]} with
-all of the tests, and {"test", "outcome", "seconds"} as each has run, with "why" of one that failed. What has passed by
-FILE is left out, with --new-only what has failed too. A process to which the GPU is lost after an error is replaced,
-for all that followed would fail.
+Triton kernels; these others first, conv2d next. FILE gets an object of JSON on each line: {"begun": true} from each
+call, {"collected": [...]} with all of the tests, and {"test", "outcome", "seconds"} as each has run, with "why" of one
+that failed. What has passed by FILE is left out. A process to which the GPU is lost after an error is replaced, for all
+that followed would fail.
 
 As a script it prints a line for each name: "green" where all of its tests have passed, or some and the others skipped,
 "red" where one failed or did not run. A name is an op of bench/kernels, but for its CUDA kernels; an op with ":cuda" or
@@ -81,9 +81,10 @@ def noted(path: Path) -> dict[str, dict]:
             line = json.loads(text)
         except ValueError:  # cut short as the process was ended
             continue
-        if "collected" in line:
-            collected = line["collected"]
+        if "begun" in line:  # files that cannot be imported are noted before what is collected
             found = {test: row for test, row in found.items() if "::" in test}
+        elif "collected" in line:
+            collected = line["collected"]
         else:
             found[line["test"]] = line
     files = {test: row for test, row in found.items() if "::" not in test}
@@ -125,6 +126,7 @@ class Round:
             rows = noted(self.path)
             done = ("passed", "failed") if config.getoption("new_only") else ("passed",)
             self.done = [test for test, row in rows.items() if row.get("outcome") in done]
+            self._note({"begun": True})
         else:  # the same for one that replaces another
             self.done = self.started["done"]
         self.failed = False

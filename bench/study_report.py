@@ -27,12 +27,15 @@ GROUPS = (
 
 
 def read(paths: list[Path]) -> dict[tuple[str, str], list[dict[str, str]]]:
-    """(set, variant) -> its rows, one a seed, in the order of the files."""
+    """(set, variant) -> its rows, one a seed, in the order of the files. Exits where a seed is there twice."""
     rows = defaultdict(list)
     for path in paths:
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
-                rows[row["set"], row["variant"]].append(row)
+                of = rows[row["set"], row["variant"]]
+                if row["seed"] in {other["seed"] for other in of}:
+                    raise SystemExit(f"{path}: {row['set']} {row['variant']}: seed {row['seed']} is there twice")
+                of.append(row)
     return rows
 
 
@@ -61,7 +64,8 @@ def table(
     for (name, variant), found in rows.items():
         base = rows.get((name, against)) if variant != against else None
         columns = [*(f"{group}/{score}" for group in groups), "pixel_ap"]
-        head = [name, variant, str(len(found)), found[0]["steps"]]
+        shared = {row["seed"] for row in found} & {row["seed"] for row in base or found}
+        head = [name, variant, str(len(shared)), found[0]["steps"]]
         lines.append("| " + " | ".join([*head, *(cell(found, column, base) for column in columns)]) + " |")
     return "\n".join(lines)
 

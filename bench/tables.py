@@ -152,10 +152,10 @@ def short_table() -> str:
     whole = {
         device: rows
         for device, rows in devices.items()
-        if all(rival_ms(row, name) for row in rows.values() for name in SHORT_RIVALS)
+        if rows and all(rival_ms(row, name) for row in rows.values() for name in SHORT_RIVALS)
     }
     parts = []
-    for device, rows in (whole or devices).items():
+    for device, rows in (whole or {device: rows for device, rows in devices.items() if rows}).items():
         lines = [f"{device}:", "", f"| model | dfengine | {' | '.join(SHORT_RIVALS.values())} |", "|" + " --- |" * 6]
         for (name, batch), row in rows.items():
             own = row["runners"]["dfengine"]

@@ -8,7 +8,7 @@ import io
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 
 from dfengine.arguments import path_of
+from dfengine.errors import UsageError
 from dfengine.evaluation.calibration import Calibration
 from dfengine.files import atomic_write, make_folder, remove
 from dfengine.results import begin_results, earlier_results, list_result
@@ -104,14 +105,24 @@ class Detection:
     @classmethod
     def concatenate(cls, parts: Sequence[Detection]) -> Detection:
         """One Detection of all images and errors of `parts` (at least one; the same detector and options), as if they
-        had been one input: errors are numbered on from the first part's start."""
+        had been one input: errors are numbered on from the first part's start. Raises `UsageError` for other parts."""
+        if isinstance(parts, Detection) or not isinstance(parts, Iterable):
+            raise UsageError("parts: expected a list of Detections")
+        parts = list(parts)
+        if not parts or not all(isinstance(part, Detection) for part in parts):
+            raise UsageError("parts: expected Detections, one at least")
+        first = parts[0]
         maps = [part.anomaly_map for part in parts]
+        if any((part.calibration, part.seed) != (first.calibration, first.seed) for part in parts):
+            raise UsageError("parts: of detectors with different thresholds or seeds; their labels cannot be joined")
+        if len({of.shape[1:] if isinstance(of, np.ndarray) else "original" for of in maps}) > 1:
+            raise UsageError("parts: with maps of different sizes")
         start, errors = parts[0].start, []
         for part in parts:
             errors += [error._replace(index=error.index - part.start + start) for error in part.errors]
             start += len(part) + len(part.errors)
         return dataclasses.replace(
-            parts[0],
+            first,
             names=tuple(name for part in parts for name in part.names),
             pred_score=np.concatenate([part.pred_score for part in parts]),
             anomaly_map=sum(maps, []) if isinstance(maps[0], list) else np.concatenate(maps),

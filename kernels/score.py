@@ -161,7 +161,7 @@ def _layout(logits, workspace) -> tuple[list[int], int, torch.Tensor]:
     return [maps, batch, height * width, workspace.shape[1] // 2], pixel_stride("logits", _pixels(logits)), workspace
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def score_map_kernel(
     logits, anomaly_map, workspace, batch, pixels, groups, stride,
     MAPS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from functools import partial
 
 from dfengine.kernels.registry import CannotRunError
@@ -41,29 +41,49 @@ def available(device: str) -> None:
         raise CannotRunError("triton needs a GPU (or TRITON_INTERPRET=1)")
 
 
-_COMPILING: ContextVar[bool] = ContextVar("compiling", default=False)
+_COMPILING: ContextVar[set | None] = ContextVar("compiling", default=None)
+"""Within `compile_ahead` the kernels that were asked for."""
 
 
 def launch(kernel, grid) -> Callable[..., object]:
     """`kernel[grid]`, a function of the kernel's arguments; within `compile_ahead` it compiles for them alone."""
-    return partial(kernel.run, grid=grid, warmup=_COMPILING.get())
+    compiling = _COMPILING.get()
+    if compiling is not None:
+        compiling.add(kernel)
+    return partial(kernel.run, grid=grid, warmup=compiling is not None)
 
 
 def compile_ahead(calls: Iterable[Callable[[], None]], threads: int) -> None:
     """Compiles what the `launch`es of these calls need and is not compiled yet, several kernels at a time where this
     Triton can (from 3.6 on), one after the other where it cannot. What else the calls do, they do; no kernel runs.
 
-    What cannot be compiled raises when it is launched, not here.
+    What cannot be compiled is tried again, and raises, when it is launched.
     """
-    calls = list(calls)
-    if MISSING or not calls:
-        return
-    mode = getattr(triton, "AsyncCompileMode", None)
-    token = _COMPILING.set(True)
+    if not MISSING:
+        copy_context().run(_compile_ahead, list(calls), threads)  # what an interrupt leaves set ends with the context
+
+
+def _compile_ahead(calls: list[Callable[[], None]], threads: int) -> None:
+    kernels: set = set()
+    _COMPILING.set(kernels)
+    mode, pool = getattr(triton, "AsyncCompileMode", None), ThreadPoolExecutor(threads)
     try:
-        with ThreadPoolExecutor(threads) as pool, mode(pool, ignore_errors=True) if mode else nullcontext():
-            for call in calls:
-                with suppress(Exception):
-                    call()
+        with mode(pool, ignore_errors=True) if mode else nullcontext():
+            try:
+                for call in calls:
+                    with suppress(Exception):
+                        call()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # of an interrupt: the mode waits for all that is left
+                raise
     finally:
-        _COMPILING.reset(token)
+        pool.shutdown(cancel_futures=True)
+        for kernel in kernels if mode else ():
+            _forget_failures(kernel)
+
+
+def _forget_failures(kernel) -> None:
+    """Takes what failed, or was not begun, from the places of a kernel's compiled forms."""
+    for cache, *_ in getattr(kernel, "device_caches", {}).values():
+        for key in [key for key, form in cache.items() if isinstance(form, triton.FutureKernel) and not form.kernel]:
+            del cache[key]

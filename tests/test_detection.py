@@ -152,6 +152,18 @@ def test_concatenate(original):
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_what_cannot_be_joined_is_refused():
+    for parts in ([], (), make(), None, [make(), None], iter([])):
+        with pytest.raises(UsageError, match="^parts: expected "):
+            Detection.concatenate(parts)
+    for other in (make(calibration=Calibration.by_hand(0.7)), make(calibration=None)):
+        with pytest.raises(UsageError, match="^parts: of detectors with different thresholds"):
+            Detection.concatenate([make(), other])
+    with pytest.raises(UsageError, match="^parts: with maps of different sizes"):
+        Detection.concatenate([make(), make(original=True)])
+    assert len(Detection.concatenate(make() for _ in range(2))) == 8
+
+
 def test_what_is_joined_counts_on():
     def part(names, refused, start):
         return make(names, errors=[Refused(start + len(names), refused, "r")], start=start)

@@ -224,15 +224,19 @@ def print_robustness(table: dict[str, Any]) -> None:
         return "" if table[recall] is None else f"; {table[recall]:.1%} of the anomalous images exceed it"
 
     goal = f"at most {table['goal_ratio']:g}"
-    say(f"robustness: false alarms of {counted(table['n_good'], 'good image')} under mild changes")
+    good = counted(table["n_good"], "good image")
+    say(f"robustness: false alarms of {good} under mild changes")
     say(
-        f"  clean 90%: the score {table['quantile_threshold']:.4f}, which about a tenth of the unchanged images "
-        f"exceed{above('recall_at_quantile')}"
+        f"  clean 90%: the score {table['quantile_threshold']:.4f}, which {table['rows'][0]['alarms']} of the "
+        f"{table['n_good']} unchanged images exceed{above('recall_at_quantile')}"
     )
     if table["threshold"] is not None:
         say(f"  threshold: the detector's own, {table['threshold']:.4f}{above('recall_at_threshold')}")
     say(f"  ratio: alarms over those of the unchanged images; the goal at clean 90% is {goal}")
     OutputConsole(highlight=False).print(shown)
+    if table["rows"][0]["passes"] is None:
+        say(f"too few of the {good} stay below clean 90% to tell whether changes keep the goal")
+        return
     failed, unmeasured = ([row["change"] for row in table["rows"] if row["passes"] is x] for x in (False, None))
     said = f"not under {', '.join(failed)}" if failed else f"under every change{' measured' if unmeasured else ''}"
     unknown = f"; not measured under {', '.join(unmeasured)}" if unmeasured else ""

@@ -138,7 +138,7 @@ def _is_part(name: str, root: Path) -> bool:
         return _detect_layout(root) == "visa"
     if name in ("Train", "Test"):
         return _detect_layout(root) == "dagm"
-    return name in PARTS and (root / "test").is_dir() and _is_test(root / "test")
+    return name in PARTS and os.path.isdir(root / "test") and _is_test(root / "test")
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -173,7 +173,7 @@ def _content(file: Path) -> bytes:
 
 
 def _detect_layout(root: Path) -> str:
-    if (root / "Data" / "Images").is_dir():
+    if os.path.isdir(root / "Data" / "Images"):
         return "visa"
     names = {folder.name for folder in _subfolders(root)}
     # On file systems that ignore case DAGM's Train would also pass for train: look at the names themselves.
@@ -185,7 +185,7 @@ def _detect_layout(root: Path) -> str:
 
 
 def _folder(root: Path) -> tuple[list[Sample], list[Sample]]:
-    if (root / "train").is_dir() or (root / "test").is_dir():
+    if os.path.isdir(root / "train") or os.path.isdir(root / "test"):
         return _mvtec(root)
     if (root / OUTPUT_MARKER).exists():
         list_images(root)  # raises, for that
@@ -211,14 +211,14 @@ def _refuse_defects(folder: Path, shown: Path) -> None:
     """Raises `DataError` for a folder of a data set, or inside one, that holds test images, a defect or masks."""
     if folder.name == "test" and _is_test(folder):
         good = [sub for sub in _subfolders(folder) if sub.name.lower() in GOOD_NAMES]
-        takes = "that folder" if (folder.parent / "train").is_dir() else good[0] if good else None
+        takes = "that folder" if os.path.isdir(folder.parent / "train") else good[0] if good else None
         remedy = f"; give {takes}" if takes else ""
         raise DataError(f"{shown}: holds the test images of {folder.parent}{remedy}")
     for inner in (folder, *folder.parents):
         outer = inner.parent
-        if inner.name == "ground_truth" and any((outer / name).is_dir() for name in ("train", "test")):
+        if inner.name == "ground_truth" and any(os.path.isdir(outer / name) for name in ("train", "test")):
             raise DataError(f"{shown}: holds masks of the data set {outer}, no normal images")
-        visa = outer.name == "Images" and (outer / "Normal").is_dir()
+        visa = outer.name == "Images" and os.path.isdir(outer / "Normal")
         if inner.name.lower() not in GOOD_NAMES and (visa or (outer.name == "test" and _is_test(outer))):
             raise DataError(f"{shown}: holds images of the defect {inner.name!r} of a data set, no normal ones")
 
@@ -227,11 +227,11 @@ def _is_test(folder: Path) -> bool:
     """Whether a folder "test" is that of a data set in the MVTec layout, by what is in it and beside it."""
     places = folder, folder.parent / "train"
     good = any(sub.name.lower() in GOOD_NAMES for place in places for sub in _subfolders(place))
-    return good or (folder.parent / "ground_truth").is_dir()
+    return good or os.path.isdir(folder.parent / "ground_truth")
 
 
 def _looks_like_dataset(folder: Path) -> bool:
-    return any((folder / name).is_dir() for name in ("train", "Train", "test", "Test", "Data/Images"))
+    return any(os.path.isdir(folder / name) for name in ("train", "Train", "test", "Test", "Data/Images"))
 
 
 def _mvtec(root: Path) -> tuple[list[Sample], list[Sample]]:

@@ -264,8 +264,9 @@ class Tactics:
         return True
 
     def write(self, path: Path, tactics: dict[str, Tactic] | None = None) -> None:
-        """Writes a file of the same form elsewhere: to ship it, or for DFENGINE_TACTICS."""
-        measured = self._measured if tactics is None else tactics
+        """Writes a file of the same form elsewhere, to ship it, or for DFENGINE_TACTICS: by default what was measured
+        here, and what stands in the file that DFENGINE_TACTICS names."""
+        measured = self._named | self._measured if tactics is None else tactics
         rows = {
             key: {"backend": t.backend, "options": t.options, "us": round(t.microseconds, 2)}
             for key, t in sorted(measured.items())

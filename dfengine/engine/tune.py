@@ -159,14 +159,14 @@ def _measured(executor: Executor, op: Op, arguments: list[Any], ways: list[Tacti
             call()
             if device.type == "cuda":
                 on_cuda(call, [()])()  # what cannot be captured cannot be timed, nor taken
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # Triton has errors of its own, for what does not compile or fit
             refused.append(f"{way}: {(str(error).splitlines() or [type(error).__name__])[0]}")
             restore()
             continue
-        wrong = [f"{n} {e:.3g} > {a:.3g}" for n, e, a in judged(op, written, exact, plain, before) if not e <= a]
-        restore()
+        try:
+            wrong = [f"{n} {e:.3g} > {a:.3g}" for n, e, a in judged(op, written, exact, plain, before) if not e <= a]
+        finally:
+            restore()
         if wrong:
             refused.append(f"{way}: {', '.join(wrong)}")
         else:

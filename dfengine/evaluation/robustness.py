@@ -229,7 +229,8 @@ def robustness_table(
         rate_low, rate_high    exact (Clopper-Pearson) 95% interval of the rate, with the threshold taken as given and
                                the images as independent
         ratio, passes          alarms over those of the same images unchanged; whether it, as measured, is at most
-                               `GOAL_RATIO`; both None where these raise none, as when most could not be scored
+                               `GOAL_RATIO`; both None where these raise none, as when most could not be scored,
+                               and no pass where so many do that all n could not miss the goal (n of 1 or 2)
         alarms_at_threshold, rate_at_threshold, ratio_at_threshold
                                the same at the detector's threshold
         mean_shift             mean of changed score - clean score
@@ -260,7 +261,8 @@ def robustness_table(
             "ratio": _ratio(alarms, clean[scored], quantile),
             "mean_shift": float(np.mean(kept - clean[scored])),
         }
-        values["passes"] = None if values["ratio"] is None else values["ratio"] <= GOAL_RATIO
+        able = values["ratio"] is not None and n > GOAL_RATIO * int((clean[scored] > quantile).sum())
+        values["passes"] = values["ratio"] <= GOAL_RATIO if able else None
         if threshold is not None:
             alarms = int((kept > float(threshold)).sum())
             values |= {

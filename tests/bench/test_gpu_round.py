@@ -294,6 +294,27 @@ def test_a_line_that_was_cut_short_and_a_file_that_fails_to_import(tmp_path):
     of = {"collected": ["tests/kernels/test_score.py::test_x"]}
     passed = {"test": of["collected"][0], "outcome": "passed", "seconds": 0}
     broken = {"test": "tests/kernels/test_ingest.py", "outcome": "failed", "seconds": 0, "why": "ImportError"}
-    noted.write_text("\n".join(json.dumps(line) for line in (of, passed, broken)) + '\n{"test": "tests/kern')
+    lines = {"begun": True}, broken, of, passed
+    noted.write_text("\n".join(json.dumps(line) for line in lines) + '\n{"test": "tests/kern')
     found = gpu_tests.counts(noted)
     assert gpu_tests.verdict(found["score"]) == "green" and gpu_tests.verdict(found["ingest"]) == "red"
+
+
+def test_a_file_that_fails_to_import_is_red_until_it_does_not(tree):
+    """Whoever runs the tests, one process or several, and whatever passed before."""
+    broken, (status, output, _) = tree / "tests/kernels/test_score_more.py", play(tree, "--stage", "tests")
+    assert status == 0, output
+    for text, wanted in (("raise RuntimeError('broken')", "red"), ("def test_x():\n    pass\n", "green")):
+        broken.write_text(text)
+        status, output, _ = play(tree, "--stage", "tests")
+        assert f"score: {wanted}: " in output and status == (wanted == "red"), output
+
+
+def test_what_was_measured_with_other_settings_is_measured(green):
+    assert len(calls_of(play(green, "--stage", "throughput")[2], "throughput.py")) == 3
+    assert not calls_of(play(green, "--stage", "throughput")[2], "throughput.py")
+    second = calls_of(play(green, "--stage", "second")[2], "throughput.py")
+    assert not second  # without torch.compile least of all: those rows would take the place of fuller ones
+    _, _, calls = play(green, "--stage", "throughput", PRESET="diff-fastener-small", PRECISION="float16")
+    calls = calls_of(calls, "throughput.py")
+    assert len(calls) == 3 and all("--preset diff-fastener-small" in call for call in calls)

@@ -143,7 +143,11 @@ def test_the_table_gives_the_mean_and_half_the_range_over_seeds(tmp_path):
         base,
         "| a | more | 2 | 10 | +0.015 ± 0.005 | +0.000 ± 0.000 | -0.050 |",
         "| b | more | 1 | 10 | 0.700 |  | 0.300 |",  # a set without the base
-        "| a | once | 1 | 10 |  |  |  |",  # a seed that the base has not
+        "| a | once | 0 | 10 |  |  |  |",  # a seed that the base has not
     ]
+    with open(path, "a", newline="") as file:
+        csv.writer(file).writerow(["a", "base", 1, 10, 0.8, 0.9, 0.5])
+    with pytest.raises(SystemExit, match="a base: seed 1 is there twice"):
+        study_report.read([path])
     study_report.plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000

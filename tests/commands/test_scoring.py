@@ -326,6 +326,9 @@ def test_changes_that_fail_and_that_were_not_measured_are_named_apart(capsys):
     ):
         print_robustness(robustness_table(clean, {name: changed[name] for name in names}))
         assert capsys.readouterr().out.splitlines()[-1] == f"ratio at most 2 at clean 90%: {said}"
+    print_robustness(robustness_table([0.1, 0.2], {"dim": [0.1, 0.2]}))
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "too few of the 2 good images stay below clean 90% to tell whether changes keep the goal"
 
 
 def test_results_that_could_not_be_removed_are_its_own_next_time(checkpoint, data, tmp_path, capsys, monkeypatch):

@@ -263,20 +263,28 @@ def test_refused_images_leave_the_others_in_place(tmp_path):
 
 
 def test_nothing_scored_under_a_change_is_neither_pass_nor_failure():
-    table = robustness_table([0.1, 0.2], {"gone": [np.nan, np.nan], "half": [np.nan, 0.1]}, 0.5, [0.9])
-    gone, half = table["rows"][1:]
+    clean = np.array([0.1, 0.2, 0.3, 0.4])
+    table = robustness_table(clean, {"gone": [np.nan] * 4, "some": [np.nan, 0.1, 0.3, 0.2]}, 0.5, [0.9])
+    gone, some = table["rows"][1:]
     assert gone == dict.fromkeys(ROW_FIELDS) | {"change": "gone", "n": 0}
-    assert half["n"] == 1 and half["mean_shift"] == pytest.approx(-0.1) and half["passes"]
+    assert some["n"] == 3 and some["mean_shift"] == pytest.approx(-0.1) and some["passes"] is True
     assert table["passes"] is None
-    assert robustness_table([0.1, 0.2], {"twice": [0.3, 0.3]})["passes"] is True
-    assert robustness_table([0.1, 0.1, 0.2], {"gone": [np.nan] * 3, "worse": [0.3] * 3})["passes"] is False
+    assert robustness_table(clean, {"twice": [0.5, 0.5, 0.1, 0.1]})["passes"] is True
+    assert robustness_table(clean, {"gone": [np.nan] * 4, "worse": [0.5] * 4})["passes"] is False
+
+
+@pytest.mark.parametrize("clean", [[0.1], [0.1, 0.2], [0.5] * 20])
+def test_so_few_images_that_none_could_fail_do_not_pass(clean):
+    table = robustness_table(clean, {"same": clean, "worse": [0.9] * len(clean)})
+    assert table["passes"] is None and {row["passes"] for row in table["rows"]} == {None}
+    assert table["rows"][2]["ratio"] <= 2
 
 
 def test_the_ratio_is_of_the_images_that_were_scored_changed():
     clean = np.linspace(0.1, 1.0, 10)  # one above the quantile
-    changed = {"same": np.where(clean > 0.85, clean, np.nan), "others": np.where(clean < 0.3, 2.0, np.nan)}
+    changed = {"same": np.where(clean > 0.75, clean, np.nan), "others": np.where(clean < 0.3, 2.0, np.nan)}
     same, others = robustness_table(clean, changed, 0.95)["rows"][1:]
-    assert (same["n"], same["alarms"], same["ratio"], same["ratio_at_threshold"], same["passes"]) == (2, 1, 1, 1, True)
+    assert (same["n"], same["alarms"], same["ratio"], same["ratio_at_threshold"], same["passes"]) == (3, 1, 1, 1, True)
     assert (others["n"], others["alarms"], others["ratio"], others["passes"]) == (2, 2, None, None)
 
 

@@ -47,12 +47,49 @@ assert y.isnan().all()
 cubins = list(Path(sys.argv[1]).rglob("*.cubin"))
 assert len(cubins) == len(resample.CONFIGURATIONS), cubins
 
-kernel = resample.max_pool_kernel
-kernel.compile = None  # nothing is compiled anew
-for call in calls[:3]:
-    token = triton_import._COMPILING.set(True)
-    call()
-    triton_import._COMPILING.reset(token)
+from triton.runtime import _async_compile
+
+kernel, compiled = resample.max_pool_kernel, []
+compile_honestly = kernel.compile
+full = False
+
+
+def compile_counted(*args, **options):
+    compiled.append(1)
+    if full:
+        raise OSError("no space left")
+    return compile_honestly(*args, **options)
+
+
+kernel.compile = compile_counted
+
+
+def compile_only(calls):
+    before = len(compiled)
+    triton_import.compile_ahead(calls, threads=1)
+    assert _async_compile.active_mode.get() is None
+    return len(compiled) - before
+
+
+assert compile_only(calls[:3]) == 0  # nothing is compiled anew
+narrow = partial(run, x[..., :4].contiguous(), y[..., :4].contiguous())
+full = True
+assert compile_only([narrow]) == 1
+full = False
+assert compile_only([narrow]) == 1 and compile_only([narrow]) == 0  # what failed is tried again
+
+
+def interrupted():
+    run(x, y[:, :, :, :8], configuration=resample.CONFIGURATIONS[0])
+    raise KeyboardInterrupt
+
+
+try:
+    compile_only([interrupted])
+except KeyboardInterrupt:
+    print("interrupted")
+x, y = x[..., :8].contiguous(), y[..., :8].contiguous()
+assert compile_only([partial(run, x, y)]) == 1
 try:
     calls[4]()
 except Exception as error:
@@ -67,7 +104,7 @@ def test_it_compiles_what_is_launched_later(tmp_path):
     command = [sys.executable, "-c", WITH_THE_COMPILER, str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("raised when launched: ")
+    assert done.stdout.startswith("interrupted\nraised when launched: ")
 
 
 @pytest.mark.skipif(bool(triton_import.MISSING) or not triton_import.INTERPRETED, reason="needs Triton's interpreter")
