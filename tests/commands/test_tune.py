@@ -37,6 +37,19 @@ def test_what_is_measured_is_remembered_and_taken(tiny, tmp_path, capsys):
     assert main(["verify", str(tiny), *exact]) == 0
 
 
+def test_the_file_that_tactics_come_from_may_be_the_one_they_go_to(tiny, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "here.json"
+    arguments = ["tune", str(tiny), "--precision", "float32", "--batch", "1", "--out", str(out)]
+    assert main(arguments) == 0
+    before = json.loads(out.read_text())["tactics"]
+    monkeypatch.setenv("DFENGINE_TACTICS", str(out))
+    monkeypatch.setenv("DFENGINE_CACHE", str(tmp_path / "another"))
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert "nothing was left to measure" in capsys.readouterr().out
+    assert json.loads(out.read_text())["tactics"] == before
+
+
 def test_a_cache_that_cannot_be_written_loses_nothing(tiny, tmp_path, capsys, caplog, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DFENGINE_CACHE", str(tmp_path / "file"))
