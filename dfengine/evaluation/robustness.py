@@ -6,8 +6,9 @@ that no change at a mild level raises the false-alarm rate to more than `GOAL_RA
 The rate is taken at two thresholds:
 
 - at the *clean 90% quantile*, which `CLEAN_SHARE` of the unchanged images themselves exceed (`quantile_threshold`). Its
-  clean rate is never 0, so the ratio always exists: this is the number that the goal is about. It compares changed with
-  unchanged images of one set and says nothing of how many alarms another set would raise.
+  clean rate is never 0, so the ratio exists unless images could not be scored once changed: this is the number that the
+  goal is about. It compares changed with unchanged images of one set and says nothing of how many alarms another set
+  would raise.
 - at the detector's own threshold. Where no unchanged image exceeds that one, only the changed rate is given, no ratio.
 """
 
